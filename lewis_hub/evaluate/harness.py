@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import ADDRESS, EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
 from lewis_hub.methods.numerics import torch_threads
@@ -283,6 +284,7 @@ def _task_result(report: Mapping[str, Any], name: str, task: Any) -> TaskResult:
         documents=tuple(_digest(row["doc_hash"], row["target_hash"]) for row in items.values()),
         prompts=tuple(_digest(row["prompt_hash"]) for row in items.values()),
         metrics=metrics,
+        answers=recorded_answers(task, rows, metrics),
     )
 
 

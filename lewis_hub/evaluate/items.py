@@ -51,6 +51,7 @@ class TaskItem:
     prompt: str  # without few-shot examples; empty where the whole text is the answer
     answer: str
     document: Mapping[str, Any]  # the dataset's row
+    choices: tuple[str, ...] = ()  # of a multiple choice
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,16 @@ def scored_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
                 yield from [_item(task, document) for document in task.eval_docs]
 
 
+def first_items(loaded: LoadedTasks, limit: int | None) -> dict[str, list[TaskItem]]:
+    """Task -> its first `limit` scored items, in the order of lm-eval's samples."""
+    with prepared(loaded.selection, {}):
+        found = {}
+        for name, task in loaded.tasks.items():
+            with errors_named(name):
+                found[name] = [_item(task, document) for document in islice(task.eval_docs, limit)]
+        return found
+
+
 def scored_questions(
     loaded: LoadedTasks, limit: int | None, chat: Chat | None
 ) -> dict[str, list[Question]]:
@@ -271,7 +282,9 @@ def _item(task: Any, document: Any) -> TaskItem:
     prompt = task.doc_to_text(document)
     if isinstance(prompt, int):  # as in winogrande: the answer is the number of a text
         prompt = task.doc_to_choice(document)[prompt]
-    return TaskItem(task.task_name, str(prompt), _answer(task, document), dict(document))
+    listed = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else ()
+    choices = tuple(map(str, listed or ()))
+    return TaskItem(task.task_name, str(prompt), _answer(task, document), dict(document), choices)
 
 
 def _answer(task: Any, document: Any) -> str:

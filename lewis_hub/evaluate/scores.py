@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
@@ -56,6 +56,24 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a model answered to each item, shortened; None for an item without an answer in words.
+
+    `judged` has an entry for each metric that does not judge the whole answer: what its filter
+    extracts, or the choice by another measure. None in it stands for the whole answer.
+    """
+
+    given: tuple[str | None, ...]
+    judged: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+
+    def by(self, metric: str) -> tuple[str | None, ...]:
+        """The texts that a metric judges."""
+        read = self.judged.get(metric, (None,) * len(self.given))
+        pairs = zip(read, self.given, strict=True)
+        return tuple(whole if text is None else text for text, whole in pairs)
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """One model on one task: digests of the items and of their prompts, and its metrics."""
 
@@ -63,6 +81,7 @@ class TaskResult:
     documents: tuple[str, ...]
     prompts: tuple[str, ...]
     metrics: Mapping[str, MetricResult]
+    answers: Answers | None = None  # None: not recorded, or the task has none in words
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,18 @@ class ModelResult:
         """The text of `items.json`, which `from_json` reads back without loss."""
         plain = TypeAdapter(ModelResult).dump_python(self, mode="json")
         settings = {"settings": plain["settings"]} if self.settings else {}
+        for task in plain["tasks"].values():
+            if task["answers"] is None:
+                del task["answers"]
         document = {"version": ITEMS_VERSION, **settings, "tasks": plain["tasks"]}
         compact = (",", ":")  # with a line a number, white space would be most of the file
         return json.dumps(document, separators=compact, allow_nan=False) + "\n"
+
+    @property
+    def without_answers(self) -> ModelResult:
+        """The same results without texts."""
+        tasks = {name: replace(task, answers=None) for name, task in self.tasks.items()}
+        return replace(self, tasks=tasks)
 
     @classmethod
     def from_json(cls, text: str) -> ModelResult:
@@ -86,7 +114,9 @@ class ModelResult:
         name = "evaluation result"
         result = read_document(text, name, ITEMS_VERSION, cls)
         for task in result.tasks.values():
-            lists = (task.prompts, *(metric.values for metric in task.metrics.values()))
+            answers = (task.answers.given, *task.answers.judged.values()) if task.answers else ()
+            values = (metric.values for metric in task.metrics.values())
+            lists = (task.prompts, *values, *answers)
             if any(len(each) != len(task.documents) for each in lists if each is not None):
                 problem = f"is damaged ({len(task.documents)} items, but other numbers of values)."
                 raise EvaluationError(name, problem, "Evaluate again.")

@@ -26,6 +26,7 @@ from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
     ADAPTERS,
+    Access,
     RepoType,
     Source,
     SourceFile,
@@ -210,9 +211,11 @@ def _repo(hub_repo: HubRepo) -> Source:
             if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
         )
     remember_revision(name, repo_type, hub_repo.revision, sha)
+    access: Access = "private" if getattr(info, "private", False) else "public"
     if getattr(info, "gated", False):  # anyone may list its files, but not read them
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
-    return Source(name, repo_type, hub_repo.revision, sha, files, None)
+        access = "gated"
+    return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:

@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 RepoType = Literal["model", "dataset"]
+Access = Literal["public", "gated", "private"]
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LICENCES = tuple(  # texts that many licences want to be passed on
@@ -55,6 +56,8 @@ class Source:
     files: tuple[SourceFile, ...]
     folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
     converted: Path | None = None  # the model with its pickled weights as safetensors
+    # who may read the repo; None: unknown, as offline, or a folder. It does not change the bytes.
+    access: Access | None = field(default=None, compare=False)
 
     @property
     def local_folder(self) -> Path | None:

@@ -338,6 +338,11 @@ class Evaluation(Running):
         description="Models that are scored on the same items as the merge. `uniform`: the same "
         "merge without guidance.",
     )
+    log_samples: Literal["public", "all", "none"] | None = Field(
+        None,
+        description="Tasks whose questions and answers the report shows: those with public data "
+        "(default), all, or none. Scores of items are always shown.",
+    )
     gate: Gates | None = Field(
         None, description="One or several conditions. If one fails, the merge is not published."
     )

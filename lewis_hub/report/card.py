@@ -72,7 +72,7 @@ def model_card(facts: CardFacts) -> ModelCard:
             {"model": partial(_model, facts), "listed": _listed, "licence": _licence_link},
             facts=facts,
             **_description(facts),
-            **_guidance(facts.guided),
+            **guidance_values(facts.guided),
             **_scores(facts),
         )
     )
@@ -124,7 +124,7 @@ def _description(facts: CardFacts) -> dict[str, Any]:
         "dark_folder": dark_folder(facts),
         "licences": list(dict.fromkeys(licences)),
         "disagree": DISAGREE,
-        "calibrated": _calibrated(facts),
+        "calibrated": calibrated_on(facts),
         "datasets": {source.pinned: source for source in facts.datasets},
         "streams": any(cost.fetched_bytes is not None for cost in facts.costs),
         "builder": BUILDER,
@@ -140,7 +140,7 @@ def dark_folder(facts: CardFacts) -> str:
     return f"{url}/resolve/main/lewis" if url else "lewis"
 
 
-def _guidance(guided: Guided | None) -> dict[str, Any]:
+def guidance_values(guided: Guided | None) -> dict[str, Any]:
     """The values that a guide decided: expert, tensor -> value, value of all other tensors."""
     experts = guided.schedule.experts if guided else ()
     known = GUIDES.get(guided.guide) if guided else None
@@ -205,7 +205,7 @@ def _configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _calibrated(facts: CardFacts) -> Sequence[SourceImportance | Measured]:
+def calibrated_on(facts: CardFacts) -> Sequence[SourceImportance | Measured]:
     """The experts that were measured on texts."""
     profile = facts.guided.profile if facts.guided else None
     guided = profile.by(profile.measures[0]).experts if profile and profile.measures else ()

@@ -145,7 +145,7 @@ def _cell(task: TaskScores, metric: str, label: str) -> str:
     finite = [one.merit for one in rivals if math.isfinite(one.value)]
     is_best = len(finite) > 1 and score.merit == max(finite)
     value = f"**{number(score.value)}**" if is_best else number(score.value)
-    return value if score.stderr is None else f"{value} ± {number(score.stderr)}"
+    return " ".join(filter(None, (value, uncertainty(score, task.n))))
 
 
 def paired_table(scores: Scores) -> str | None:
@@ -208,6 +208,16 @@ def interval(score: MetricScore, n: int) -> tuple[float, float] | None:
         margin = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
         return (centre - margin) / total, (centre + margin) / total
     return p - Z * error, p + Z * error
+
+
+def uncertainty(score: MetricScore, n: int) -> str:
+    """The standard error, or the interval of a share of zero or one; empty if there is none."""
+    if score.stderr is None:
+        return ""
+    known = interval(score, n)
+    if score.stderr == 0 and known and known[0] < known[1]:
+        return f"({number(abs(known[0]))} to {number(known[1])})"
+    return f"± {number(score.stderr)}"
 
 
 def number(value: float) -> str:

@@ -10,6 +10,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from urllib.parse import quote, urlsplit
 
 LITERAL = re.compile(r"[A-Za-z0-9 ,./:;%()'-]")  # has no meaning in Markdown inside a line
@@ -17,6 +18,7 @@ PLAIN_CODE = re.compile(r"[ -~]*")  # without characters that tables, HTML or ma
 NOT_IN_CODE = frozenset("`|<>&\\$")
 INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])&#95;(?=[A-Za-z0-9])")  # no emphasis inside a word
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, overrides of direction, ...
+JOINERS = "\u200c\u200d"  # invisible too, but they shape Persian, Hindi and emoji
 
 
 def text(value: object) -> str:
@@ -61,6 +63,23 @@ def visible(value: object) -> str:
     """A string on one line, without invisible characters."""
     line = " ".join(str(value).split())
     return "".join(char for char in line if unicodedata.category(char) not in INVISIBLE)
+
+
+def visible_lines(value: object) -> str:
+    """A text of several lines without invisible characters."""
+    lines = str(value).expandtabs(4).splitlines()
+    return "\n".join(
+        "".join(c for c in line if c in JOINERS or unicodedata.category(c) not in INVISIBLE)
+        for line in lines
+    )
+
+
+def as_html(sentence: str) -> str:
+    """A sentence of literal text and code spans, as this module writes them, in HTML."""
+    parts = re.split(r"`([^`]*)`", sentence)
+    texts = (html.escape(html.unescape(part)) for part in parts[::2])
+    codes = (f"<code>{html.escape(part)}</code>" for part in parts[1::2])
+    return "".join(part for pair in zip_longest(texts, codes, fillvalue="") for part in pair)
 
 
 def attribute(value: object) -> str:

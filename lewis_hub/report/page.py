@@ -1,35 +1,47 @@
-"""`lewis/report.html`: scores, items, modules and costs in a single file that needs no network.
+"""`lewis/report.html`: what a merge lost and won, how it was made, in a file without network.
 
-Its content security policy allows only the script and the style sheet inside the file.
+Its content security policy allows only the script and the style sheet inside the file. The same
+facts and samples give the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.display import size
-from lewis_hub.errors import ProfileError
-from lewis_hub.evaluate.scores import MERGED, ModelResult, Scores
+from lewis_hub.evaluate.samples import SampledMetric, Samples
+from lewis_hub.evaluate.scores import EXPERT, MERGED, PairedTest, Scores, settings_words
+from lewis_hub.guides.schedule import weighted_mean
+from lewis_hub.report.card import calibrated_on, guidance_values
 from lewis_hub.report.cost import StageCost, duration
-from lewis_hub.report.facts import CardFacts, Guided
-from lewis_hub.report.findings import metric_name, model_name, number, twins
-from lewis_hub.report.markdown import visible
-from lewis_hub.report.profiles import Grid, arrange, clip, relative_change, short_name
+from lewis_hub.report.facts import METHODS, CardFacts
+from lewis_hub.report.findings import (
+    findings,
+    gate_sentences,
+    interval,
+    model_name,
+    number,
+    readable_metric,
+    signed,
+    twins,
+    uncertainty,
+)
+from lewis_hub.report.markdown import as_html, visible, visible_lines
+from lewis_hub.report.page_data import Document, embedded, page_data
+from lewis_hub.report.profiles import short_name
+from lewis_hub.report.verdict import verdict
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 FILE = "lewis/report.html"
-MARKS = {1.0: "1", 0.0: "0", None: "-"}  # an item's value as a character
-INTERVAL = 1.96  # standard errors to each side of a mean: 95 %
 
 COSTS = {  # title of a chart -> the attribute that it shows
     "Time": "seconds",
@@ -39,37 +51,49 @@ COSTS = {  # title of a chart -> the attribute that it shows
     "Downloaded in ranges": "fetched_bytes",
 }
 
-Document = dict[str, Any]
 
-
-def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
-    """Write the page; `results` of models are by their labels in the scores."""
+def report_page(facts: CardFacts, samples: Samples) -> str:
+    """Write the page."""
     script, style = _template("report.js"), _template("report.css")
     scores = facts.scores if facts.was_scored else None
-    data = page_data(facts.guided, results)
+    data = page_data(facts.guided, samples)
     return _page().render(
         facts=facts,
         script=script,
         style=style,
         script_hash=_digest(script),
         style_hash=_digest(style),
-        data=_embedded(data),
+        data=embedded(data),
+        outcomes=list(outcomes(samples, scores)) if scores else [],
+        notes=list(_notes(samples)),
         scores=list(_score_charts(scores)) if scores else [],
-        twins=twins(scores) if scores else (),
         items=bool(data["metrics"]),
         experts=bool(data["experts"]),
         costs=list(_cost_charts(facts.costs)),
+        calibrated=calibrated_on(facts),
+        **_findings(facts, scores),
+        **guidance_values(facts.guided),
     )
 
 
 @cache
 def _page() -> Template:
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["visible"] = visible
+    environment.globals["methods"] = METHODS
+    environment.filters |= {
+        "count": lambda value: f"{value:,}" if isinstance(value, int) else "–",
+        "duration": duration,
+        "html": lambda sentence: Markup(as_html(sentence)),
+        "lines": visible_lines,
+        "short_name": short_name,
+        "visible": visible,
+        "weighted_mean": weighted_mean,
+    }
     return environment.from_string(_template("report.html.j2"))
 
 
@@ -82,10 +106,99 @@ def _digest(text: str) -> str:
     return f"sha256-{digest}"
 
 
-def _embedded(document: Document) -> str:
-    """JSON in which an HTML parser finds neither the end of a script nor a comment."""
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+def _findings(facts: CardFacts, scores: Scores | None) -> Mapping[str, Any]:
+    """The verdict, and gains and limits, as sentences in Markdown."""
+    gains, limits = findings(scores) if scores else ([], [])
+    return {
+        "verdict": verdict(scores) if scores else None,
+        "gains": gains,
+        "limits": limits,
+        "twins": twins(scores) if scores else (),
+        "settings": settings_words(scores.settings) if scores and scores.settings else None,
+        "guided_notes": facts.guided.notes if facts.guided else (),
+        "gate": list(gate_sentences(facts.gate)) if facts.gate else [],
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The items that a merge lost and won by one metric against another model."""
+
+    task: str
+    metric: str
+    against: str
+    is_expert: bool
+    n_lost: int
+    n_won: int
+    n_equal: int  # both right or both wrong, or the same number
+    n_unknown: int  # one of the models has no result
+    difference: str  # with its interval; empty without a test
+    lost: float = 0.0  # the lengths of two bars, at most 50
+    won: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """The number of items."""
+        return self.n_lost + self.n_won + self.n_equal + self.n_unknown
+
+
+def outcomes(samples: Samples, scores: Scores) -> Iterator[Outcome]:
+    """What a merge lost and won on every task, against the best expert there."""
+    for name, task in samples.tasks.items():
+        for key, metric in task.metrics.items():
+            if metric.against is None:
+                continue
+            tests = scores.tasks[name].paired if name in scores.tasks else ()
+            found = (t for t in tests if (t.metric, t.against) == (key, metric.against))
+            yield _outcome(name, key, metric, next(found, None))
+
+
+def _outcome(task: str, key: str, metric: SampledMetric, test: PairedTest | None) -> Outcome:
+    against = metric.against or ""
+    pairs = list(zip(metric.values[MERGED], metric.values[against], strict=True))
+    known = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+    higher = sum(mine > theirs for mine, theirs in known)
+    lower = sum(mine < theirs for mine, theirs in known)
+    n_won, n_lost = (higher, lower) if metric.higher_is_better else (lower, higher)
+    difference = ""
+    if test:
+        low, high = map(signed, test.ci95)
+        difference = f"{signed(test.difference)} ({low} to {high})"
+    return Outcome(
+        task=task,
+        metric=readable_metric(key),
+        against=model_name(against),
+        is_expert=against.startswith(EXPERT),
+        n_lost=n_lost,
+        n_won=n_won,
+        n_equal=len(known) - higher - lower,
+        n_unknown=len(pairs) - len(known),
+        difference=difference,
+        lost=round(50 * n_lost / max(len(pairs), 1), 2),
+        won=round(50 * n_won / max(len(pairs), 1), 2),
+    )
+
+
+def _notes(samples: Samples) -> Iterator[str]:
+    """Why the questions and answers of items are not shown."""
+    reasons: dict[str, list[str]] = {}
+    for name, task in samples.tasks.items():
+        if task.left_out:
+            reasons.setdefault(task.left_out, []).append(name)
+    for why, names in reasons.items():
+        yield f"Questions and answers of {_listed(names)} are left out. {why}"
+    for name, task in samples.tasks.items():
+        n, n_kept = len(task.questions), task.n_with_texts
+        if n_kept < n:
+            yield (
+                f"Questions and answers of {n_kept:,} of the {n:,} items of {name} are kept, those "
+                "that the merge lost or won first: all texts of a report together are limited."
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} other tasks" if len(names) > 3 else shown
 
 
 def _score_charts(scores: Scores) -> Iterator[Document]:
@@ -99,13 +212,12 @@ def _score_charts(scores: Scores) -> Iterator[Document]:
             top = max([1.0, *(abs(score.value) for score in known.values())])
             bars = []
             for label, score in known.items():
-                text, margin = number(score.value), 0.0
-                if score.stderr:
-                    text, margin = f"{text} ± {number(score.stderr)}", INTERVAL * score.stderr
-                bar = _bar(model_name(label), text, score.value, top, margin)
+                text = " ".join(filter(None, (number(score.value), uncertainty(score, task.n))))
+                ends = interval(score, task.n) or ()
+                bar = _bar(model_name(label), text, score.value, top, ends)
                 bars.append(bar | {"strong": label == MERGED})
-            title = visible(f"{name} ({metric_name(key)}), {task.n:,} items")
-            yield {"title": title, "bars": bars}
+            title = visible(f"{name}, {readable_metric(key)}")
+            yield {"title": title, "n": task.n, "bars": bars}
 
 
 def _cost_charts(costs: Sequence[StageCost]) -> Iterator[Document]:
@@ -118,10 +230,12 @@ def _cost_charts(costs: Sequence[StageCost]) -> Iterator[Document]:
                 amount = duration if field == "seconds" else size
                 text = "–" if value is None else amount(value)
                 bars.append(_bar(cost.stage, text, value or 0.0, top))
-            yield {"title": title, "bars": bars}
+            yield {"title": title, "n": None, "bars": bars}
 
 
-def _bar(name: str, label: str, value: float, top: float, margin: float = 0.0) -> Document:
+def _bar(
+    name: str, label: str, value: float, top: float, ends: tuple[float, float] | tuple[()] = ()
+) -> Document:
     """A labelled bar and the interval around its end; lengths are between 0 and 100."""
 
     def percent(value: float) -> float:
@@ -131,89 +245,6 @@ def _bar(name: str, label: str, value: float, top: float, margin: float = 0.0) -
         "name": visible(name),
         "label": label,
         "length": percent(value),
-        "interval": (percent(value - margin), percent(value + margin)) if margin else (),
+        "interval": tuple(map(percent, ends)),
         "strong": False,
     }
-
-
-def page_data(guided: Guided | None, results: Mapping[str, ModelResult]) -> Document:
-    """The data that the script of the page draws, as plain JSON."""
-    return {
-        "experts": list(_experts(guided)) if guided else [],
-        "metrics": list(_metrics(results)),
-    }
-
-
-def _experts(guided: Guided) -> Iterator[Document]:
-    measured = {entry.source: entry for entry in guided.profile.experts} if guided.profile else {}
-    for expert in guided.schedule.experts:
-        maps = [_map("density", "of the task vector", arrange(expert.tensors))]
-        if guided.profile and expert.source in measured:
-            maps += _importance(guided.profile, measured[expert.source])
-        if any(maps):
-            yield {"name": visible(short_name(expert.source)), "maps": [m for m in maps if m]}
-
-
-def _importance(profile: ImportanceProfile, expert: SourceImportance) -> list[Document | None]:
-    own = _map("importance in the expert", "", arrange(expert.modules))
-    try:
-        base = profile.base_of(expert).modules
-    except ProfileError:
-        return [own]
-    change = arrange(relative_change(expert.modules, base))
-    return [
-        _map("change of importance", "% of the base's", change),
-        own,
-        _map("importance in the base", "", arrange(base)),
-    ]
-
-
-def _map(title: str, unit: str, grid: Grid | None) -> Document | None:
-    if grid is None:
-        return None
-    clipped = clip(grid)
-    return {
-        "title": title,
-        "unit": unit,
-        "components": [visible(component) for component in grid.components],
-        "blocks": grid.blocks,
-        "values": [[_rounded(value) for value in row] for row in grid.values],
-        "bottom": _rounded(grid.known[0]),
-        "top": _rounded(clipped.limit if clipped else grid.known[-1]),
-        "note": visible(clipped.sentence("{:.4g}".format)) if clipped else "",
-    }
-
-
-def _metrics(results: Mapping[str, ModelResult]) -> Iterator[Document]:
-    """The metrics that are means over items, each with the values of every model."""
-    merged = results.get(MERGED, ModelResult({}))
-    for name, task in merged.tasks.items():
-        for key, metric in task.metrics.items():
-            values = {
-                label: result.tasks[name].metrics[key].values
-                for label, result in results.items()
-                if name in result.tasks and key in result.tasks[name].metrics
-            }
-            known = {label: items for label, items in values.items() if items is not None}
-            if MERGED in known:
-                yield {
-                    "task": visible(name),
-                    "metric": visible(metric_name(key)),
-                    "higher_is_better": metric.higher_is_better is not False,
-                    "models": [
-                        {"name": visible(model_name(label)), "items": _items(items)}
-                        for label, items in known.items()
-                    ],
-                    "merged": list(known).index(MERGED),
-                }
-
-
-def _items(values: Sequence[float | None]) -> str | list[float | None]:
-    """Right and wrong answers as a character each; other numbers are rounded."""
-    if all(value in MARKS for value in values):
-        return "".join(MARKS[value] for value in values)
-    return [None if value is None else _rounded(value) for value in values]
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if isfinite(value) else None

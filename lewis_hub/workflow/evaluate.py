@@ -18,6 +18,7 @@ from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, scored_data, 
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.paired import compare
+from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
@@ -32,12 +33,14 @@ from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import MergedModel, PlanSettings, finish_model, write_weights
 from lewis_hub.workflow.open import OpenedSource
+from lewis_hub.workflow.samples import LogSamples, samples_of
 from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
 from lewis_hub.workflow.texts import ScoredTasks, Sets
 
 CARD = "README.md"
 ITEMS = "lewis/items.json"
 SCORES = "lewis/scores.json"
+KEPT = 2  # version of the results that a rerun uses again; 2: with answers
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,12 @@ class Scored:
     results: Mapping[str, ModelResult]  # by label
     gate: GateVerdict | None = None
     data: Mapping[str, ScoredData] = field(default_factory=dict)  # task -> its dataset
+    samples: Samples = field(default_factory=Samples)
 
     @property
     def items(self) -> ModelResult:
-        """The results of the merge."""
-        return self.results["merged"]
+        """The results of the merge, without the texts of its answers."""
+        return self.results["merged"].without_answers
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class EvaluationPlan:
     uniform_twin: bool
     plain_twin: PlainTwin | None
     gates: tuple[Gate, ...]  # the conditions for publishing
+    log_samples: LogSamples = "public"  # the tasks whose questions and answers are kept
 
 
 def settings_of(asked: Evaluation, device: str) -> EvaluationSettings:
@@ -153,7 +158,8 @@ def score_merge(
     kept = loader.scratch / "scored"
     models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
     results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
-    return Scored(compare(results), results, data=scored_data(tasks.loaded))
+    samples = samples_of(results, tasks, limit, evaluation.log_samples)
+    return Scored(compare(results), results, data=scored_data(tasks.loaded), samples=samples)
 
 
 def score(
@@ -188,7 +194,7 @@ def _file_name(
     selected, own = loaded.selection, loaded.selection.include
     files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
     texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
-    facts = [candidate.identity, selected.names, texts, limit, vars(settings)]
+    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings)]
     document = json.dumps([*facts, sorted(loaded.commits.values()), version("lm_eval")])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
 

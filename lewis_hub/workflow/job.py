@@ -223,6 +223,7 @@ def _evaluation(
         uniform_twin=examine.has_uniform_twin(recipe),
         plain_twin=twin,
         gates=evaluation.gate or (),
+        log_samples=evaluation.log_samples or "public",
     )
 
 

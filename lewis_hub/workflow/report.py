@@ -10,6 +10,8 @@ from typing import Literal
 
 from lewis_hub.documents import read_json
 from lewis_hub.evaluate.gate import FILE as GATE
+from lewis_hub.evaluate.samples import FILE as SAMPLES
+from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Benchmark, Calibration
@@ -120,6 +122,7 @@ def _write_locked(
     if scored:
         texts[SCORES] = scored.scores.to_json()
         texts[ITEMS] = scored.items.to_json()
+        texts[SAMPLES] = scored.samples.to_json()
     others: list[str] = []
     if guided:
         others += [*([PROFILE] if guided.profile else []), SCHEDULE]
@@ -147,8 +150,8 @@ def _write_card(
 
     They are not part of the lock, because they describe a run and their owner may change them.
     """
-    results = scored.results if scored else {}
-    texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, results)}
+    samples = scored.samples if scored else Samples()
+    texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, samples)}
     if facts.scores and settings.benchmarks:
         texts |= eval_results(facts.scores, settings.benchmarks, facts)
     for name, text in texts.items():

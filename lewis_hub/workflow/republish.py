@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import MergeError, PublishError
+from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.publish import SIGNATURE
@@ -72,7 +73,7 @@ def republish(
     write_whole(folder / RECIPE, new.recipe)
     _patch_card(folder / CARD, old, new)
     if (folder / page.FILE).exists():
-        pages = [page.report_page(one, {}) for one in (old, new)]
+        pages = [page.report_page(one, Samples()) for one in (old, new)]
         text = (folder / page.FILE).read_text(encoding="utf-8")
         write_whole(folder / page.FILE, patched(text, *pages))
     boards = eval_results(new.scores, settings.benchmarks, new) if new.scores else {}

@@ -240,11 +240,14 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
     pinned = {(name, named): resolve_dataset(api, name, revision or named) for name, named in repos}
     files = dict.fromkeys(file for data in every for file in data.files)
     sources = (*pinned.values(), *(resolve_dataset(api, file) for file in files))
-    return PinnedTask(asked, files_digest(located), sources, _commits(pinned))
+    return PinnedTask(asked, files_digest(located), sources, commits_of(pinned))
 
 
-def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
-    """Return the commits of the repos that scored tasks read.
+ScoredSources = Mapping[tuple[str, str | None], Source]  # by name and revision in the task file
+
+
+def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
+    """Return the repos and folders that scored tasks read.
 
     A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
     """
@@ -254,10 +257,16 @@ def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
     for name, revision in repos:
         with suppress(SourceError):
             found[name, revision] = resolve_dataset(api, name, revision)
-    return _commits(found)
+    return found
 
 
-def _commits(pinned: dict[tuple[str, str | None], Source]) -> Commits:
+def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
+    """Return the commits of the repos that scored tasks read."""
+    return commits_of(scored_sources(api, selected))
+
+
+def commits_of(pinned: ScoredSources) -> Commits:
+    """Return the commits of repos."""
     return {key: source.commit_sha for key, source in pinned.items() if source.folder is None}
 
 

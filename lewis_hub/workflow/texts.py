@@ -26,7 +26,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.open import OpenedSource
-from lewis_hub.workflow.resolve import PinnedTask, scored_commits
+from lewis_hub.workflow.resolve import PinnedTask, ScoredSources, commits_of, scored_sources
 
 Values = frozenset[str]  # texts without case and white space
 
@@ -119,10 +119,15 @@ class ScoredTasks:
     progress: Progress
 
     @cached_property
+    def sources(self) -> ScoredSources:
+        """The pinned repos and folders of their data."""
+        return scored_sources(self.api, self.selection)
+
+    @cached_property
     def loaded(self) -> LoadedTasks:
         """The loaded tasks."""
         self.progress.say("Loading the benchmarks")
-        return load_tasks(self.selection, scored_commits(self.api, self.selection))
+        return load_tasks(self.selection, commits_of(self.sources))
 
     def items(self) -> list[TaskItem]:
         """Return every item of every task."""

@@ -10,7 +10,10 @@ import pytest
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.evaluate.benchmarks import ScoredData
+from lewis_hub.evaluate.items import TaskItem
+from lewis_hub.evaluate.samples import Samples, collect_samples
 from lewis_hub.evaluate.scores import (
+    Answers,
     MetricResult,
     MetricScore,
     ModelResult,
@@ -132,6 +135,26 @@ def results(scores: Scores, n: int = 300) -> dict[str, ModelResult]:
     return found
 
 
+def samples(scores: Scores, n: int = 300) -> Samples:
+    """The items of `results`, without texts."""
+    return collect_samples(results(scores, n), {}, {"sums": "Nobody kept them."})
+
+
+def told_samples(scores: Scores, n: int = 300) -> Samples:
+    """The same with texts: sums, whose wrong answers name the model."""
+    spoken, items = {}, []
+    for number in range(n):
+        items.append(TaskItem("sums", f"What is {number} + 1?", str(number + 1), {}))
+    for label, result in results(scores, n).items():
+        task = result.tasks["sums"]
+        values = task.metrics["exact_match,none"].values or ()
+        given = [f"{i + 1}" if v else f"{label[:8]} says {i}" for i, v in enumerate(values)]
+        spoken[label] = replace(
+            result, tasks={"sums": replace(task, answers=Answers(tuple(given)))}
+        )
+    return collect_samples(spoken, {"sums": items}, {})
+
+
 def card_facts(**changes: Any) -> CardFacts:
     """A guided, scored merge of two repos into a third."""
     fake = fake_merge()
@@ -176,6 +199,16 @@ def make_facts() -> Callable[..., CardFacts]:
 @pytest.fixture
 def make_results() -> Callable[..., dict[str, ModelResult]]:
     return results
+
+
+@pytest.fixture
+def make_samples() -> Callable[..., Samples]:
+    return samples
+
+
+@pytest.fixture
+def make_told_samples() -> Callable[..., Samples]:
+    return told_samples
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from markdown_it import MarkdownIt
 
 from lewis_hub.evaluate.benchmarks import ScoredData
 from lewis_hub.evaluate.gate import Check, GateVerdict
-from lewis_hub.evaluate.scores import ModelResult, Scores
+from lewis_hub.evaluate.items import TaskItem
+from lewis_hub.evaluate.samples import collect_samples
+from lewis_hub.evaluate.scores import Answers, ModelResult, Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.localhub.pages import render_markdown
 from lewis_hub.recipe.schema import Benchmark
@@ -76,16 +78,17 @@ def hostile_facts(make_facts):
     )
 
 
-def hostile_results(make_results, make_scores):
-    """The same of what the models did."""
+def hostile_samples(make_results, make_scores):
+    """The same of what the models did and said."""
     found = {}
     for label, result in make_results(make_scores(), 5).items():
         task = result.tasks["sums"]
         metrics = {f"{NAME},{NAME}": task.metrics["exact_match,none"]}
         found[f"expert:{NAME}" if label == "uniform" else label] = ModelResult(
-            {NAME: replace(task, metrics=metrics)}
+            {NAME: replace(task, metrics=metrics, answers=Answers((NAME,) * 5))}
         )
-    return found
+    items = [TaskItem(NAME, NAME, NAME, {})] * 5
+    return collect_samples(found, {NAME: items}, {})
 
 
 def test_hostile_names_do_no_harm(make_facts):
@@ -127,7 +130,7 @@ def test_the_embedded_hubs_own_page_shows_the_card(make_facts):
 
 
 def test_hostile_names_stay_text_in_the_report_page(make_facts, make_results, make_scores):
-    page = report_page(hostile_facts(make_facts), hostile_results(make_results, make_scores))
+    page = report_page(hostile_facts(make_facts), hostile_samples(make_results, make_scores))
 
     tags = re.findall(r"<\s*(/?[a-z!]\w*)", page, flags=re.I)
     assert [tag for tag in tags if "script" in tag.lower()] == [

@@ -13,7 +13,7 @@ from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.page import report_page
 from tests.report.chromium import PROGRAM, Page, browser
-from tests.report.test_escaping import NAME, hostile_facts, hostile_results
+from tests.report.test_escaping import NAME, hostile_facts, hostile_samples
 
 pytestmark = [
     pytest.mark.slow,  # starts a browser
@@ -36,9 +36,9 @@ def page() -> Iterator[Page]:
 
 
 @pytest.fixture
-def report(make_facts, make_results, make_scores, tmp_path):
+def report(make_facts, make_samples, make_scores, tmp_path):
     file = tmp_path / "report.html"
-    file.write_text(report_page(make_facts(), make_results(make_scores())), encoding="utf-8")
+    file.write_text(report_page(make_facts(), make_samples(make_scores())), encoding="utf-8")
     return file.as_uri()
 
 
@@ -124,7 +124,7 @@ def test_hostile_names_run_nothing_in_the_report(
     page, make_facts, make_results, make_scores, tmp_path
 ):
     file = tmp_path / "report.html"
-    told = report_page(hostile_facts(make_facts), hostile_results(make_results, make_scores))
+    told = report_page(hostile_facts(make_facts), hostile_samples(make_results, make_scores))
     file.write_text(told, encoding="utf-8")
 
     page.open(file.as_uri())

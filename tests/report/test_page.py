@@ -6,9 +6,11 @@ import json
 import re
 from dataclasses import replace
 
+from lewis_hub.evaluate.samples import Samples, collect_samples
 from lewis_hub.evaluate.scores import MetricResult, ModelResult
 from lewis_hub.report.cost import Machine
-from lewis_hub.report.page import page_data, report_page
+from lewis_hub.report.page import report_page
+from lewis_hub.report.page_data import page_data
 
 POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
 
@@ -22,9 +24,9 @@ def digest(text):
 
 
 def test_the_page_holds_all_that_it_shows_and_lets_nothing_else_run(
-    make_facts, make_results, make_scores
+    make_facts, make_samples, make_scores
 ):
-    page = report_page(make_facts(), make_results(make_scores()))
+    page = report_page(make_facts(), make_samples(make_scores()))
 
     script = re.search(r"<script>(.*?)</script>", page, flags=re.S)[1]
     style = re.search(r"<style>(.*?)</style>", page, flags=re.S)[1]
@@ -35,14 +37,14 @@ def test_the_page_holds_all_that_it_shows_and_lets_nothing_else_run(
     assert page.index("Content-Security-Policy") < page.index("<style>")
     outside = page.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert not re.search(r"https?://|\ssrc=|\shref=|url\(|@import|\sstyle=|\son\w+=", outside)
-    assert page == report_page(make_facts(), make_results(make_scores()))
+    assert page == report_page(make_facts(), make_samples(make_scores()))
 
 
 def test_every_module_has_its_numbers(make_facts):
     facts = make_facts()
     (first, _) = facts.guided.schedule.experts
 
-    (expert, other) = page_data(facts.guided, {})["experts"]
+    (expert, other) = page_data(facts.guided, Samples())["experts"]
 
     assert (expert["name"], other["name"]) == ("zoo/math", "zoo/text")
     assert [one["title"] for one in expert["maps"]] == [
@@ -68,7 +70,7 @@ def test_a_module_that_stands_out_ends_the_colours_early_and_is_named(make_facts
     louder = replace(expert, modules={**expert.modules, loud: 9 * expert.modules[loud]})
     profile = replace(guided.profile, sources=(base, louder, *rest))
 
-    change = page_data(replace(guided, profile=profile), {})["experts"][0]["maps"][1]
+    change = page_data(replace(guided, profile=profile), Samples())["experts"][0]["maps"][1]
 
     assert (
         change["note"] == f"The colour scale ends at 20 (percentile 95.8). Above it: {loud}, 978.7."
@@ -85,7 +87,7 @@ def test_items_are_a_character_each_and_other_numbers_are_shortened(make_results
     merged = replace(plain, metrics={"exact_match,none": answered, "loss,none": texts})
     results = {**found, "merged": ModelResult({"sums": merged})}
 
-    first, second = page_data(None, results)["metrics"]
+    first, second = page_data(None, collect_samples(results, {}, {}))["metrics"]
 
     assert (first["task"], first["metric"], first["merged"]) == ("sums", "exact_match", 4)
     assert first["models"][1] == {"name": "zoo/math", "items": "0111111111"}
@@ -100,19 +102,25 @@ def test_a_metric_that_is_no_mean_over_items_has_no_items(make_results, make_sco
     metric = MetricResult(0.5, None)
     results = {"merged": ModelResult({"sums": replace(plain, metrics={"f1,none": metric})})}
 
-    assert page_data(None, results) == {"experts": [], "metrics": []}
+    assert page_data(None, collect_samples(results, {}, {})) == {"experts": [], "metrics": []}
 
 
 def test_a_merge_without_guide_scores_and_costs_has_a_page_that_says_so(make_facts):
-    page = report_page(make_facts(guided=None, scores=None, costs=()), {})
+    page = report_page(make_facts(guided=None, scores=None, costs=()), Samples())
 
-    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Scores"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Scores",
+        "How it was merged",
+        "Sources",
+        "Limits",
+        "Recipe",
+    ]
     assert "This merge was not scored." in page
     assert data_of(page) == {"experts": [], "metrics": []}
 
 
 def test_bars_are_as_long_as_what_they_stand_for(make_facts):
-    page = report_page(make_facts(), {})
+    page = report_page(make_facts(), Samples())
 
     rows = re.findall(r'<th scope="row">(.*?)</th>.*?width="(.*?)".*?number">(.*?)<', page, re.S)
     assert rows[:5] == [
@@ -129,17 +137,21 @@ def test_bars_are_as_long_as_what_they_stand_for(make_facts):
 
 
 def test_the_machine_that_the_costs_are_of_is_told_as_text(make_facts):
-    page = report_page(make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), {})
+    page = report_page(
+        make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), Samples()
+    )
 
     assert "on 2 cores of &lt;b&gt;Xeon, 8.0 GB of memory. Cached files" in page
 
 
 def test_the_page_of_a_model_of_30_blocks_and_1300_items_is_small(
-    make_facts, make_fake, make_results, make_scores
+    make_facts, make_fake, make_samples, make_scores
 ):
     fake = make_fake(30, tuple(f"mixer.projection_{i}" for i in range(7)))
     guided = replace(make_facts().guided, profile=fake.profile, schedule=fake.schedule)
+    parameters = dict.fromkeys(fake.schedule.experts[0].tensors, 64)
+    facts = make_facts(guided=guided, parameters=parameters)
 
-    page = report_page(make_facts(guided=guided), make_results(make_scores(), 1300))
+    page = report_page(facts, make_samples(make_scores(), 1300))
 
     assert len(page.encode()) < 100_000
