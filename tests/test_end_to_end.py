@@ -33,6 +33,7 @@ MODEL_FILES = {
     "lewis/importance.json",
     "lewis/density.json",
     "lewis/scores.json",
+    "lewis/samples.json",
     "lewis/cost.json",
     "lewis/report.html",
     "lewis/tasks/zoo_reverse.yaml",

@@ -175,8 +175,13 @@ function moduleCell(expert, shown, row, column, width) {
   if (value === null) return { kind: "none", text: `block ${block} has no ${component}` };
   const share = (value - shown.bottom) / (shown.top - shown.bottom || 1);
   const text = [`block ${block}, ${component}`, ...expert.maps.map((one) => valueOf(one, component, block))].join("\n");
-  const written = width >= 32 ? { value: String(Number(value.toPrecision(2))), ink: share > 0.55 && share <= 1 ? "#000" : "#fff" } : {};
+  const written = width >= 32 ? { value: digits(value), ink: share > 0.55 && share <= 1 ? "#000" : "#fff" } : {};
   return { fill: value > shown.top ? null : colour(share), kind: "over", text, ...written };
+}
+
+function digits(value) {
+  const two = value.toPrecision(2);
+  return two.includes("e") ? String(Number(two)) : two;
 }
 
 function valueOf(one, component, block) {

@@ -4,20 +4,24 @@ import logging
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import harness
+from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.harness import Benchmarks, affordable_batch, evaluate_model
+from lewis_hub.evaluate.items import first_items
 from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
-from lewis_hub.evaluate.scores import ModelResult
+from lewis_hub.evaluate.scores import Answers, ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection
 
 CPU = EvaluationSettings()
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RIGHT_AFTER_ZERO_ONLY = (1.0, *[0.0] * 9) * 2
 
 
@@ -237,3 +241,44 @@ def test_a_model_without_a_chat_template_is_named(own_tasks, good_model):
         f"{good_model}: has no chat template.\n"
         "Remove `evaluate.chat_template`, or compare with other models."
     )
+
+
+def test_what_a_model_answered_is_recorded(good, poor):
+    right = (*WORDS[1:], "zero") * 2
+
+    assert good.tasks["after"].answers == Answers(right)
+    assert good.tasks["choose"].answers == Answers(right)
+    assert poor.tasks["after"].answers == Answers(("one",) * 20)
+    assert poor.tasks["choose"].answers.given == ("one",) * 20
+    assert good.tasks["both"].answers is None  # a group
+
+
+def test_what_a_filter_reads_and_what_another_measure_prefers_are_recorded():
+    generates = SimpleNamespace(OUTPUT_TYPE="generate_until")
+    chooses = SimpleNamespace(
+        OUTPUT_TYPE="multiple_choice", doc_to_choice=lambda _: ["no", "certainly"]
+    )
+    said = {"doc": {}, "resps": [["so it is 4"]], "filtered_resps": ["4"]}
+    whole = {**said, "filtered_resps": ["so it is 4"]}
+    likely = {"doc": {}, "resps": [[(-4.0, False)], [(-9.0, False)]]}
+    rolling = SimpleNamespace(OUTPUT_TYPE="loglikelihood_rolling")
+
+    found = recorded_answers(
+        generates, {"none": {0: whole}, "strict": {0: said}}, ("em,none", "em,strict")
+    )
+    chosen = recorded_answers(chooses, {"none": {0: likely}}, ("acc,none", "acc_norm,none"))
+
+    assert found == Answers(("so it is 4",), {"em,strict": ("4",)})
+    assert chosen == Answers(("no",), {"acc_norm,none": ("certainly",)})
+    assert recorded_answers(rolling, {"none": {0: likely}}, ("bits_per_byte,none",)) is None
+
+
+def test_items_are_in_the_order_of_the_results(own_tasks):
+    loaded = load_tasks(TaskSelection(("both",), include=own_tasks), {})
+
+    items = first_items(loaded, 3)
+
+    assert [item.prompt for item in items["after"]] == [f"after : {word}" for word in WORDS[:3]]
+    assert [item.answer for item in items["choose"]] == ["one", "two", "three"]
+    assert items["choose"][0].choices == WORDS
+    assert list(items) == ["after", "choose"]

@@ -137,9 +137,7 @@ def test_bars_are_as_long_as_what_they_stand_for(make_facts):
 
 
 def test_the_machine_that_the_costs_are_of_is_told_as_text(make_facts):
-    page = report_page(
-        make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), Samples()
-    )
+    page = report_page(make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), Samples())
 
     assert "on 2 cores of &lt;b&gt;Xeon, 8.0 GB of memory. Cached files" in page
 
