@@ -191,3 +191,25 @@ def test_names_and_numbers_are_for_readers():
         "0.000",
         "+2.000",
     ]
+
+
+def test_the_table_gives_none_of_n_an_interval():
+    table = scores_table(
+        Scores(
+            {
+                "sums": TaskScores(
+                    300,
+                    "1.0",
+                    {
+                        "merged": {"acc,none": MetricScore(0.5, 0.02)},
+                        "base": {"acc,none": MetricScore(0.0, 0.0)},
+                        "uniform": {"acc,none": MetricScore(1.0, 0.0)},
+                    },
+                    (),
+                )
+            }
+        )
+    )
+
+    assert "| base | 0.000 (0.000 to 0.013) |" in table
+    assert "| uniform twin | **1.000** (0.987 to 1.000) |" in table

@@ -125,3 +125,16 @@ def test_a_fence_is_longer_than_what_it_holds():
 
 def test_an_attribute_is_closed_by_nobody_but_us():
     assert markdown.attribute('x" onerror="y\n<b>') == "x&quot; onerror=&quot;y &lt;b&gt;"
+
+
+def test_a_sentence_of_text_and_code_becomes_html():
+    sentence = f"On {markdown.code('a_b')} ({markdown.text('<x> & *y*')}): p < 0.05."
+
+    assert markdown.as_html(sentence) == ("On <code>a_b</code> (&lt;x&gt; &amp; *y*): p &lt; 0.05.")
+    assert markdown.as_html("plain") == "plain"
+    assert markdown.as_html("`a<b`") == "<code>a&lt;b</code>"
+
+
+def test_lines_keep_their_breaks_and_lose_what_is_invisible():
+    assert markdown.visible_lines("a\r\n\tb\u202ec\x00") == "a\n    bc"
+    assert markdown.visible_lines("\u0646\u200c\u0645") == "\u0646\u200c\u0645"

@@ -7,9 +7,9 @@ import re
 from dataclasses import replace
 
 from lewis_hub.evaluate.samples import Samples, collect_samples
-from lewis_hub.evaluate.scores import MetricResult, ModelResult
+from lewis_hub.evaluate.scores import MetricResult, MetricScore, ModelResult, Scores
 from lewis_hub.report.cost import Machine
-from lewis_hub.report.page import report_page
+from lewis_hub.report.page import outcomes, report_page
 from lewis_hub.report.page_data import page_data
 
 POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
@@ -153,3 +153,95 @@ def test_the_page_of_a_model_of_30_blocks_and_1300_items_is_small(
     page = report_page(facts, make_samples(make_scores(), 1300))
 
     assert len(page.encode()) < 100_000
+
+
+def test_the_page_opens_on_what_was_lost_and_won_against_the_best_expert(
+    make_facts, make_told_samples, make_scores
+):
+    samples = make_told_samples(make_scores())
+    (found,) = outcomes(samples, make_scores())
+
+    assert (found.task, found.metric, found.against) == ("sums", "exact match", "zoo/math")
+    assert (found.n_lost, found.n_won, found.n_equal, found.n_unknown) == (60, 0, 240, 0)
+    assert found.difference == "−0.200 (−0.250 to −0.150)"
+    assert (found.lost, found.won) == (10.0, 0.0)  # of 50: all items
+    page = report_page(make_facts(), samples)
+    assert page.index("Lost and won</h2>") < page.index("Scores</h2>")
+    assert "against zoo/math, its best expert, on 300 items" in page
+
+
+def test_a_lower_value_wins_where_lower_is_better(make_results, make_scores):
+    loss = {"merged": (1.0, 2.0, None), "expert:a/b": (1.5, 1.5, 1.0)}
+    results = {
+        label: ModelResult(
+            {
+                "sums": replace(
+                    make_results(make_scores(), 3)["merged"].tasks["sums"],
+                    metrics={"loss,none": MetricResult(1.5, values, higher_is_better=False)},
+                )
+            }
+        )
+        for label, values in loss.items()
+    }
+
+    (found,) = outcomes(collect_samples(results, {}, {}), make_scores())
+
+    assert (found.n_lost, found.n_won, found.n_equal, found.n_unknown) == (1, 1, 0, 1)
+
+
+def test_the_data_have_the_texts_once_and_the_places_of_answers(make_told_samples, make_scores):
+    data = page_data(None, make_told_samples(make_scores(), 10))
+
+    (metric,), (texts,) = data["metrics"], data["texts"]
+    assert texts["questions"][3] == "What is 3 + 1?"
+    assert texts["targets"][3] == "4"
+    assert metric["answers"] == [0, 1, 2, 3, 4]
+    assert texts["answers"][metric["answers"][metric["merged"]]][:4] == [
+        *("merged says 0", "merged says 1", "merged says 2", "4"),
+    ]
+    assert metric["models"][metric["against"]]["name"] == "zoo/math"
+    assert metric["same"][metric["against"]] == "0001111111"
+    assert metric["same"][metric["merged"]] is None
+
+
+def test_the_page_says_which_texts_were_cut_or_left_out(make_facts, make_samples, make_scores):
+    left_out = make_samples(make_scores(), 10)
+    task = left_out.tasks["sums"]
+    cut = replace(task, left_out="", questions=("1 + 1?", None, None), targets=("2", None, None))
+
+    page = report_page(make_facts(), left_out)
+    shorter = report_page(make_facts(), Samples({"sums": cut}))
+
+    assert "Questions and answers of sums are left out. Nobody kept them." in page
+    assert "Questions and answers of 1 of the 3 items of sums are kept, those" in shorter
+
+
+def test_the_page_is_made_of_what_was_kept(make_facts, make_told_samples, make_scores):
+    samples = make_told_samples(make_scores())
+
+    again = Samples.from_json(samples.to_json())
+
+    assert report_page(make_facts(), again) == report_page(make_facts(), samples)
+
+
+def test_none_of_n_has_an_interval(make_facts):
+    task = make_facts().scores.tasks["sums"]
+    models = {**task.models, "base": {"exact_match,none": MetricScore(0.0, 0.0)}}
+    scores = Scores({"sums": replace(task, models=models)})
+
+    page = report_page(make_facts(scores=scores), Samples())
+
+    assert "0.000 (0.000 to 0.013)" in page
+    assert 'x1="0.0" x2="1.26"' in page
+
+
+def test_the_page_tells_recipe_sources_method_and_limits(make_facts):
+    page = report_page(make_facts(), Samples())
+
+    assert "<code>base_model: zoo/base\nmerge_method: ties</code></pre>" in page
+    assert "The method is TIES-Merging (<code>ties</code>)." in page
+    assert "The guide lewis chose the density of each weight matrix" in page
+    assert '<td data-title="model">zoo/text</td>' in page
+    assert '<td data-title="licence">apache-2.0</td>' in page
+    assert "<li>One block stands out.</li>" in page
+    assert "It keeps 76 % of <code>zoo/math</code>&#x27;s skill." in page

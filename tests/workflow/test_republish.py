@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def test_a_guided_and_scored_merge_is_rewritten_as_well(hub, place):
     assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
     pages = [Path(folder, "lewis/report.html").read_text() for folder in ("guided", "direct")]
     assert [page.count("guided</h1>") for page in pages] == [1, 1]
+    uncosted = [re.sub(r"<h2>Cost</h2>.*?</section>", "", page, flags=re.S) for page in pages]
+    assert uncosted[0] == uncosted[1]
 
 
 def test_a_pushed_merge_is_not_committed_again_by_merge(hub, place):

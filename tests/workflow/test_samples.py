@@ -121,7 +121,7 @@ def test_a_merge_keeps_what_every_model_answered_and_the_page_shows_it(place):
 
 @pytest.mark.slow  # it scores models
 def test_gated_questions_are_left_out_and_the_page_says_so_unless_asked_for(hub, place):
-    hub.store.repos["dataset", "zoo/reverse"].gated = "auto"
+    hub.api().update_repo_settings("zoo/reverse", repo_type="dataset", gated="auto")
 
     samples, page = merge()
 
