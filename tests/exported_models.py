@@ -108,7 +108,7 @@ def pieces_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer.add_tokens([AddedToken("▁▁▁", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     tokenizer.add_special_tokens([AddedToken("<end_of_turn>", normalized=False)])
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
