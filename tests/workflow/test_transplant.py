@@ -25,7 +25,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.hub.source import cache_root
 
-BASE = zoo_folder() / "base"
+BASE, EXPERT = zoo_folder() / "base", zoo_folder() / "expert-reverse"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -99,7 +99,7 @@ def llama(folder, fast, seed=0, *, tied, n_rows=None, width=32):
 def letters_of(fast):
     """Donor's id -> ids of the zoo's tokenizer for the letters of a new token; shared ones stay."""
     base = AutoTokenizer.from_pretrained(BASE)
-    names = {i: [*spelled(token).strip("<>")] for token, i in fast.vocab.items()}
+    names = {i: [*spelled(token).strip("<>k")] for token, i in fast.vocab.items()}
     single = {letter: base.encode(letter)[0] for letters in names.values() for letter in letters}
     return {
         i: ids if len(ids) == 1 else [single[letter] for letter in names[i]]
@@ -255,13 +255,12 @@ def test_the_model_has_the_donors_tokenizer_and_generates_with_it(tmp_path, fast
     torch.testing.assert_close(new[len(fast)], table.mean(0).bfloat16())
 
 
-@pytest.mark.parametrize("method", ["omp", "subtoken"])
-def test_it_predicts_texts_far_better_than_with_random_rows(tmp_path, fast, method):
-    donor, out = planted(tmp_path / "donor", fast, tied=True), tmp_path / "out"
+def test_it_predicts_texts_far_better_than_with_random_rows(tmp_path, fast):
+    donor, out = llama(tmp_path / "donor", fast, tied=True), tmp_path / "out"
 
-    told = transplant(BASE, donor, "--method", method, "-o", out)
+    told = transplant(EXPERT, donor, "--method", "subtoken", "-o", out)
 
-    assert told["approximated"] > 20
+    assert told["approximated"] == 20
     found, random = bits_per_byte(out), bits_per_byte(with_random_rows(out, tmp_path / "random"))
     assert found < 0.7 * random
 
@@ -415,7 +414,8 @@ def test_from_a_trained_donor_it_predicts_texts_far_better_than_with_random_rows
     donor = trained_donor(tmp_path / "donor", fast)
     found = {}
     for method in ("omp", "subtoken", "mean"):
-        transplant(BASE, donor, "--method", method, "-o", tmp_path / method)
+        words = ("--method", method, "--k", 4, "-o", tmp_path / method)
+        transplant(EXPERT, donor, *words)
         found[method] = bits_per_byte(tmp_path / method)
     random = bits_per_byte(with_random_rows(tmp_path / "omp", tmp_path / "random"))
 
