@@ -47,6 +47,7 @@ FUSED = {
 AVERAGED = "linear"
 # The options that the kernels know; those of second moments do not matter to them.
 OPTIONS = {"normalize", "lambda", "rescale", "trim", "trim_exponent", "off_diagonal", "inputs"}
+OPTIONS |= {"normalize_grams", "ridge", "anchor_scale", "interpolation", "compensate"}
 LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
 
 
@@ -65,7 +66,7 @@ def is_fused(method: str, tensor: TensorPlan) -> bool:
     """Whether a kernel can make the tensor: it knows magnitudes, no activations, and OPTIONS."""
     if method not in FUSED or tensor.grams or block_of(method, tensor) > LONGEST_ROW:
         return False
-    if not tensor.options.keys() <= OPTIONS:
+    if not tensor.options.keys() <= OPTIONS or tensor.options.get("ridge"):
         return False
     return FUSED[method].thins != calls.TRIM or not tensor.options.get("rescale")
 

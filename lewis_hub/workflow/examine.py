@@ -251,7 +251,7 @@ def _refusals(
             donor, backend = sources.donor, evaluation.backend or "hf"
             require_scorable(f"evaluate: {donor.name}", donor.config, backend, has_modules=embeds)
         except EvaluationError as error:
-            problems.append(str(error))
+            problems.append(f"{error} Or remove `evaluate`: then the merge is not scored.")
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
             rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]

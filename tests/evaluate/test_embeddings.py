@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.tune.objective import Search, choose_split
 
-pytest.importorskip("sentence_transformers")
+pytestmark = pytest.mark.skipif(
+    not find_spec("sentence_transformers"), reason="sentence_transformers is not installed"
+)
 
 
 def noisy(n, seed):

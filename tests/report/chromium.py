@@ -107,27 +107,6 @@ class Page:
         """Type a text where the focus is."""
         self._ask("Input.insertText", text=text)
 
-    def click(self, selector: str, number: int = 0) -> None:
-        """Click on the middle of the n-th element that matches."""
-        self.point_at(selector, number)
-        found = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
-        box = self.value(
-            f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getBoundingClientRect())"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            self._ask(
-                "Input.dispatchMouseEvent",
-                type=kind,
-                x=box[0],
-                y=box[1],
-                button="left",
-                clickCount=1,
-            )
-
-    def write(self, text: str) -> None:
-        """Type a text where the focus is."""
-        self._ask("Input.insertText", text=text)
-
     def press(self, key: str) -> None:
         """Press a key where the focus is."""
         for kind in ("keyDown", "keyUp"):

@@ -311,6 +311,7 @@ def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_pa
         "parameters.density": 1.0,
         "parameters.off_diagonal": 0.5,
         "parameters.lambda": 1.0,
+        "parameters.compensate": True,
     }
 
 

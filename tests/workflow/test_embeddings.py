@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, EvaluationError, RecipeError
 from lewis_hub.recipe.read import parse_recipe
 
-mteb = pytest.importorskip("mteb")
-sentences = pytest.importorskip("sentence_transformers")
+pytestmark = [  # mteb brings large packages, which stay in the process
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed"),
+]
 
 WORDS = [
     "cat",

@@ -46,7 +46,8 @@ def test_a_recipe_that_scores_a_classifier_is_refused(classifiers, tmp_path):
 
     report = lewis_hub.check(scored)
 
-    assert report.problems == (f"evaluate: {tmp_path / 'base'} {ONLY} Remove `evaluate`. {SCORE}",)
+    instead = f"{SCORE} Or remove `evaluate`: then the merge is not scored."
+    assert report.problems == (f"evaluate: {tmp_path / 'base'} {ONLY}\n{instead}",)
     with pytest.raises(CheckFailedError):
         lewis_hub.merge_models(scored, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
