@@ -137,8 +137,10 @@ def test_a_merge_of_embedding_models_is_scored_judged_and_described(folder):
         )
     }
     assert [*models] == ["base", f"expert:{folder / 'expert'}", "merged"]
+    from sentence_transformers import SentenceTransformer
+
     for label, place in models.items():
-        model = sentences.SentenceTransformer(str(place), device="cpu")
+        model = SentenceTransformer(str(place), device="cpu")
         found = {task: scores["tasks"][task]["models"][label] for task in TASKS}
         assert found["pairs"][STS]["value"] == pytest.approx(correlation(model), abs=1e-6)
         assert found["search"][GAIN]["value"] == pytest.approx(gain(model), abs=1e-6)
@@ -173,7 +175,9 @@ def test_one_model_is_scored_on_the_command_line(folder, monkeypatch):
 
     assert done.exit_code == 0, done.output
     [found] = json.loads(done.stdout)["tasks"]["search"]["models"].values()
-    model = sentences.SentenceTransformer(str(folder / "expert"), device="cpu")
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder / "expert"), device="cpu")
     assert found[GAIN]["value"] == pytest.approx(gain(model), abs=1e-6)
 
 

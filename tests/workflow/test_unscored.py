@@ -47,7 +47,7 @@ def test_a_recipe_that_scores_a_classifier_is_refused(classifiers, tmp_path):
     report = lewis_hub.check(scored)
 
     instead = f"{SCORE} Or remove `evaluate`: then the merge is not scored."
-    assert report.problems == (f"evaluate: {tmp_path / 'base'} {ONLY}\n{instead}",)
+    assert report.problems == (f"evaluate: {tmp_path / 'base'}: {ONLY}\n{instead}",)
     with pytest.raises(CheckFailedError):
         lewis_hub.merge_models(scored, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
