@@ -24,6 +24,7 @@ from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
 
 RECIPE = "{base_model: BASE, models: [EXPERT], merge_method: ties, parameters: {density: 0.5}}"
+WITH_PATHS = ("README.md", "mergekit_config.yml")
 N_COPIES = 12  # of each tensor, so that there is time to change the file
 
 
@@ -95,14 +96,15 @@ def main() -> None:
 
 
 def merged(work: Path, base: Path, expert: Path) -> dict[str, str]:
-    """The digests of the files of a merge."""
+    """The digests of the files of a merge, but those that name the folders of its sources."""
     output = work / "merged"
     shutil.rmtree(output, ignore_errors=True)
     shutil.rmtree(work / "merged.partial", ignore_errors=True)
     text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
     pipeline.merge_models(parse_recipe(text, "recipe.yaml"), output)
     lock = Lock.from_json((output / "lewis" / "lock.json").read_text(encoding="utf-8"))
-    return {name: file.sha256 for name, file in lock.outputs.items() if "lewis" not in name}
+    files = {name: file for name, file in lock.outputs.items() if "lewis" not in name}
+    return {name: file.sha256 for name, file in files.items() if name not in WITH_PATHS}
 
 
 if __name__ == "__main__":
