@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -214,6 +215,8 @@ def build() -> gr.Blocks:
 
 
 if __name__ == "__main__":
+    # a Space is stopped by SIGTERM, which by itself would leave processes and folders behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     build().launch(
         theme=THEME,
         css=CSS,

@@ -31,8 +31,6 @@ PASSED_ON = (
 RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
 Event = Mapping[str, Any]
 
-atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
-
 
 def folder_of(session: str) -> Path:
     """The folder of a tab, whose name its browser chose."""
@@ -81,6 +79,15 @@ def close(session: str) -> None:
         process.kill()
         process.wait()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@atexit.register
+def close_all() -> None:
+    """End every process and delete the folders of all tabs."""
+    for _, process in [*RUNNING]:
+        process.kill()
+        process.wait()
+    shutil.rmtree(ROOT, ignore_errors=True)
 
 
 def _environment(folder: Path, token: str | None) -> dict[str, str]:

@@ -80,6 +80,20 @@ def test_closing_a_tab_ends_its_process_and_deletes_its_folder(api, session):
     assert sessions.RUNNING == []
 
 
+def test_the_end_of_the_app_ends_its_processes_and_deletes_the_folders_of_all_tabs(api):
+    sessions.folder_of("another").mkdir(parents=True)
+    events = sessions.run("merge", "tab", {"recipe": RECIPE, "score": False})
+    next(events)
+    ((_, process),) = sessions.RUNNING
+
+    sessions.close_all()
+
+    assert process.poll() is not None
+    assert "ended without a result" in [*events][-1]["problem"]
+    assert not sessions.ROOT.exists()
+    assert sessions.RUNNING == []
+
+
 def test_a_step_that_takes_too_long_is_stopped(api, session, monkeypatch):
     monkeypatch.setattr(sessions, "MAX_MINUTES", 0.005)
 
