@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
 LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain letters"
 DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
+MAX_UNUSED = 1 << 16  # ids that may be unused beside one for each token
+MAX_GROWTH = 100_000  # how much longer the steps of a tokenizer may make a text
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -82,13 +85,23 @@ def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None
     """
     config = json_object(label, files, CONFIG)
     if "tokenizer.json" in files:
-        return _fast(label, files, config)
+        return _with_usual_ids(_fast(label, files, config), "tokenizer.json")
     if "vocab.json" in files:
         model, added = (json_object(label, files, name) for name in FILES[2:])
         ids = model | added
         if all(type(i) is int for i in ids.values()):
-            return Vocabulary(label, ids, {}, None)
+            return _with_usual_ids(Vocabulary(label, ids, {}, None), "vocab.json")
     return None
+
+
+def _with_usual_ids(found: Vocabulary, name: str) -> Vocabulary:
+    """Refuse ids that are far above the number of tokens: each takes a row of the embeddings."""
+    limit = 2 * len(found.ids) + MAX_UNUSED
+    unusual = ((token, i) for token, i in found.ids.items() if not 0 <= i < limit)
+    for token, token_id in unusual:
+        problem = f"{token[:20]!r} has the id {token_id}, but it has {len(found.ids):,} tokens"
+        raise TokenizerError(f"{found.label}: {name}", problem, DAMAGED)
+    return found
 
 
 def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabulary:
@@ -122,15 +135,44 @@ def _is_token(entry: object) -> bool:
 
 
 def load_tokenizer(label: str, document: Document) -> Tokenizer:
-    """Load a `tokenizer.json`; a `TokenizerError` if the tokenizers library cannot read it."""
+    """Load a `tokenizer.json`, which neither pads nor truncates then.
+
+    Raises:
+        TokenizerError: the tokenizers library cannot read it, or it makes texts very long.
+    """
     from tokenizers import Tokenizer
 
+    with refused_by_library(label):
+        tokenizer = Tokenizer.from_str(json.dumps(document))
+    parts = [document.get(part) for part in ("normalizer", "pre_tokenizer")]
+    if math.prod(_growth(parts)) > MAX_GROWTH:
+        problem = f"it may make a text more than {MAX_GROWTH:,} times as long"
+        raise TokenizerError(f"{label}: tokenizer.json", problem, DAMAGED)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _growth(part: object) -> Iterator[int]:
+    """How much longer each replacement inside a part can make a text."""
+    if isinstance(part, list):
+        for item in part:
+            yield from _growth(item)
+    elif isinstance(part, dict):
+        added = [part.get(key) for key in ("content", "prepend")]
+        yield from (len(text) for text in added if isinstance(text, str) and text)
+        yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
+
+
+@contextmanager
+def refused_by_library(label: str) -> Iterator[None]:
+    """Make TokenizerErrors of what the tokenizers library raises for a `tokenizer.json`."""
     try:
         with panics_as_errors():
-            return Tokenizer.from_str(json.dumps(document))
+            yield
     except Exception as error:  # noqa: BLE001 (the library raises no other class)
         remedy = "Save it again with transformers' `AutoTokenizer` and `save_pretrained`."
-        problem = f"the tokenizers library cannot read it ({error})"
+        problem = f"the tokenizers library cannot use it ({error})"
         raise TokenizerError(f"{label}: tokenizer.json", problem, remedy) from None
 
 

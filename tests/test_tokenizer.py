@@ -327,3 +327,29 @@ def test_a_template_leaves_the_configuration_for_a_file_of_its_own():
     assert template_files("t", {"a": 1}) == {"chat_template.jinja": "t"}
     written = template_files("t", {"a": 1, "chat_template": "old"})
     assert json.loads(written["tokenizer_config.json"]) == {"a": 1}
+
+
+def test_an_id_far_above_the_number_of_tokens_is_refused():
+    pieces = {"type": "BPE", "vocab": {"a": 0, "b": 4_000_000_000}, "merges": []}
+    files = {"tokenizer.json": json.dumps({"model": pieces}).encode()}
+
+    for found in (files, {"vocab.json": b'{"a": 0, "b": 4000000000}'}):
+        with pytest.raises(TokenizerError) as caught:
+            read_vocabulary("org/model", found)
+        assert str(caught.value) == (
+            f"org/model: {next(iter(found))}: 'b' has the id 4000000000, but it has 2 tokens.\n"
+            "The file is damaged: use an intact copy."
+        )
+    with pytest.raises(TokenizerError, match="'b' has the id -1"):
+        read_vocabulary("org/model", {"vocab.json": b'{"a": 0, "b": -1}'})
+
+
+def test_a_tokenizer_that_makes_a_text_very_long_is_refused():
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "normalizer": {"type": "Sequence", "normalizers": [step] * 5},
+    }
+
+    with pytest.raises(TokenizerError, match="it may make a text more than 100,000 times as long"):
+        read_vocabulary("org/model", {"tokenizer.json": json.dumps(document).encode()})

@@ -23,6 +23,7 @@ Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
 Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
 MAX_DIMENSIONS = 64
+MAX_EMPTY = 1 << 20  # of a dimension of a tensor without values
 LARGE_HEADER_BYTES = 4 << 20  # larger ones are parsed one at a time, since each takes much memory
 LARGE_HEADER = threading.Lock()
 FIRST_READ_BYTES = 64 * 1024  # most headers fit, so that a remote file takes one request
@@ -247,6 +248,8 @@ def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHea
             f"`{name}` is {dtype} of shape {shape}, {n_bytes} bytes, "
             f"but its data_offsets span {stop - start}"
         )
+    if not n_bytes and max(shape, default=0) > MAX_EMPTY:
+        raise file.broken(f"`{name}` has the shape {shape}, but no values")
     return TensorHeader(name, dtype, tuple(shape), file.path, data_start + start, n_bytes)
 
 

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,11 +26,17 @@ from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
+from lewis_hub.files import require_inside
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
 PICKLE = "pytorch_model.bin"
+OWN, TOKENIZER = "sentence_transformers.", "tokenizer_class"
+CLASSES = (  # a file of a module -> its key with names of classes
+    *(("router_config.json", "types"), ("config.json", "types")),
+    ("wordembedding_config.json", TOKENIZER),
+)
 
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -82,14 +88,29 @@ def _require_no_code(folder: Path) -> None:
     for module in read_json(file.read_bytes()) if file.exists() else ():
         if not isinstance(module, Mapping):
             raise ValueError("modules.json is no list of modules")
-        kind, place = str(module.get("type")), folder / str(module.get("path"))
-        if not kind.startswith("sentence_transformers."):
-            problem = f"its module `{kind}` is no class of sentence-transformers"
-            raise EvaluationError(str(folder), problem, "No other code is run: use another model.")
+        place = folder / str(module.get("path"))
+        if place.exists():  # a module without settings needs no folder
+            require_inside(folder, place, EvaluationError)
+        for kind in (str(module.get("type")), *_named_classes(place)):
+            if not kind.startswith(OWN):
+                problem = f"its module `{kind}` is no class of sentence-transformers"
+                remedy = "No other code is run: use another model."
+                raise EvaluationError(str(folder), problem, remedy)
         if (place / PICKLE).exists() and not (place / "model.safetensors").exists():
             problem = f"the weights of its module {place.name} are pickled"
             remedy = "Load it in sentence-transformers and save it again."
             raise EvaluationError(str(folder), problem, remedy)
+
+
+def _named_classes(place: Path) -> Iterator[str]:
+    """The classes that the configurations in a module's folder name; a router has other modules."""
+    for name, key in CLASSES:
+        for file in sorted(place.rglob(name)):
+            named = _read(file).get(key)
+            if isinstance(named, Mapping):
+                yield from map(str, named.values())
+            elif key == TOKENIZER and named is not None:
+                yield str(named)
 
 
 def _class_of(folder: Path) -> str:

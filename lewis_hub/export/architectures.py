@@ -111,8 +111,13 @@ def export_tensors(
             problem = f"the rules of llama.cpp's {rules.name} do not include its tensor "
             problem += f"`{header.name}` ({header.dtype})"
             raise ExportError(checkpoint.label, problem, WITH_CONVERTER)
-        shift = rules.norm_shift if name.endswith("_norm.weight") else 0.0
         heads = _heads(header.name, config) if rules.pairs_neighbours else 0
+        fits = len(header.shape) in (1, 2) and header.n_elements and _has_heads(header, heads)
+        if not fits:
+            problem = f"its config.json does not fit its tensor `{header.name}` of shape "
+            problem += str([*header.shape])
+            raise ExportError(checkpoint.label, problem, "Use an intact copy of the model.")
+        shift = rules.norm_shift if name.endswith("_norm.weight") else 0.0
         found.append(ExportTensor(name, header, shift=shift, n_heads=heads))
     for name in (EMBEDDINGS, *(() if tied else (HEAD,))):
         if name not in checkpoint.tensors:
@@ -126,6 +131,11 @@ def _heads(name: str, config: Mapping[str, Any]) -> int:
     if rotated is None:
         return 0
     return int(config["num_attention_heads" if rotated[1] == "q" else "num_key_value_heads"])
+
+
+def _has_heads(tensor: TensorHeader, n_heads: int) -> bool:
+    """Whether the rows are those of heads of an even size; without heads they may be any."""
+    return not n_heads or (n_heads > 0 and tensor.shape[0] % (2 * n_heads) == 0)
 
 
 def _order(name: str) -> Iterator[tuple[int, str]]:

@@ -8,7 +8,9 @@ row as 8-bit integers with a float16 scale; a tensor with other rows is stored a
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -29,6 +31,7 @@ from lewis_hub.export.architectures import (
     rules_for,
 )
 from lewis_hub.export.hyperparameters import (
+    UNREADABLE,
     add_hyperparameters,
     complete_config,
     require_expressible,
@@ -78,12 +81,18 @@ def plan_gguf(
     if find_spec("gguf") is None:
         raise ExtraMissingError("Export to GGUF", "gguf")
     whole = complete_config(label, config)
-    require_expressible(label, rules, whole)
-    tensors = export_tensors(checkpoint, rules, whole)
-    n_rows = checkpoint.tensors[EMBEDDINGS].shape[0]
-    vocabulary = read_gguf_vocabulary(label, files, n_rows, whole)
-    whole["vocab_size"] = n_rows
-    return GgufPlan(label, rules, whole, vocabulary, (*tensors, *rope_tensors(whole)))
+    try:
+        require_expressible(label, rules, whole)
+        tensors = export_tensors(checkpoint, rules, whole)
+        n_rows = checkpoint.tensors[EMBEDDINGS].shape[0]
+        vocabulary = read_gguf_vocabulary(label, files, n_rows, whole)
+        whole["vocab_size"] = n_rows
+        plan = GgufPlan(label, rules, whole, vocabulary, (*tensors, *rope_tensors(whole)))
+        _header(plan, "gguf:f16", Path(os.devnull))  # so that it can be written later
+    except UNREADABLE as error:
+        problem = f"a part of its files has no place in the format ({error})"
+        raise ExportError(label, problem, "Use an intact copy of the model.") from None
+    return plan
 
 
 def gguf_bytes(plan: GgufPlan, export: ExportFormat) -> int:
@@ -145,10 +154,10 @@ def _header(plan: GgufPlan, export: ExportFormat, path: Path) -> GGUFWriter:
         kind = _type_of(tensor, export)
         n_bytes = _n_bytes(tensor.shape, kind)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
     return writer
 
 

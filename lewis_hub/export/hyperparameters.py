@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ INTEGERS = (  # method of the writer, key of `config.json`
     ("add_head_count_kv", "num_key_value_heads"),
     ("add_vocab_size", "vocab_size"),
 )
+MAX_HEAD = 1 << 16
+UNREADABLE = (  # what a value of another type, or out of all bounds, raises where it is used
+    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error),
+)
 FULL, WINDOW = "full_attention", "sliding_attention"
 
 
@@ -33,12 +38,14 @@ def complete_config(label: str, config: Config) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if key != "model_type"}
     try:
         found = AutoConfig.for_model(config["model_type"], **given).to_dict()
-    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        heads, size = found["num_attention_heads"], found["hidden_size"]
+        found["head_dim"] = found.get("head_dim") or size // heads
+        found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
+        if not 0 < found["head_dim"] <= MAX_HEAD:
+            raise ValueError(f"its heads have {found['head_dim']} entries")
+    except (*UNREADABLE, StrictDataclassError) as error:
         problem = f"transformers cannot read its config.json ({error})"
         raise ExportError(label, problem, "Use an intact copy of the model.") from None
-    heads, size = found["num_attention_heads"], found["hidden_size"]
-    found["head_dim"] = found.get("head_dim") or size // heads
-    found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
     return dict(found)
 
 

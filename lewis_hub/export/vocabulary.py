@@ -23,6 +23,7 @@ from lewis_hub.tokenizer import (
     json_object,
     load_tokenizer,
     read_vocabulary,
+    refused_by_library,
     template_of,
 )
 from lewis_hub.tokenizer import FILES as TOKENIZER_FILES
@@ -101,8 +102,12 @@ def read_gguf_vocabulary(
         raise ExportError(label, problem, "Use a tokenizer that fits the model.")
     settings = json_object(label, files, CONFIG)
     special = dict(_special_ids(found, settings, config))
-    texts = _Texts(label, found, special)
     is_bytes = '"ByteLevel"' in json.dumps(found.document.get("pre_tokenizer"))
+    if is_bytes:
+        pre = _require_bytes(label, found.document)
+    else:
+        _require_pieces(label, found.document)
+    texts = _Texts(label, found, special)  # its steps are known to be quick
     tokens, types = _tokens(found, n_rows, special.get("unk"), pieces=not is_bytes)
     adds: dict[str, bool] = {
         name: texts.adds(name, settings) for name in ("bos", "eos") if name in special
@@ -110,10 +115,8 @@ def read_gguf_vocabulary(
     template, merges = template_of(label, files), _merges(found.document)
     common = GgufVocabulary("", "", tokens, types, ids=special, adds=adds, template=template)
     if is_bytes:
-        pre = _require_bytes(label, found.document)
         joined = tuple(f"{_visible(a)} {_visible(b)}" for a, b in merges)
         return replace(common, model="gpt2", pre=pre, merges=joined)
-    _require_pieces(label, found.document)
     first, scores = texts.starts_with_space, _scores(found, merges, n_rows)
     return replace(common, model="llama", pre="default", scores=scores, space_first=first)
 
@@ -222,8 +225,9 @@ class _Texts:
         assert found.document is not None
         tokenizer = load_tokenizer(label, found.document)
         self._special = special
-        self._whole = tokenizer.encode("a").ids
-        self._plain = tokenizer.encode("a", add_special_tokens=False)
+        with refused_by_library(label):
+            self._whole = tokenizer.encode("a").ids
+            self._plain = tokenizer.encode("a", add_special_tokens=False)
 
     @property
     def starts_with_space(self) -> bool:

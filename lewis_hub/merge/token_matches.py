@@ -21,6 +21,7 @@ from lewis_hub.tokenizer import (
     Vocabulary,
     json_object,
     load_tokenizer,
+    refused_by_library,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ BYTES = {chr(byte): byte for byte in PRINTED} | {chr(0x100 + i): b for i, b in e
 ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")  # the first role of a token counts
 ROLE_FILES = ("special_tokens_map.json", CONFIG)  # the last counts
 N_SPLIT = 4096  # texts that are split together
+MAX_SPLIT = 512  # bytes of a text that is split: a longer one takes long
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def match(model: Spelled, donor: Spelled) -> TokenMatches:
 def split(model: Spelled, texts: Sequence[bytes]) -> list[tuple[int, ...]]:
     """Split texts into tokens of a model as its tokenizer does; empty if they cannot write it.
 
+    So is a text of more than MAX_SPLIT bytes.
     A tokenizer may put a space before a text or change letters. If its tokens do not spell the text
     exactly, the text is split from left to right into the longest tokens.
     """
@@ -144,11 +147,9 @@ def split(model: Spelled, texts: Sequence[bytes]) -> list[tuple[int, ...]]:
         remedy = "Save its tokenizer with transformers' `AutoTokenizer` and `save_pretrained`, or "
         raise TokenizerError(model.vocabulary.label, problem, f"{remedy}choose another --method.")
     tokenizer = load_tokenizer(model.vocabulary.label, document)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     found: list[tuple[int, ...]] = []
     for first in range(0, len(texts), N_SPLIT):
-        part = texts[first : first + N_SPLIT]
+        part = [t if len(t) <= MAX_SPLIT else b"" for t in texts[first : first + N_SPLIT]]
         whole = _encoded(model, tokenizer, part, [text.decode("utf-8", "replace") for text in part])
         # a tokenizer that puts a space before the text gets it without its own
         bare = [text.decode("utf-8", "replace").removeprefix(" ") for text in part]
@@ -162,7 +163,8 @@ def _encoded(
     model: Spelled, tokenizer: Tokenizer, texts: Sequence[bytes], given: Sequence[str]
 ) -> list[tuple[int, ...]]:
     """The tokens of `given`; empty where they do not spell `texts`."""
-    encoded = tokenizer.encode_batch(list(given), add_special_tokens=False)
+    with refused_by_library(model.vocabulary.label):
+        encoded = tokenizer.encode_batch(list(given), add_special_tokens=False)
     found = []
     for text, one in zip(texts, encoded, strict=True):
         spelled = b"".join(model.texts.get(i, b"") for i in one.ids)

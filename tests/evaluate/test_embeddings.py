@@ -80,3 +80,34 @@ def test_no_code_of_others_and_no_pickle_is_loaded(tmp_path):
         "No other code is run: use another model."
     )
     assert "the weights of its module 1_Dense are pickled" in str(pickled.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("router_config.json", {"types": {"query_0_A": "modeling.A"}}),
+        ("0_B/router_config.json", {"types": {"query_0_A": "modeling.A"}}),
+        ("config.json", {"types": {"query_0_A": "modeling.A"}}),
+        ("wordembedding_config.json", {"tokenizer_class": "modeling.A"}),
+    ],
+)
+def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, tmp_path):
+    modules(tmp_path, "sentence_transformers.models.Router")
+    file = tmp_path / "1_Dense" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(settings))
+
+    with pytest.raises(EvaluationError, match="its module `modeling.A` is no class of sentence-"):
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+
+def test_no_module_is_read_outside_of_the_model(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    modules(model, "sentence_transformers.models.Dense")
+    text = (model / "modules.json").read_text()
+    (model / "modules.json").write_text(text.replace("1_Dense", "../other"))
+    (tmp_path / "other").mkdir()
+
+    with pytest.raises(EvaluationError, match="`../other` is a link to outside of the folder"):
+        load_embedder(model, EvaluationSettings(backend="mteb"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from exported_models import CASES, LONGROPE, PIECES, build, planned, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lewis_hub.errors import ExportError
 
@@ -305,4 +305,37 @@ def test_a_tensor_that_the_rules_do_not_know_is_refused(tmp_path):
     save_file(stored, folder / "model.safetensors")
 
     with pytest.raises(ExportError, match=r"do not include its tensor `model\.layers\.0\.self_at"):
+        planned(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_key_value_heads": 500},
+        {"head_dim": 10**9},
+        {"max_position_embeddings": 2**40},
+        {"rms_norm_eps": "much"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None}},
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_format_is_refused_in_time(wrong, tmp_path):
+    folder = build("llama", tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+
+    with pytest.raises(ExportError):
+        planned(folder)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (2, 3, 4)], ids=["a number", "nothing", "three dimensions"]
+)
+def test_a_tensor_that_does_not_fit_the_format_is_refused_in_time(shape, tmp_path):
+    folder = build("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.zeros(shape)}, folder / "model.safetensors")
+
+    with pytest.raises(ExportError):
         planned(folder)

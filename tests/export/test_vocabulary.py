@@ -200,3 +200,20 @@ def test_a_tokenizer_with_more_tokens_than_rows_or_without_its_file_is_refused()
         vocabulary(PIECES, 8)
     with pytest.raises(ExportError, match="it has no tokenizer.json"):
         read_gguf_vocabulary("the model", {}, 8, {})
+
+
+def test_the_steps_of_a_tokenizer_are_known_before_it_splits_a_text():
+    document = json.loads(BYTES)
+    fixed = {"strategy": {"Fixed": 2_000_000_000}, "direction": "Right", "pad_id": 0}
+    fixed |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<|pad|>"}
+    slow = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    long = {"normalizer": {"type": "Prepend", "prepend": "a" * 30 + "!"}, "pre_tokenizer": slow}
+
+    assert vocabulary(document | {"padding": fixed}, 400) == vocabulary(document, 400)
+    with pytest.raises(ExportError, match="llama.cpp has no tokenizer like its tokenizer.json"):
+        vocabulary(document | long, 400)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from hardening.fuzz import failure, limits
-from hardening.targets import FILE, SMALL, hostile_base, merge_a_folder, run_a_model
+from hardening.targets import FILE, SMALL, hostile_base, merge_a_folder, run_a_model, stored
 from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import SourceError, TokenizerError
+from lewis_hub.errors import BrokenCheckpointError, SourceError, TokenizerError
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import load
@@ -87,6 +87,13 @@ def test_the_number_of_layers_is_told(tmp_path):
         f"{base}: `num_hidden_layers` of its config.json is above the limit of 1,000.\n"
         "The file is damaged: use an intact copy of the model."
     )
+
+
+def test_a_tensor_without_values_has_no_billions_of_rows():
+    entry = {"dtype": "BF16", "shape": [10**9, 0], "data_offsets": [0, 0]}
+
+    with pytest.raises(BrokenCheckpointError, match=r"shape \[1000000000, 0\], but no values"):
+        stored({"header": {"model.embed_tokens.weight": entry}, "n_data": 0})
 
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory():

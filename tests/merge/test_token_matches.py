@@ -1,5 +1,7 @@
 """Tokens of two vocabularies that stand for the same bytes, however they are spelled."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -191,3 +193,27 @@ def test_an_added_token_of_a_byte_level_vocabulary_is_no_row_of_letters():
     vocabulary = byte_level(added=[AddedToken("Ġx", normalized=False)])
 
     assert spelled(vocabulary).texts[vocabulary.ids["Ġx"]] == "Ġx".encode()
+
+
+def test_a_very_long_token_is_not_split():
+    model = spelled(byte_level([("a", "a")]))
+
+    assert split(model, [b"a" * 512, b"a" * 100_000]) == [
+        (model.vocabulary.ids["aa"],) * 256,
+        (),
+    ]
+
+
+def test_a_tokenizer_that_panics_is_refused():
+    document = dict(byte_level().document)
+    slow = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    files = {"tokenizer.json": json.dumps({**document, "pre_tokenizer": slow}).encode()}
+    model = spelled(read_vocabulary("slow", files))
+
+    with pytest.raises(TokenizerError, match="the tokenizers library cannot use it .*retry-limit"):
+        split(model, [b"a" * 30 + b"!"])
