@@ -79,12 +79,18 @@ class AdapterConfig(BaseModel):
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] = Field((), strict=False)
     init_lora_weights: bool | str = True
+    ensure_weight_tying: bool = False
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, float]) -> dict[str, float]:
         _Patterns.of(value)
         return value
+
+    @property
+    def has_head_saved(self) -> bool:
+        """Whether the head was trained whole, and is stored."""
+        return any(names.is_head(f"{module}.weight") for module in self.modules_to_save)
 
     @cached_property
     def _ranks(self) -> _Patterns[int]:
@@ -184,7 +190,8 @@ def _require_computed(where: str, config: AdapterConfig) -> None:
         problem = f"`init_lora_weights` is {start!r}, which changed the base's weights before "
         remedy = "Save it again with peft's `path_initial_model_for_weight_conversion`, which makes"
         raise AdapterError(where, f"{problem}training", f"{remedy} an ordinary LoRA of it.")
-    for key, value in (config.model_extra or {}).items():
+    tying = {"ensure_weight_tying": config.ensure_weight_tying and not config.has_head_saved}
+    for key, value in {**(config.model_extra or {}), **tying}.items():
         if value and key not in IGNORED:
             problem = f"`{key}` is set, and this version does not know how it changes weights"
             raise AdapterError(where, problem, FOLD)
@@ -250,6 +257,8 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
     _require_saved(file, saved)
     changes: dict[str, Adapted] = {}
     for name, tensor in saved.items():
+        if _is_copy(file, name, saved):
+            continue
         target = file.target(name, tensor.name)
         if target.name in changes:
             raise file.error(f"`{tensor.name}` replaces {target.name} a second time")
@@ -297,6 +306,16 @@ def _require_saved(file: _AdapterFile, saved: Mapping[str, TensorHeader]) -> Non
             problem = f"its configuration says that `{module}` was trained whole (modules_to_save),"
             problem += " but the file does not contain it"
             raise file.error(problem, "Save the adapter again, or use an intact copy.")
+
+
+def _is_copy(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> bool:
+    """Whether a saved head is that of a base without one: PEFT kept it equal to the embeddings."""
+    if not (file.config.ensure_weight_tying and names.is_head(name)):
+        return False
+    return not names.find(name, file.base.tensors) and any(
+        names.is_token_embedding(other) and tensor.shape == saved[name].shape
+        for other, tensor in saved.items()
+    )
 
 
 def _require_shape(file: _AdapterFile, target: TensorHeader, tensor: TensorHeader) -> None:

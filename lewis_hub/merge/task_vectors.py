@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18  # elements that are read together
 WEIGHT, BIAS = ".weight", ".bias"
+HEAD = "lm_head"  # the name in transformers of a head that is tied
 OVERSAMPLED = 10  # directions that are iterated in addition to those that are kept
 N_ROUNDS = 6  # of the iteration; each sharpens the gap between singular values
 SEED = 0
@@ -106,10 +107,13 @@ def extract(
     settings: LoraSettings,
     output: Path,
     advance: Advance,
+    *,
+    has_tied_head: bool,
 ) -> Extracted:
     """Write `adapter_model.safetensors` and `adapter_config.json` into a folder; imports torch.
 
-    `advance` is called with the number of elements done.
+    `advance` is called with the number of elements done. With a tied head, embeddings that are
+    stored whole are stored as the head too: PEFT would change the embeddings alone.
 
     Raises:
         MergeError: the models are equal, or an adapter cannot store their difference.
@@ -152,8 +156,13 @@ def extract(
         problem = "it is equal to the base, so there is nothing to extract"
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
     configuration, weights = ADAPTERS
-    save_file(held, output / weights, {"format": "pt"})
     config = adapter_config(base[0], fits, whole)
+    embeddings = [name for name in whole if is_embedding(base[0].tensors[name])]
+    if has_tied_head and embeddings:
+        held[f"{PREFIX}{HEAD}{WEIGHT}"] = held[f"{PREFIX}{embeddings[0]}"].clone()
+        saved = sorted([*config["modules_to_save"], HEAD])
+        config |= {"modules_to_save": saved, "ensure_weight_tying": True}
+    save_file(held, output / weights, {"format": "pt"})
     (output / configuration).write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
     )

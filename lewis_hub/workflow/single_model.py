@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.profile import ImportanceProfile, Measure
 from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
@@ -173,7 +175,10 @@ def extract_lora(
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
         pairs = list(zip(headers, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
-            found = extract(pairs[0], pairs[1], settings, work.folder, advance)
+            is_tied = _has_tied_head(opened_base.config, headers[0])
+            found = extract(
+                pairs[0], pairs[1], settings, work.folder, advance, has_tied_head=is_tied
+            )
         facts = model_facts(api, sources[1])
         identifier = facts.licence.identifier if facts.licence else None
         task = usage_of(folders[opened_base.pinned], opened_base.config, [facts]).task
@@ -181,6 +186,14 @@ def extract_lora(
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
+
+
+def _has_tied_head(config: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Whether a model with a head stores none: its head is tied to the embeddings."""
+    kinds = config.get("architectures") or ()
+    has_head = any("ForCausalLM" in kind or "ForConditional" in kind for kind in kinds)
+    is_stored = any(map(names.is_head, checkpoint.tensors))
+    return has_head and not is_stored and ties(config) is not False
 
 
 def _fitting(base: OpenedSource, expert: OpenedSource) -> list[Checkpoint]:

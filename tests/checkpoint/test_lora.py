@@ -139,6 +139,7 @@ BASE = {
     "model.layers.0.packed.weight": torch.zeros(4, 4, dtype=torch.int8),
 }
 FITTING = {f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 2)}
+EMBED, HEAD = "base_model.model.model.embed.weight", "base_model.model.lm_head.weight"
 INTACT = "The file is not what PEFT writes: use an intact copy."
 OTHER_BASE = "Name the base that it was trained on as `base_model`."
 
@@ -330,6 +331,29 @@ def test_a_tensor_that_does_not_fit_is_refused_by_its_name(put, tensors, config,
 
     assert str(caught.value) == f"me/adapter: adapter_model.safetensors: {says}"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_head_that_peft_kept_equal_to_the_embeddings_is_theirs(put):
+    tied = {"modules_to_save": ["embed", "lm_head"], "ensure_weight_tying": True}
+    both = {EMBED: torch.ones(10, 4), HEAD: torch.ones(10, 4)}
+
+    adapted = put(FITTING | both, **tied)
+
+    changed = [name for name, tensor in adapted.tensors.items() if tensor.adapted]
+    assert sorted(changed) == ["model.embed.weight", "model.layers.0.q.weight"]
+    assert read(**tied).has_head_saved
+
+
+@pytest.mark.parametrize(
+    ("tensors", "is_tied"),
+    [
+        ({EMBED: torch.ones(10, 4), HEAD: torch.ones(10, 4)}, False),  # trained apart
+        ({HEAD: torch.ones(10, 4)}, True),
+    ],
+)
+def test_a_head_of_its_own_for_a_base_without_one_is_refused(put, tensors, is_tied):
+    with pytest.raises(AdapterError, match="`base_model.model.lm_head.weight` matches no tensor"):
+        put(tensors, modules_to_save=["lm_head"], ensure_weight_tying=is_tied)
 
 
 def test_an_adapter_without_tensors_is_refused(put):

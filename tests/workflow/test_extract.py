@@ -72,6 +72,32 @@ def test_a_change_of_low_rank_is_extracted_and_merged_back(model, tmp_path):
     assert torch.equal(merged["model.norm.weight"], wanted["model.norm.weight"])
 
 
+def test_tied_embeddings_are_stored_as_the_head_too_because_peft_unties_them(model, tmp_path):
+    adapter = tmp_path / "adapter"
+
+    extract(model("expert", tuned), "--base", BASE, "--rank", 3, "-o", adapter)
+
+    held = load_file(adapter / "adapter_model.safetensors")
+    embeddings = held["base_model.model.model.embed_tokens.weight"]
+    assert torch.equal(held["base_model.model.lm_head.weight"], embeddings)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head", "model.embed_tokens", "model.norm"]
+    assert config["ensure_weight_tying"]
+
+
+@pytest.mark.parametrize("option", ["--exclude", "--include"])
+def test_a_tied_head_is_not_stored_without_embeddings(model, tmp_path, option):
+    pattern = "embed_tokens" if option == "--exclude" else "q_proj"
+
+    extract(model("expert", tuned), "--base", BASE, option, pattern, "-o", tmp_path / "out")
+
+    assert "base_model.model.lm_head.weight" not in load_file(
+        tmp_path / "out" / "adapter_model.safetensors"
+    )
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert "ensure_weight_tying" not in config
+
+
 def test_an_error_bound_gives_each_module_its_own_rank(tmp_path):
     expert = zoo_folder() / "expert-reverse"
 
