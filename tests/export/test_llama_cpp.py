@@ -23,7 +23,8 @@ settings = xllamacpp.CommonParams()
 settings.model.path, settings.n_ctx, settings.n_parallel = file, 128, 1
 settings.warmup, settings.port, settings.cpuparams.n_threads = False, 0, 1
 settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-address = xllamacpp.Server(settings).listening_address
+server = xllamacpp.Server(settings)  # it ends when nothing refers to it
+address = server.listening_address
 
 def ask(path, document):
     body = json.dumps(document).encode()
