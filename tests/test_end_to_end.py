@@ -275,7 +275,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
         assert differing <= NOT_THE_SAME
 
 
-def test_the_demo_s_merges_do_both_skills_as_the_readme_says(hub, tmp_path):
+def test_the_demo_s_merges_do_both_skills_as_the_documentation_says(hub, tmp_path):
     told = json.loads(run(hub, tmp_path, "demo", "-o", "demo", "-q", "--json").stdout)
 
     assert told["regmean"]["output"] == str(tmp_path / "demo" / "merged-regmean")
@@ -287,8 +287,7 @@ def test_the_demo_s_merges_do_both_skills_as_the_readme_says(hub, tmp_path):
         )
         assert guided["merged"] > guided["base"] + 0.1
         assert by_regmean["merged"] > guided["merged"]
-        readme = (Path(__file__).parents[1] / "README.md").read_text()
-        readme = readme.partition("\n## Merge your own models")[0]
+        guidance = (Path(__file__).parents[1] / "docs" / "guidance.md").read_text()
         column = {"zoo_reverse": 1, "zoo_cipher": 2}[task]
         for name, value in {
             "its uniform twin": guided["uniform"],
@@ -296,6 +295,6 @@ def test_the_demo_s_merges_do_both_skills_as_the_readme_says(hub, tmp_path):
             "its task arithmetic twin": by_regmean["task_arithmetic"],
             "regmean": by_regmean["merged"],
         }.items():
-            (row,) = [line for line in readme.splitlines() if line.startswith(f"| {name} | 0.")]
+            (row,) = [line for line in guidance.splitlines() if line.startswith(f"| {name} | 0.")]
             shown = float(row.strip("| ").split(" | ")[column].split()[0])
             assert value == pytest.approx(shown, abs=0.02)  # processors round otherwise

@@ -97,7 +97,8 @@ def merge(more=""):
 def test_a_merge_keeps_what_every_model_answered_and_the_page_shows_it(place):
     samples, page = merge()
 
-    rows = [json.loads(row) for row in (zoo_folder() / "data/reverse/test.jsonl").open()][:6]
+    lines = (zoo_folder() / "data/reverse/test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(row) for row in lines[:6]]
     task = samples.tasks["zoo_reverse"]
     assert task.questions == tuple(f"Question: {row['question']}\nAnswer:" for row in rows)
     assert task.targets == tuple(row["answer"] for row in rows)
