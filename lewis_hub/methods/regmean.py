@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.methods.numerics import cholesky, dot, product, solve, summed
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.votes import TRIMS, Trim, all_votes, channel_scales, trimmed
+from lewis_hub.methods.votes import TRIMS, Trim, averaged, channel_scales, trimmed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,14 +86,12 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]
-    votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
-    mean = all_votes(votes, weights, normalize=True)
-    anchor = anchor_scale * len(vectors) * mean
     if len(known) < len(vectors):
-        return base + lambda_ * (anchor if ridge else mean)
+        scale = anchor_scale * len(vectors) if ridge else 1.0
+        return base + lambda_ * (scale * averaged(vectors, weights))
     rows = [vector.T if transposed else vector for vector in vectors]
     base_rows = base.T if transposed else base
-    anchor_rows = anchor.T if transposed else anchor
+    anchor = anchor_scale * len(vectors) * averaged(rows, weights) if ridge else None
     crosses, residuals = (
         (cross_covariances, residual_covariances if compensate else ())
         if inputs == "merged"
@@ -113,7 +111,9 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         ]
         moments = [_normalized(_interpolated(m, interpolation), normalize_grams) for m in moments]
         parts = [base_rows[:, part], *(row[:, part] for row in rows)]
-        pull = _Pull(ridge, anchor_rows[:, part], relative=normalize_grams == "none")
+        pull = None
+        if anchor is not None:
+            pull = _Pull(ridge, anchor[:, part], relative=normalize_grams == "none")
         update[:, part] = _nearest(parts, moments, weights, off_diagonal, pull)
     return base + lambda_ * (update.T if transposed else update)
 
@@ -178,6 +178,11 @@ class _Pull:
     anchor: Tensor  # (out, width), minus base
     relative: bool  # `ridge` is times the mean diagonal
 
+    def strength(self, total: Tensor) -> float:
+        """Return what is added to the diagonal of the sum of the Grams."""
+        scale = float(total.diagonal().double().mean()) if self.relative else 1.0
+        return self.ridge * scale
+
 
 def _interpolated(moments: _PartMoments, share: float) -> _PartMoments:
     """Moments with share z + (1 - share) x instead of z, and share d instead of d."""
@@ -205,7 +210,7 @@ def _nearest(
     moments: Sequence[_PartMoments],
     weights: Tensor,
     off_diagonal: float,
-    pull: _Pull,
+    pull: _Pull | None,
 ) -> Tensor:
     """X with X (sum of w G + r I) = sum of w (rows C + base (C - G)) + r anchor, and residuals.
 
@@ -215,9 +220,7 @@ def _nearest(
     for ridge in (RIDGE, *LARGER_RIDGES):
         grams = [_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments]
         total = summed((w * g for w, g in zip(weights, grams, strict=True)), grams[0])
-        pulled = pull.ridge
-        if pull.relative and pulled:
-            pulled *= float(total.diagonal().double().mean())
+        pulled = pull.strength(total) if pull else 0.0
         total.diagonal().add_(pulled)
         lower = cholesky(total)
         if lower is None:
@@ -230,7 +233,7 @@ def _nearest(
                 cross = _shrunk(one.cross, one.gram, off_diagonal, ridge)
                 target = product(vector, cross) + product(base, cross - gram)
             targets.append(w * target)
-        if pulled:
+        if pull:
             targets.append(pulled * pull.anchor)
         update = solve(summed(targets, base), lower)
         has_residuals = any(one.residual is not None for one in moments)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.methods.numerics import product, singular_values, summed
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.ties import ties
-from lewis_hub.methods.votes import all_votes, elected_votes, trimmed
+from lewis_hub.methods.votes import averaged, elected_votes, trimmed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def tsv_m(
         U_i, S_i, V_i: the largest singular vectors and values of v_i
     """
     if base.dim() != 2 or not base.numel():
-        return base + lambda_ * _average(task_vectors, weights)
+        return base + lambda_ * averaged(task_vectors, weights)
     import torch
 
     n_directions = max(1, min(base.shape) // len(task_vectors))
@@ -71,7 +71,7 @@ def iso_c(
         U, V: singular vectors of sum_i w_i v_i; s: the mean of its singular values
     """
     if base.dim() != 2 or not base.numel():
-        return base + lambda_ * _average(task_vectors, weights)
+        return base + lambda_ * averaged(task_vectors, weights)
     votes = (w * vector for w, vector in zip(weights, task_vectors, strict=True))
     found = singular_values(summed(votes, base))
     if not len(found.values):
@@ -118,11 +118,6 @@ def knots_ties(  # noqa: PLR0913 (options are keywords)
     votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
     merged = elected_votes(votes, weights, normalize=normalize)
     return base + lambda_ * product(found.left.to(base.dtype), merged)
-
-
-def _average(task_vectors: Tensor, weights: Tensor) -> Tensor:
-    votes = [w * vector for w, vector in zip(weights, task_vectors, strict=True)]
-    return all_votes(votes, weights, normalize=True)
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -117,6 +117,12 @@ def all_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> T
     return mixed / total if normalize and abs(total) >= NEGLIGIBLE else mixed
 
 
+def averaged(task_vectors: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted average of task vectors: (n_sources, *shape) -> (*shape)."""
+    votes = [w * vector for w, vector in zip(weights, task_vectors, strict=True)]
+    return all_votes(votes, weights, normalize=True)
+
+
 def elected_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
     """Elect a sign per entry, then add or average the votes that have it.
 
