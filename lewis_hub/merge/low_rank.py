@@ -49,7 +49,7 @@ class MergedUpdate:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """How far an update is cut down."""
 
     most: (
@@ -100,7 +100,7 @@ def _require_updates(shard: ShardPlan, tensor: TensorPlan) -> None:
 
 
 def merge_updates(
-    plan: MergePlan, open_source: Callable[[str], Reader], cut: Cut, advance: Advance
+    plan: MergePlan, open_source: Callable[[str], Reader], cut: Truncation, advance: Advance
 ) -> Iterator[MergedUpdate]:
     """Merge the updates of all modules that an adapter changes; imports torch.
 
@@ -124,7 +124,7 @@ def _update(header: TensorHeader) -> LowRank | None:
 
 
 def _merged(
-    shard: ShardPlan, tensor: TensorPlan, readers: Mapping[str, Reader], cut: Cut
+    shard: ShardPlan, tensor: TensorPlan, readers: Mapping[str, Reader], cut: Truncation
 ) -> MergedUpdate:
     n_experts = len(tensor.weights)
     factors = [

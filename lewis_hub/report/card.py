@@ -40,7 +40,7 @@ from lewis_hub.report.facts import (
 from lewis_hub.report.lock import BUILDER
 from lewis_hub.report.plots import PAIRED, WORDS
 from lewis_hub.report.profiles import short_name, unique_slugs
-from lewis_hub.report.usage import Usage
+from lewis_hub.report.usage import ModelUsage
 from lewis_hub.report.verdict import verdict
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _rendered(template: str, filters: Mapping[str, Any], **values: Any) -> str:
     return environment.from_string(text).render(values)
 
 
-def snippet(usage: Usage, repo: str | None, *, chat: bool, custom_code: bool) -> str:
+def snippet(usage: ModelUsage, repo: str | None, *, chat: bool, custom_code: bool) -> str:
     """Python code that runs a model from its repo, or without one from the folder of its card."""
     return _rendered(
         f"usage/{usage.family.snippet}.py.j2",

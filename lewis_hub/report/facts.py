@@ -22,7 +22,7 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.report.cost import Machine, StageCost
 from lewis_hub.report.plots import Picture
-from lewis_hub.report.usage import Usage
+from lewis_hub.report.usage import ModelUsage
 
 if TYPE_CHECKING:
     from lewis_hub.merge.transplant import RowOrigins, TransplantSettings
@@ -185,7 +185,7 @@ class TransplantFacts:
     settings: TransplantSettings
     origins: RowOrigins
     errors: Mapping[str, float]  # tensor -> mean relative error of `omp` in the donor's
-    usage: Usage
+    usage: ModelUsage
     chat: bool  # the tokenizer has a chat template
     digest: str  # of the lock
 
@@ -231,7 +231,7 @@ class CardFacts:
     scores: Scores | None = None
     scored_data: Mapping[str, ScoredData] = field(default_factory=dict)  # task -> its dataset
     chart: Picture | None = None  # of the scores; its files are in the folder `lewis`
-    usage: Usage = field(default_factory=Usage)
+    usage: ModelUsage = field(default_factory=ModelUsage)
     costs: tuple[StageCost, ...] = ()  # of the run that finished the merge
     config: Mapping[str, Any] = field(default_factory=dict)  # `config.json`, unchecked
     chat: bool = False  # the tokenizer has a chat template

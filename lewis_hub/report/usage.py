@@ -208,7 +208,7 @@ LANGUAGE_MODEL = BY_NAME["language model"]
 
 
 @dataclass(frozen=True)
-class Usage:
+class ModelUsage:
     """How a model is run, and what the Hub is told about it."""
 
     family: Family = LANGUAGE_MODEL
@@ -260,7 +260,7 @@ class Usage:
         return [{"text": self.example}] if is_text else None
 
 
-def usage_of(folder: Path, config: Mapping[str, Any], parents: Sequence[ModelFacts]) -> Usage:
+def usage_of(folder: Path, config: Mapping[str, Any], parents: Sequence[ModelFacts]) -> ModelUsage:
     """Find how the model in a folder is run; its configuration is unchecked.
 
     The parents' task counts where they agree on one that fits the class of the model.
@@ -268,7 +268,7 @@ def usage_of(folder: Path, config: Mapping[str, Any], parents: Sequence[ModelFac
     family, automatic = _family(folder, config)
     stated = {parent.task for parent in parents} - {None}
     task = stated.pop() if len(stated) == 1 else None
-    return Usage(
+    return ModelUsage(
         family=family,
         task=task if task in family.related or family == OTHER else family.task,
         automatic=automatic,

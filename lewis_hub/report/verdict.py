@@ -58,18 +58,18 @@ def _share(task: TaskScores, metric: str) -> tuple[str, float] | None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SkillVerdict:
     """The verdict on a scored merge, in Markdown."""
 
     sentence: str
     computed: str = ""  # how its numbers were computed; empty if they are plain scores
 
 
-def verdict(scores: Scores) -> Verdict:
+def verdict(scores: Scores) -> SkillVerdict:
     """The shares of skills that a merge keeps; without any, its first scores."""
     kept = kept_skills(scores)
     if not kept:
-        return Verdict(" ".join(_values(scores)))
+        return SkillVerdict(" ".join(_values(scores)))
     shares = _listed([f"{_percent(one.share)} of {_named(one.expert)}'s" for one in kept])
     tasks = "; ".join(
         f"{_named(one.expert)}: {_listed([markdown.code(task) for task in one.tasks])}"
@@ -84,7 +84,7 @@ def verdict(scores: Scores) -> Verdict:
     experts = [label for label in scores.labels if label.startswith(EXPERT)]
     if others := [_named(label) for label in experts if label not in measured]:
         computed += f" No task measured a skill of {_listed(others)}."
-    return Verdict(f"It keeps {shares} skill.", computed)
+    return SkillVerdict(f"It keeps {shares} skill.", computed)
 
 
 def _values(scores: Scores) -> Iterator[str]:

@@ -60,7 +60,7 @@ def merge_loras(
         >>> {fit.rank for fit in merged.fits.values()}
         {8}
     """
-    from lewis_hub.merge.low_rank import Cut, merge_updates, require_low_rank, write_adapter
+    from lewis_hub.merge.low_rank import Truncation, merge_updates, require_low_rank, write_adapter
 
     output, progress, api = Path(output), shown(progress), hub_api()
     _require_mergeable(recipe)
@@ -77,7 +77,7 @@ def merge_loras(
 
         n_tensors = sum(len(shard.tensors) for shard in plan.shards)
         with progress.stage("Merging adapters", n_tensors, "items") as advance:
-            updates = merge_updates(plan, open_adapter, Cut(rank, error), advance)
+            updates = merge_updates(plan, open_adapter, Truncation(rank, error), advance)
             dtype = DTYPES[recipe.output_dtype or "float32"]
             found = write_adapter(updates, _base(job), dtype, work.folder)
         card = _card(job, work.folder, found)

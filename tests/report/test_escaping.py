@@ -22,7 +22,7 @@ from lewis_hub.report.cost import Machine
 from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.page import report_page
-from lewis_hub.report.usage import Usage
+from lewis_hub.report.usage import ModelUsage
 
 ONERROR = "<img src=x onerror=alert(1)>"
 HTML = MarkdownIt("commonmark", {"html": True}).enable("table")
@@ -65,7 +65,7 @@ def hostile_facts(make_facts):
         scores=Scores({name: replace(scored, models={**models, "merged": metric})}),
         scored_data={name: ScoredData(name, name, name, None)},
         chart=replace(facts.chart, caption=f'" {ONERROR}'),
-        usage=Usage(task=name, automatic="AutoModelForCausalLM", stated=name),
+        usage=ModelUsage(task=name, automatic="AutoModelForCausalLM", stated=name),
         costs=(replace(facts.costs[0], stage=name),),
         recipe=f"a: 1\n```\n{ONERROR}\n",
         software={ONERROR: name},

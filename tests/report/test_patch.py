@@ -4,7 +4,7 @@ import pytest
 
 from lewis_hub.report.card import dark_folder, model_card
 from lewis_hub.report.patch import patched
-from lewis_hub.report.usage import BY_NAME, Usage
+from lewis_hub.report.usage import BY_NAME, ModelUsage
 
 BEFORE = "# Merged model\n\n- size: 1\n\nname = '.'\n"
 AFTER = "# mine\n\n- size: 1\n- by: me\n\nname = 'me/mine'\n"
@@ -39,9 +39,9 @@ def test_of_equal_blocks_the_one_below_the_same_line_changes():
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_card_with_a_repo_differs_in_lines_that_need_nothing_of_the_run(name, make_facts):
-    on_disk = make_facts(title="Merged model", repo=None, usage=Usage(BY_NAME[name]))
+    on_disk = make_facts(title="Merged model", repo=None, usage=ModelUsage(BY_NAME[name]))
     on_hub = replace(on_disk, title="zoo-merge", repo="me/zoo-merge")
-    nothing = {"guided": None, "chart": None, "scored_data": {}, "costs": (), "usage": Usage()}
+    nothing = {"guided": None, "chart": None, "scored_data": {}, "costs": (), "usage": ModelUsage()}
     before, after = (str(model_card(replace(one, **nothing))) for one in (on_disk, on_hub))
     card = str(model_card(on_disk))
 

@@ -21,7 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import lewis_hub
 from lewis_hub.hub.facts import ModelFacts
-from lewis_hub.report.usage import BY_NAME, Usage, usage_of
+from lewis_hub.report.usage import BY_NAME, ModelUsage, usage_of
 
 RATE = 16_000
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -336,7 +336,7 @@ def test_a_repos_own_class_is_loaded_by_the_automatic_class_that_it_names(tmp_pa
 
 @pytest.mark.parametrize("broken", [{}, {"architectures": "x"}, {"architectures": [7]}])
 def test_a_configuration_that_names_no_class_is_taken_for_a_language_model(tmp_path, broken):
-    assert usage_of(tmp_path, broken, []) == Usage()
+    assert usage_of(tmp_path, broken, []) == ModelUsage()
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\ufeff", "9" * 5000])
@@ -344,4 +344,4 @@ def test_a_damaged_file_counts_as_empty(tmp_path, text):
     for name in ("tokenizer_config.json", "config_sentence_transformers.json"):
         (tmp_path / name).write_text(text, encoding="utf-8")
 
-    assert usage_of(tmp_path, {}, []) == Usage()
+    assert usage_of(tmp_path, {}, []) == ModelUsage()

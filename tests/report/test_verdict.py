@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lewis_hub.evaluate.scores import MetricScore, Scores, TaskScores
-from lewis_hub.report.verdict import Verdict, kept_skills, verdict
+from lewis_hub.report.verdict import SkillVerdict, kept_skills, verdict
 
 MATH, TEXT = "expert:zoo/math@" + "a" * 40, "expert:zoo/text@" + "b" * 40
 
@@ -54,7 +54,7 @@ def test_a_gain_within_two_standard_errors_is_no_skill():
     scores = scored(sums=(0.50, 0.52, 0.4, 0.51))  # 0.02 against 2 * sqrt(2) * 0.01
 
     assert kept_skills(scores) == []
-    assert verdict(scores) == Verdict(
+    assert verdict(scores) == SkillVerdict(
         "It scores 0.510 on `sums` (accuracy), its best expert `zoo/math` 0.520."
     )
 
