@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from lewis_hub.evaluate.samples import FILE as SAMPLES
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.engine import ShardResult
 from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
@@ -59,12 +60,10 @@ def write(
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
-    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
     pictures = [one for one in (chart, guided.maps if guided else None) if one]
     written = _write_locked(settings, folder, guided, scored)
     drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
-    for name in (*merged.sidecars, *written, *drawn):
-        outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
+    outputs = locked_outputs(folder, merged.shards, (*merged.sidecars, *written, *drawn))
     lock = _finished(settings.planned, outputs, gathered)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {cost.FILE: costs.to_json(machine), locks.FILE: lock.to_json()}
@@ -88,6 +87,16 @@ def write(
         machine=machine,
     )
     return (*outputs, *beside, *_write_card(settings, folder, facts, scored))
+
+
+def locked_outputs(
+    folder: Path, shards: Mapping[str, ShardResult], names: Iterable[str]
+) -> dict[str, OutputFile]:
+    """Return what a lock states of files in a folder: of shards, and of others by their names."""
+    found = {name: OutputFile(one.sha256, one.n_bytes) for name, one in shards.items()}
+    for name in names:
+        found[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
+    return found
 
 
 def _finished(planned: Lock, outputs: Mapping[str, OutputFile], gathered: Gathered) -> Lock:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lewis_hub.errors import MergeError, PublishError
 from lewis_hub.evaluate.samples import Samples
-from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.files import write_whole
 from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source
@@ -22,10 +22,10 @@ from lewis_hub.report import lock as locks
 from lewis_hub.report import page
 from lewis_hub.report.card import dark_folder, eval_results, model_card, name_line
 from lewis_hub.report.facts import CardFacts
-from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.lock import Lock
 from lewis_hub.report.patch import patched
 from lewis_hub.workflow.evaluate import CARD, read_scores
-from lewis_hub.workflow.report import RECIPE, ReportSettings, described
+from lewis_hub.workflow.report import RECIPE, ReportSettings, described, locked_outputs
 from lewis_hub.workflow.resolve import RecipeSnapshot
 from lewis_hub.workflow.transplant_job import TRANSPLANT
 
@@ -63,9 +63,7 @@ def republish(
         parameters: tensor -> number of parameters.
         folder: the merge.
     """
-    asked = settings.planned.recipe.get("publish")
-    recipe = {key: part for key, part in found.recipe.items() if key != "publish"}
-    recipe |= {"publish": asked} if asked else {}
+    recipe = with_publish(found.recipe, settings.planned.recipe.get("publish"))
     facts = replace(
         described(settings.facts, folder),
         parameters=parameters,
@@ -76,6 +74,12 @@ def republish(
     for name, text in boards.items():
         write_whole(folder / name, text)
     restate(facts, found, replace(found, recipe=recipe), folder)
+
+
+def with_publish(recipe: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    """Return the recipe of a lock with another section `publish`; without one if it is empty."""
+    kept = {key: part for key, part in recipe.items() if key != "publish"}
+    return kept | ({"publish": asked} if asked else {})
 
 
 def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
@@ -94,8 +98,8 @@ def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
         pages = [page.report_page(one, Samples()) for one in (old, new)]
         text = (folder / page.FILE).read_text(encoding="utf-8")
         write_whole(folder / page.FILE, patched(text, *pages))
-    file = OutputFile(sha256_of(folder / RECIPE), (folder / RECIPE).stat().st_size)
-    lock = replace(changed, outputs={**changed.outputs, RECIPE: file})
+    outputs = {**changed.outputs, **locked_outputs(folder, {}, [RECIPE])}
+    lock = replace(changed, outputs=outputs)
     statement = folder / locks.PROVENANCE_FILE
     with suppress(OSError, *locks.NO_STATEMENT):  # `verify` reports a missing or damaged one
         text = locks.provenance_again(statement.read_text(encoding="utf-8"), lock)

@@ -22,11 +22,11 @@ from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import asks_for_statistics
-from lewis_hub.recipe.schema import Gate, Publishing, Recipe
+from lewis_hub.recipe.schema import Gate, Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import lock_in
 from lewis_hub.workflow.report import ReportSettings
-from lewis_hub.workflow.republish import facts_of
+from lewis_hub.workflow.republish import facts_of, with_publish
 from lewis_hub.workflow.resolve import RecipeSnapshot
 
 FILE = ".steps.json"
@@ -95,7 +95,8 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     boards = recipe.evaluate.benchmarks if recipe.evaluate else None
     if asked and (asked.license != stated.get("license") or boards):
         return None
-    planned = replace(found, recipe=_published_as(found.recipe, asked))
+    publish = asked and asked.model_dump(mode="json", by_alias=True, exclude_none=True)
+    planned = replace(found, recipe=with_publish(found.recipe, publish))
     reporting = ReportSettings(
         facts=facts_of(found),
         planned=planned,
@@ -107,13 +108,6 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     gates = (recipe.evaluate.gate or ()) if recipe.evaluate else ()
     repo = asked.repo if asked else None
     return Finished(reporting, {}, gates, repo, recipe.export or ())
-
-
-def _published_as(document: Mapping[str, Any], asked: Publishing | None) -> dict[str, Any]:
-    kept = {key: part for key, part in document.items() if key != "publish"}
-    if asked is None:
-        return kept
-    return kept | {"publish": asked.model_dump(mode="json", by_alias=True, exclude_none=True)}
 
 
 def _recorded(output: Path) -> tuple[Any, Any] | None:

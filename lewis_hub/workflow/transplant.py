@@ -21,7 +21,6 @@ from lewis_hub.errors import NonFiniteError, PublishError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download
-from lewis_hub.merge.engine import ShardResult
 from lewis_hub.merge.plan import Fitted, with_statistics
 from lewis_hub.merge.runners import Backend, Ray, Runner, threads
 from lewis_hub.merge.transplant import RowOrigins, TransplantSettings, WeightedRows, new_table
@@ -31,14 +30,14 @@ from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.report import lock as locks
 from lewis_hub.report.card import transplant_card
 from lewis_hub.report.facts import TransplantFacts
-from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.lock import Lock
 from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD
 from lewis_hub.workflow.merge import write_weights
 from lewis_hub.workflow.open import open_model
 from lewis_hub.workflow.publish import lock_in
-from lewis_hub.workflow.report import has_chat_template
+from lewis_hub.workflow.report import has_chat_template, locked_outputs
 from lewis_hub.workflow.resolve import hub_api, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.transplant_job import TransplantJob, compile_transplant
@@ -130,7 +129,7 @@ def transplant_tokenizer(
             planned, locations, work.folder, Backend(runner), progress, "Writing the model"
         )
         carried = job.sidecars.write(files.sources, work.folder)
-        lock = _locked(job.planned, work.folder, shards, carried)
+        lock = replace(job.planned, outputs=locked_outputs(work.folder, shards, carried))
         beside = {locks.FILE: lock.to_json()}
         beside[locks.PROVENANCE_FILE] = locks.provenance(lock, began, datetime.now(UTC))
         beside[CARD] = _card(job, work.folder, made.errors, lock, api)
@@ -229,15 +228,6 @@ def _read(reader: Reader, table: TensorHeader, label: str) -> Tensor:
     if not values.isfinite().all():
         raise NonFiniteError(table.name, label, BROKEN)
     return values
-
-
-def _locked(
-    planned: Lock, folder: Path, shards: Mapping[str, ShardResult], carried: tuple[str, ...]
-) -> Lock:
-    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in shards.items()}
-    for name in carried:
-        outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
-    return replace(planned, outputs=outputs)
 
 
 def _card(
