@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from effort import SEED, times
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
@@ -18,11 +19,11 @@ from lewis_hub.recipe.read import parse_recipe
 TESTS = Path(__file__).parents[1]
 
 
-def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path, effort, first_seed):
-    n_merges = 12 * min(effort, 20)
+def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path):
+    n_merges = times(12, 240)
     path = os.pathsep.join([str(TESTS), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-m", "hardening.changing", tmp_path, str(n_merges), str(first_seed)],
+        [sys.executable, "-m", "hardening.changing", tmp_path, str(n_merges), str(SEED)],
         env={**os.environ, "PYTHONPATH": path},
         cwd=TESTS,
         capture_output=True,

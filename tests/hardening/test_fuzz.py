@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from effort import EFFORT, SEED
 
 if sys.platform != "linux":
     pytest.skip("time and memory are limited by Linux", allow_module_level=True)
@@ -33,10 +34,10 @@ def test_each_target_is_fuzzed_once():
 
 
 @pytest.mark.parametrize("group", GROUPS, ids="-".join)
-def test_files_that_are_almost_valid_are_read_or_refused(group, effort, first_seed):
-    n_cases = str(N_CASES * effort)
+def test_files_that_are_almost_valid_are_read_or_refused(group):
+    n_cases = str(N_CASES * EFFORT)
     done = subprocess.run(
-        [sys.executable, "-m", "hardening.fuzz", n_cases, str(first_seed), *group],
+        [sys.executable, "-m", "hardening.fuzz", n_cases, str(SEED), *group],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(CORPUS.parents[1]), *sys.path])},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -49,5 +50,5 @@ def test_files_that_are_almost_valid_are_read_or_refused(group, effort, first_se
     sys.stdout.write(json.dumps(figures, indent=1))  # pytest -rP shows it
     assert [figure["findings"] for figure in figures] == [{}] * len(group)
     assert [f["n_cases"] for f in figures] == [
-        len(kept(name)) + round(TARGETS[name].share * N_CASES * effort) for name in group
+        len(kept(name)) + round(TARGETS[name].share * N_CASES * EFFORT) for name in group
     ]
