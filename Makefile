@@ -104,22 +104,10 @@ clean:
 	$(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/pip install --quiet uv
 
-.venv/ray: pyproject.toml | .venv/dev
-	$(INSTALL) '.[ray]'
+.venv/demo .venv/dev .venv/docs: pyproject.toml | .venv/bin/python
+	$(INSTALL) '.[$(@F)]'
 	touch $@
 
-.venv/docs: pyproject.toml | .venv/bin/python
-	$(INSTALL) '.[docs]'
-	touch $@
-
-.venv/space: pyproject.toml | .venv/dev
-	$(INSTALL) '.[space]'
-	touch $@
-
-.venv/demo: pyproject.toml | .venv/bin/python
-	$(INSTALL) '.[demo]'
-	touch $@
-
-.venv/dev: pyproject.toml | .venv/bin/python
-	$(INSTALL) '.[dev]'
+.venv/ray .venv/space: pyproject.toml | .venv/dev
+	$(INSTALL) '.[$(@F)]'
 	touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from running_server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -73,12 +73,6 @@ def serving(folders: dict[str, str] | None = None) -> Iterator[ThreadingHTTPServ
     """The server; `requests` are those it got, `folders` the models that it knows by a name."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     server.requests, server.folders = [], folders or {}
-    server.url = f"http://127.0.0.1:{server.server_port}/v1/completions"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with running(server) as url:
+        server.url = f"{url}/v1/completions"
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import sleep  # not the one that tests replace
 from urllib.parse import urlsplit
 
+from running_server import running
+
 SAME = "the address itself"
 PAGE = b"<html><title>Sign in to this network</title></html>"
 NEVER_FORWARDED = {"connection", "transfer-encoding", "content-length", "date", "server"}
@@ -159,14 +161,8 @@ def _served(stands, upstream):
         def handle_error(self, *_):
             pass
 
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(Server(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 def _pieces(answer):

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import yaml
+from running_server import running
 from test_wheel import sources
 
 from lewis_hub import __version__
@@ -115,12 +115,8 @@ def index(folder):
     """Serve the packages in a folder as a package index does; yields its address."""
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/simple/"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with running(server) as url:
+        yield f"{url}/simple/"
 
 
 @pytest.fixture(scope="module")

@@ -83,23 +83,13 @@ def check(
     help="Merge even if nothing changed, and replace an existing output folder.",
 )
 @options.sign
-@click.option(
-    "--runner",
-    default="threads",
-    help="How to run the merge: inline, threads, threads:N or ray.",
-)
+@options.runner
 @click.option(
     "--ray-address",
     metavar="ADDRESS",
     help="Address of the Ray cluster: auto or HOST:PORT. [default: start Ray on this machine]",
 )
-@click.option(
-    "--max-shard-size",
-    "max_shard_bytes",
-    type=options.SIZE,
-    default="5GB",
-    help="Maximum size of an output file.",
-)
+@options.max_shard_size
 @options.repeated(
     "--export",
     "exports",

@@ -166,6 +166,16 @@ memory = click.option(
     type=SIZE,
     help="Load models block by block if they need more memory than this (for example 8GB).",
 )
+runner = click.option(
+    "--runner", default="threads", help="How to run it: inline, threads, threads:N or ray."
+)
+max_shard_size = click.option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    type=SIZE,
+    default="5GB",
+    help="Maximum size of an output file.",
+)
 repo = click.option(
     "--repo", type=REPO, help="Repo to publish to, instead of the recipe's `publish.repo`."
 )

@@ -29,16 +29,8 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--k", type=options.COUNT, default=64, help="Shared tokens in a combination of omp.")
 @click.option("--push", "repo", type=options.REPO, help="Publish the model in this repo.")
-@click.option(
-    "--runner", default="threads", help="How to run it: inline, threads, threads:N or ray."
-)
-@click.option(
-    "--max-shard-size",
-    "max_shard_bytes",
-    type=options.SIZE,
-    default="5GB",
-    help="Maximum size of an output file.",
-)
+@options.runner
+@options.max_shard_size
 @options.flag("--force", "replace", help="Replace an existing output folder.")
 @terminal_options
 def transplant_tokenizer(

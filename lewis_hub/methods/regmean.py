@@ -73,10 +73,10 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     its Frobenius norm, and `ridge` is then added to the diagonal as it is; without, it is times the
     mean diagonal of the sum. A tensor without G becomes base + lambda A where `ridge` is set.
     `interpolation` a takes a z + (1 - a) x instead of z, and a d instead of d; d is 0 without
-    `compensate`. FeatCal (arXiv 2605.13030) is `inputs:
-    merged` without `compensate`, with off_diagonal 1, `normalize_grams: frobenius` and, in its
-    authors' code, ridge .05, anchor_scale .66 and interpolation .25. It also fits biases and
-    LayerNorms, and all matrices of a block at once.
+    `compensate`. FeatCal (arXiv 2605.13030) is `inputs: merged` without `compensate`, with
+    off_diagonal 1, `normalize_grams: frobenius` and, in its authors' code, ridge .05, anchor_scale
+    .66 and interpolation .25. It also fits biases and LayerNorms, and all matrices of a block at
+    once.
 
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1

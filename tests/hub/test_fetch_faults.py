@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import os
-import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from huggingface_hub import HfApi
+from running_server import running
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub import failures
@@ -51,14 +51,8 @@ def answering(status, headers, body, requests=None):
             pass
 
     requests = [] if requests is None else requests
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield HfApi(endpoint=f"http://127.0.0.1:{server.server_port}")
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield HfApi(endpoint=url)
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from running_server import running
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import RemoteFiles
@@ -113,14 +113,8 @@ def answering(status, headers, body):
         def log_message(self, *_):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 def test_a_server_that_ignores_ranges_is_refused(files):
