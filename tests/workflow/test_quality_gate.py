@@ -1,17 +1,14 @@
 """The quality gate from a recipe to the Hub: what is worse than before is not published."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import zoo_folder
 
 pytestmark = pytest.mark.slow  # each scores models
 
@@ -34,15 +31,6 @@ FOUND = (
     "zoo_reverse (exact_match) the merged model is worse than lewis/reverse at {sha}: 0.000 "
     "against 0.850 (difference −0.850, 95 % interval −0.948 to −0.585)"
 )
-
-
-@pytest.fixture
-def place(hub, tmp_path, monkeypatch):
-    put_zoo(hub)
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(zoo_folder() / "tasks", "tasks")
-    return tmp_path
 
 
 def run(*words):

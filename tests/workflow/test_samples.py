@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
@@ -72,15 +71,6 @@ def test_files_count_as_public_beside_the_task_that_is_published_with_them(tmp_p
     assert why(inside, code=True) == (
         "Python code makes its items, so it is unknown whether they are public."
     )
-
-
-@pytest.fixture
-def place(hub, tmp_path, monkeypatch):
-    put_zoo(hub)
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(zoo_folder() / "tasks", "tasks")
-    return tmp_path
 
 
 def merge(more=""):
