@@ -192,6 +192,9 @@ def _task_files(folder: Path) -> Iterator[str]:
                 yield f"{root}/{name}"  # 14,000 files: a Path each doubles the time
 
 
+LibraryName = Literal["lm-eval", "mteb"]
+
+
 @dataclass(frozen=True)
 class TaskSelection:
     """The tasks, groups or tags to score, and where to look for them.
@@ -204,7 +207,7 @@ class TaskSelection:
     include: Path | None = None  # folder of own task files; they come before lm-eval's
     own_include: bool = True  # whether that folder is the user's own
     allow_code: bool = False  # whether tasks may run code that the model writes
-    library: Literal["lm-eval", "mteb"] = "lm-eval"
+    library: LibraryName = "lm-eval"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.embedding_tasks import locate_embedding_tasks, require_embedding_metric
-from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
+from lewis_hub.evaluate.libraries import library_of
+from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.rows import describe_dataset, load_rows
@@ -227,15 +227,11 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
 
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:
     """Refuse unknown tasks, and unknown metrics of gates and leaderboards as (task, metric)."""
-    by_mteb = selection.library == "mteb"
+    library = library_of(selection)
     try:
-        if by_mteb:
-            locate_embedding_tasks(selection)
-        else:
-            locate_tasks(selection)
+        library.require_tasks(selection)
         for task, metric in metrics:
-            require = require_embedding_metric if by_mteb else require_metric
-            require(selection, task, metric)
+            library.require_metric(selection, task, metric)
     except EvaluationError as error:
         return [str(error)]
     return []

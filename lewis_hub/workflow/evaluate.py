@@ -14,11 +14,12 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
-from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, scored_data, with_prompts
-from lewis_hub.evaluate.embedding_tasks import n_documents, scored_embedding_data
+from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, with_prompts
+from lewis_hub.evaluate.embedding_tasks import n_documents
 from lewis_hub.evaluate.embeddings import evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
+from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.scores import ModelResult, Scores
@@ -161,7 +162,8 @@ def score_merge(
     models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
     results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
     samples = samples_of(results, tasks, limit, evaluation.log_samples)
-    return Scored(compare(results), results, data=_data(tasks.loaded), samples=samples)
+    data = library_of(tasks.selection).scored_data(tasks.loaded)
+    return Scored(compare(results), results, data=data, samples=samples)
 
 
 def score(
@@ -203,11 +205,6 @@ def _runner(
     return benchmarks.n_requests, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
 
 
-def _data(loaded: LoadedTasks) -> dict[str, ScoredData]:
-    by_mteb = loaded.selection.library == "mteb"
-    return scored_embedding_data(loaded) if by_mteb else scored_data(loaded)
-
-
 def _file_name(
     candidate: Candidate, loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
 ) -> str:
@@ -216,8 +213,8 @@ def _file_name(
     files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
     texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
     facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings)]
-    library = "mteb" if selected.library == "mteb" else "lm_eval"
-    document = json.dumps([*facts, sorted(loaded.commits.values()), version(library)])
+    installed = version(library_of(selected).distribution)
+    document = json.dumps([*facts, sorted(loaded.commits.values()), installed])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
 
 

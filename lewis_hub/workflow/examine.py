@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -15,7 +15,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.scorable import only, require_scorable, scored_elsewhere, unscorable
-from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.evaluate.tasks import LibraryName, TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import read_small
@@ -267,7 +267,7 @@ def task_selection(
 ) -> TaskSelection:
     """Return the tasks of an evaluation; `locate` finds the folder of the user's task files."""
     include = Path(locate(evaluation.include)) if evaluation.include else None
-    library: Literal["lm-eval", "mteb"] = "mteb" if evaluation.backend == "mteb" else "lm-eval"
+    library: LibraryName = "mteb" if evaluation.backend == "mteb" else "lm-eval"
     return TaskSelection(evaluation.tasks, include, allow_code=allow_code, library=library)
 
 

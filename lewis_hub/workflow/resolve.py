@@ -25,7 +25,8 @@ from lewis_hub.evaluate.benchmarks import (
     own_files,
     task_data,
 )
-from lewis_hub.evaluate.embedding_tasks import embedding_data, own_task_files
+from lewis_hub.evaluate.embedding_tasks import own_task_files
+from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.files import visible_files
 from lewis_hub.guides import registry as guides
@@ -252,8 +253,7 @@ def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
 
     A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
     """
-    by_mteb = selected.library == "mteb"
-    every = embedding_data(selected) if by_mteb else task_data(locate_tasks(selected))
+    every = library_of(selected).data(selected)
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
     found: dict[tuple[str, str | None], Source] = {}
     for name, revision in repos:

@@ -16,11 +16,10 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
-from lewis_hub.evaluate.embedding_tasks import locate_embedding_tasks
+from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import locate_tasks
 from lewis_hub.files import require_room, require_writable, write_whole
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
@@ -93,10 +92,7 @@ def evaluate_model(
     how = settings_of(asked, execution.device)
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
-    if selected.library == "mteb":
-        locate_embedding_tasks(selected)
-    else:
-        locate_tasks(selected)
+    library_of(selected).require_tasks(selected)
     tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
     if how.backend == "local-completions":  # the server has the weights
         with TemporaryDirectory() as kept:

@@ -18,9 +18,9 @@ from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
 from lewis_hub.display import Progress
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
-from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
-from lewis_hub.evaluate.embedding_tasks import items_of, load_embedding_tasks
-from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_items, scored_items
+from lewis_hub.evaluate.benchmarks import LoadedTasks
+from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_items
+from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
@@ -128,16 +128,12 @@ class ScoredTasks:
     def loaded(self) -> LoadedTasks:
         """The loaded tasks."""
         self.progress.say("Loading the benchmarks")
-        load = load_embedding_tasks if self.selection.library == "mteb" else load_tasks
-        return load(self.selection, commits_of(self.sources))
+        return library_of(self.selection).load(self.selection, commits_of(self.sources))
 
     def items(self) -> list[TaskItem]:
         """Return every item of every task."""
         try:
-            if self.selection.library == "mteb":
-                documents = items_of(self.loaded.tasks)
-                return [TaskItem(task, "", "", document) for task, document in documents]
-            return list(scored_items(self.loaded))
+            return list(library_of(self.selection).items(self.loaded))
         except EvaluationError as error:
             if self.are_scored_now:
                 raise
