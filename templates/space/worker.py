@@ -133,8 +133,10 @@ def card(merged: Path) -> str:
     """The model card as HTML: all text is escaped, and pictures are part of it."""
     from lewis_hub.localhub.pages import HUGGING_FACE, render_markdown
 
+    merged = merged.resolve()
+
     def address(path: str) -> str:
-        file = merged / path
+        file = (merged / path).resolve()
         if file.suffix not in PICTURES or not file.is_file() or merged not in file.parents:
             return f"#{escape(path)}"
         kind = "svg+xml" if file.suffix == ".svg" else "png"
