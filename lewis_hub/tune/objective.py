@@ -29,7 +29,7 @@ from lewis_hub.evaluate.items import (
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.source import Source
 from lewis_hub.workflow.fetch import small_files
-from lewis_hub.workflow.resolve import scored_commits
+from lewis_hub.workflow.task_data import scored_commits
 from lewis_hub.workflow.texts import DrawnText, ScoredTasks, count_overlap, drawn_items, overlaps
 
 N_PARTS = 8  # a trial can be pruned after each part

@@ -27,8 +27,8 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
-from lewis_hub.workflow.resolve import PinnedTask
 from lewis_hub.workflow.resources import Measurement, Workload
+from lewis_hub.workflow.task_data import PinnedTask
 
 POSITIONS = ("max_position_embeddings", "n_positions")  # keys of `config.json`
 SMALL_BYTES = 20_000_000  # rows of a smaller dataset are read to find its columns

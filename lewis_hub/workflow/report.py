@@ -28,8 +28,9 @@ from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow.evaluate import CARD, ITEMS, SCORES, Scored
 from lewis_hub.workflow.merge import MergedModel
-from lewis_hub.workflow.resolve import PinnedTask, RecipeSnapshot
+from lewis_hub.workflow.resolve import RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
+from lewis_hub.workflow.task_data import PinnedTask
 
 PROFILE, SCHEDULE = "importance.json", "density.json"  # in the folder `lewis`
 RECIPE = "lewis/recipe.yaml"

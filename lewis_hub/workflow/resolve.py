@@ -6,7 +6,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,18 +15,9 @@ import yaml
 from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError, SourcesError
-from lewis_hub.evaluate.benchmarks import (
-    Commits,
-    TaskData,
-    files_digest,
-    is_local,
-    own_files,
-    task_data,
-)
+from lewis_hub.errors import GuideError, RecipeError, SourceError, SourcesError
+from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.evaluate.embedding_tasks import own_task_files
-from lewis_hub.evaluate.libraries import library_of
-from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.files import visible_files
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
@@ -41,6 +31,7 @@ from lewis_hub.recipe.parts import parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
+from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -204,83 +195,6 @@ def find_place(written: str, locate: Locate) -> str:
         path = Path(written).expanduser()
         raise missing_path_error(written, [Path(locate(".")) / path, path])
     return located
-
-
-@dataclass(frozen=True)
-class PinnedTask:
-    """A task or group that calibration draws from."""
-
-    selection: TaskSelection
-    digest: str  # over the task files of lm-eval or the user
-    datasets: tuple[Source, ...]  # its pinned data; each local file is a source
-    commits: Commits  # the commits of its repos, for lm-eval
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """The facts that determine its items, for a profile."""
-        return {
-            "dataset": ", ".join(source.pinned for source in self.datasets),
-            "dataset_sha": ", ".join(source.commit_sha for source in self.datasets),
-            "task_digest": self.digest,
-        }
-
-
-def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) -> PinnedTask:
-    """Find a task's files and pin the data that they name; nothing is run or loaded.
-
-    `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
-    """
-    asked = TaskSelection((task,), include, allow_code=True)
-    located = locate_tasks(asked)
-    every = task_data(located)
-    for data in every:
-        _require_pinnable(data)
-    repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
-    if revision and len(repos) != 1:
-        problem = f"it reads {len(repos)} repos, but `revision` needs exactly one."
-        raise EvaluationError(task, problem, "Leave `revision` out.")
-    pinned = {(name, named): resolve_dataset(api, name, revision or named) for name, named in repos}
-    files = dict.fromkeys(file for data in every for file in data.files)
-    sources = (*pinned.values(), *(resolve_dataset(api, file) for file in files))
-    return PinnedTask(asked, files_digest(located), sources, commits_of(pinned))
-
-
-ScoredSources = Mapping[tuple[str, str | None], Source]  # by name and revision in the task file
-
-
-def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
-    """Return the repos and folders that scored tasks read.
-
-    A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
-    """
-    every = library_of(selected).data(selected)
-    repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
-    found: dict[tuple[str, str | None], Source] = {}
-    for name, revision in repos:
-        with suppress(SourceError):
-            found[name, revision] = resolve_dataset(api, name, revision)
-    return found
-
-
-def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
-    """Return the commits of the repos that scored tasks read."""
-    return commits_of(scored_sources(api, selected))
-
-
-def commits_of(pinned: ScoredSources) -> Commits:
-    """Return the commits of repos."""
-    return {key: source.commit_sha for key, source in pinned.items() if source.folder is None}
-
-
-def _require_pinnable(data: TaskData) -> None:
-    remedy = "Calibrate on another task, or name a `dataset` with a template."
-    if data.by_code:
-        problem = "makes its items with Python code, so they cannot be pinned."
-        raise EvaluationError(data.task, problem, remedy)
-    for file in data.files:
-        if not is_local(file):
-            problem = f"reads `{file}`, which is not a local file, so it cannot be pinned."
-            raise EvaluationError(data.task, problem, remedy)
 
 
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers

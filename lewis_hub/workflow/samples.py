@@ -14,7 +14,7 @@ from lewis_hub.evaluate.items import first_items
 from lewis_hub.evaluate.samples import Samples, collect_samples
 from lewis_hub.evaluate.scores import ModelResult
 from lewis_hub.evaluate.tasks import locate_tasks
-from lewis_hub.workflow.resolve import ScoredSources
+from lewis_hub.workflow.task_data import ScoredSources
 from lewis_hub.workflow.texts import ScoredTasks
 
 LogSamples = Literal["public", "all", "none"]  # the tasks with questions and answers

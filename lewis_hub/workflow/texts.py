@@ -27,7 +27,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.open import OpenedSource
-from lewis_hub.workflow.resolve import PinnedTask, ScoredSources, commits_of, scored_sources
+from lewis_hub.workflow.task_data import PinnedTask, ScoredSources, commits_of, scored_sources
 
 Values = frozenset[str]  # texts without case and white space
 

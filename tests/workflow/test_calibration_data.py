@@ -29,8 +29,8 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.workflow.resolve import pin_task, scored_commits
 from lewis_hub.workflow.resources import Execution
+from lewis_hub.workflow.task_data import pin_task, scored_commits
 from lewis_hub.workflow.texts import TextSettings, draw
 
 TASKS = zoo_folder() / "tasks"
@@ -400,6 +400,24 @@ def test_scored_data_stay_at_the_commit_that_they_were_pinned_to(seeded):
 
     assert pinned.eval_docs[0] == rows_of("test")[0]
     assert newest.eval_docs[0] == {"question": "reverse AB", "answer": "BA"}
+
+
+@pytest.mark.parametrize("where", ["calibration", "evaluate"])
+def test_a_task_whose_dataset_names_data_elsewhere_is_refused(seeded, tmp_path, where):
+    card = b"---\nconfigs: [{config_name: default, data_files: http://127.0.0.2:9/a.jsonl}]\n---\n"
+    change = [CommitOperationAdd("README.md", card)]
+    commit = seeded.api().create_commit(
+        "zoo/reverse", change, repo_type="dataset", commit_message="Data elsewhere"
+    )
+    on_cipher = f"dataset: {zoo_folder() / 'data/cipher/train.jsonl'}, {TEMPLATE}"
+    asked = recipe(TASK) if where == "calibration" else recipe(on_cipher, EVALUATE)
+
+    _, message = told(asked, tmp_path)
+
+    assert (
+        f"zoo/reverse@{commit.oid}: `README.md` names data that is not in it: "
+        "http://127.0.0.2:9/a.jsonl.\nUse a dataset that has its data itself."
+    ) in message
 
 
 def _overwrite(api, path):

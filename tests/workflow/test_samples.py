@@ -17,8 +17,8 @@ from lewis_hub.evaluate.benchmarks import TaskData, task_data
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.report.page_data import embedded, page_data
-from lewis_hub.workflow.resolve import scored_sources
 from lewis_hub.workflow.samples import closed
+from lewis_hub.workflow.task_data import scored_sources
 
 TASK = """
 task: {name}
