@@ -441,7 +441,7 @@ def _make_again(
 
     They do so with second moments, LAPACK, router weights and rows of new tokens.
     """
-    if asked := asked_in(lock):
+    if asked := asked_in(lock, source.pinned):
         model, donor, settings = asked
         transplant_tokenizer(model, donor, output, settings, execution, progress)
         return True

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from huggingface_hub import HfApi
+from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub import tokenizer
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.errors import MergeError, TokenizerError
+from lewis_hub.errors import MergeError, OutputError, TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.plan import MergePlan, MergeSource
 from lewis_hub.merge.sidecars import CARRIED, TOKENIZER, SidecarSettings, TokenizerFiles
@@ -28,12 +29,13 @@ from lewis_hub.merge.transplant import (
     VERSION,
     RowOrigins,
     TokenTables,
+    TransplantMethod,
     TransplantSettings,
     make_transplant_plan,
     row_origins,
     token_tables,
 )
-from lewis_hub.report.lock import Lock
+from lewis_hub.report.lock import FILE, Lock
 from lewis_hub.workflow.open import OpenedSource, ties
 from lewis_hub.workflow.report import locked_input
 from lewis_hub.workflow.resources import software
@@ -212,10 +214,31 @@ def _planned(
     )
 
 
-def asked_in(lock: Lock) -> tuple[str, str, TransplantSettings] | None:
-    """Return model, donor and settings of the lock of a transplant; None for a merge."""
+def asked_in(lock: Lock, source: str) -> tuple[str, str, TransplantSettings] | None:
+    """Return model, donor and settings of the lock of a transplant; None for a merge.
+
+    Raises:
+        OutputError: the lock of `source` states settings that no transplant has.
+    """
     asked = lock.recipe.get(TRANSPLANT)
     if asked is None:
         return None
-    settings = TransplantSettings(asked["method"], asked.get("k", TransplantSettings.k))
-    return lock.recipe["base_model"], asked["model"], settings
+    model, file = lock.recipe.get("base_model"), f"{source}: {FILE}"
+    try:
+        if not isinstance(model, str):
+            raise TypeError("`base_model` is no text")
+        donor = TypeAdapter(_Donor).validate_python(asked)
+        return model, donor.model, TransplantSettings(donor.method, donor.k)
+    except (ValidationError, TypeError, MergeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        problem = f"it is not the lock of a transplant ({reason})."
+        raise OutputError(file, problem, "Use the file that lewis-hub wrote.") from None
+
+
+@dataclass(frozen=True)
+class _Donor:
+    """What a lock says of a transplant."""
+
+    model: str
+    method: TransplantMethod
+    k: int = TransplantSettings.k

@@ -1,7 +1,7 @@
 """A folder for each open tab, and the processes that work in it.
 
-A process gets the token of the signed-in user and no other secret. Closing the tab ends its process
-and deletes its folder.
+A process gets the token of the signed-in user and no other secret. Closing the tab ends its
+processes, with those that they started, and deletes its folder; steps that still wait do not run.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ PASSED_ON = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
 RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
+CLOSED: set[Path] = set()  # the folders of closed tabs
 Event = Mapping[str, Any]
 
 
@@ -40,6 +43,9 @@ def folder_of(session: str) -> Path:
 def run(step: str, session: str, request: Event, token: str | None = None) -> Iterator[Event]:
     """Run a step of `worker.py` and yield what it reports; it ends with the iteration."""
     folder = folder_of(session)
+    if folder in CLOSED:
+        yield {"problem": "This tab was closed."}
+        return
     (folder / "recipe").mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, WORKER, step, folder],
@@ -48,9 +54,16 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
+        start_new_session=True,
     )
     RUNNING.append((folder, process))
-    limit = threading.Timer(MAX_MINUTES * 60, process.kill)
+    is_late = threading.Event()
+
+    def stop() -> None:
+        is_late.set()
+        _end(process)
+
+    limit = threading.Timer(MAX_MINUTES * 60, stop)
     limit.start()
     try:
         assert process.stdin
@@ -62,11 +75,10 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
             last = json.loads(line)
             yield last
         if not last.keys() & {"result", "problem"}:
-            yield {"problem": _unfinished(is_late=not limit.is_alive())}
+            yield {"problem": _unfinished(is_late=is_late.is_set())}
     finally:
         limit.cancel()
-        process.kill()
-        process.wait()
+        _end(process)
         if process.stdout:
             process.stdout.close()
         RUNNING.remove((folder, process))
@@ -75,9 +87,9 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
 def close(session: str) -> None:
     """End the processes of a tab and delete its folder."""
     folder = folder_of(session)
+    CLOSED.add(folder)
     for process in [process for where, process in RUNNING if where == folder]:
-        process.kill()
-        process.wait()
+        _end(process)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -85,9 +97,16 @@ def close(session: str) -> None:
 def close_all() -> None:
     """End every process and delete the folders of all tabs."""
     for _, process in [*RUNNING]:
-        process.kill()
-        process.wait()
+        _end(process)
     shutil.rmtree(ROOT, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and those that it started, which are a group of their own."""
+    if process.returncode is None:  # it was not waited for, so its id is still its own
+        with suppress(ProcessLookupError):  # of a step that ends at this moment
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _environment(folder: Path, token: str | None) -> dict[str, str]:

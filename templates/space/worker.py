@@ -162,10 +162,14 @@ def _recipe(folder: Path, request: Mapping[str, Any]) -> lewis_hub.Recipe:
 
 def _checked(recipe: lewis_hub.Recipe) -> Any:
     report = lewis_hub.check(recipe)
-    n_bytes = sum(source.size_bytes for source in report.sources)
+    read = sum(source.size_bytes for source in report.sources)
+    # layers or experts that a recipe names several times are written several times
+    n_bytes, what = max(
+        (read, "These models have"), (report.output_bytes, "The merged model would have")
+    )
     if n_bytes > MAX_BYTES:
         raise RefusedError(
-            f"These models have {n_bytes / 1e9:.1f} GB of weights, and this Space merges up to "
+            f"{what} {n_bytes / 1e9:.1f} GB of weights, and this Space merges up to "
             f"{MAX_BYTES / 1e9:.1f} GB. Copy the recipe, and run `lewis-hub merge recipe.yaml` on "
             "a machine of your own, or duplicate this Space to larger hardware and set its "
             "variable MAX_GB."

@@ -1,5 +1,9 @@
 """The steps of the Space, each in a process of its own, over the embedded Hub."""
 
+import json
+import time
+from pathlib import Path
+
 import pytest
 
 from templates.space import sessions
@@ -17,6 +21,7 @@ parameters: {density: 0.5, weight: 1.0}
 def session():
     yield "tab"
     sessions.close("tab")
+    sessions.CLOSED.clear()
 
 
 def last(step, request, token=None):
@@ -52,6 +57,16 @@ def test_models_above_the_limit_are_refused_before_a_download(api, session, monk
     assert not (sessions.folder_of(session) / "merged").exists()
 
 
+def test_a_stack_that_repeats_layers_is_limited_by_what_it_writes(api, session, monkeypatch):
+    monkeypatch.setenv("MAX_GB", "0.02")
+    parts = [{"sources": [{"model": "zoo/base", "layer_range": [0, 2]}]}] * 40
+    stack = json.dumps({"slices": parts, "merge_method": "passthrough", "dtype": "float32"})
+
+    problem = last("check", {"recipe": stack})["problem"]
+
+    assert problem.startswith("The merged model would have 0.1 GB of weights, and this Space ")
+
+
 def test_a_process_has_the_token_of_its_user_and_no_secret_of_the_machine(
     hub, api, session, monkeypatch
 ):
@@ -78,6 +93,41 @@ def test_closing_a_tab_ends_its_process_and_deletes_its_folder(api, session):
     }
     assert not sessions.folder_of(session).exists()
     assert sessions.RUNNING == []
+
+
+def test_a_step_that_waits_for_its_turn_does_not_run_after_its_tab_is_closed(api):
+    waiting = sessions.run("check", "closed", {"recipe": RECIPE})
+
+    sessions.close("closed")
+
+    assert [*waiting] == [{"problem": "This tab was closed."}]
+    assert not sessions.folder_of("closed").exists()
+
+
+def test_processes_that_a_step_started_end_with_it(session, tmp_path, monkeypatch):
+    started = (
+        "import json, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(json.dumps({'say': child.pid}), flush=True)\n"
+        "child.wait()\n"
+    )
+    (tmp_path / "worker.py").write_text(started)
+    monkeypatch.setattr(sessions, "WORKER", tmp_path / "worker.py")
+    events = sessions.run("merge", session, {})
+    child = next(events)["say"]
+
+    events.close()
+
+    deadline = time.monotonic() + 30
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(process):
+    """Whether a process is there, and not only its exit status."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_the_end_of_the_app_ends_its_processes_and_deletes_the_folders_of_all_tabs(api):

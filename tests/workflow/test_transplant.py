@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from transformers import (
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, OutputError
 from lewis_hub.hub.source import cache_root
+from lewis_hub.report.lock import Lock
 
 BASE, EXPERT = zoo_folder() / "base", zoo_folder() / "expert-reverse"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -387,3 +389,25 @@ def test_quantised_models_are_refused(tmp_path, fast):
             LewisHubError, match="is quantised .*Use the model that it was quantised"
         ):
             transplant(*pair, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transplant_tokenizer": 7},
+        {"transplant_tokenizer": {"method": "omp"}},
+        {"transplant_tokenizer": {"model": ["a"], "method": "omp"}},
+        {"transplant_tokenizer": {"model": "a/b", "method": "best"}},
+        {"transplant_tokenizer": {"model": "a/b", "method": "omp", "k": "many"}},
+        {"transplant_tokenizer": {"model": "a/b", "method": "omp", "k": 0}},
+        {"base_model": {"model": "a/b"}},
+    ],
+)
+def test_a_lock_with_settings_of_other_types_is_one_message(api, tmp_path, changes):
+    transplant("zoo/base", "zoo/expert-cipher", "-o", tmp_path / "out")
+    file = tmp_path / "out" / "lewis" / "lock.json"
+    lock = Lock.from_json(file.read_text())
+    file.write_text(replace(lock, recipe={**lock.recipe, **changes}).to_json())
+
+    with pytest.raises(OutputError, match="it is not the lock of a transplant"):
+        lewis_hub.verify(tmp_path / "out", progress=False, rebuild=True)
