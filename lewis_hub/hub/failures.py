@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,7 @@ from huggingface_hub.utils import get_token, hf_raise_for_status, parse_ratelimi
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
+from lewis_hub.hub.answers import COMPRESSION, limit_body
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
-MIN_BYTES_PER_S = 1024  # a slower answer is given up
-SPEED_AFTER_S = 30.0  # the speed is measured over so long
 N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
@@ -121,44 +120,13 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Let no call of huggingface_hub wait for a long pause or a slow answer; it has no limits."""
-    hooks = get_session().event_hooks["response"]  # a lost connection makes a new session
-    for hook in (_require_short_pause, _require_speed):
+    """Limit pauses, and speed and size of answers, in the calls of huggingface_hub: it does not."""
+    session = get_session()  # a lost connection makes a new one
+    session.headers["Accept-Encoding"] = COMPRESSION
+    hooks = session.event_hooks["response"]
+    for hook in (_require_short_pause, limit_body):
         if hook not in hooks:
             hooks.append(hook)
-
-
-@dataclass(frozen=True)
-class _FastEnough(httpx2.SyncByteStream):
-    """The body of an answer, which has to arrive with some speed."""
-
-    body: httpx2.SyncByteStream
-
-    def __iter__(self) -> Iterator[bytes]:
-        return fast_enough(self.body)
-
-    def close(self) -> None:
-        self.body.close()
-
-
-def _require_speed(answer: httpx2.Response) -> None:
-    assert isinstance(answer.stream, httpx2.SyncByteStream)
-    answer.stream = _FastEnough(answer.stream)
-
-
-def fast_enough(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces; an error if they arrive too slowly. The time of the receiver does not count."""
-    waited_s, n_bytes, asked_s = 0.0, 0, time.monotonic()
-    for piece in pieces:
-        waited_s += time.monotonic() - asked_s
-        n_bytes += len(piece)
-        if waited_s >= SPEED_AFTER_S:
-            if n_bytes < MIN_BYTES_PER_S * waited_s:
-                problem = f"less than {MIN_BYTES_PER_S} bytes/s arrived"
-                raise httpx2.RemoteProtocolError(problem)
-            waited_s, n_bytes = 0.0, 0
-        yield piece
-        asked_s = time.monotonic()
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:

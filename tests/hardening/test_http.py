@@ -17,7 +17,7 @@ from faulty_proxy import FAULTS, proxy
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub import failures
+from lewis_hub.hub import answers
 from lewis_hub.hub.fetch import RemoteFiles, fetch, read_range, read_small
 from lewis_hub.hub.publish import Publication, publish
 from lewis_hub.hub.resolve import resolve_model
@@ -49,7 +49,7 @@ def pauses_s(monkeypatch):
     """The pauses that were asked for, and skipped; a slow answer is known after a moment."""
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    monkeypatch.setattr(failures, "SPEED_AFTER_S", 0.3)
+    monkeypatch.setattr(answers, "SPEED_AFTER_S", 0.3)
     return pauses
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+import tracemalloc
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi
 from running_server import running
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub import failures
+from lewis_hub.hub import answers
+from lewis_hub.hub.failures import HubRepo, call_hub
 from lewis_hub.hub.fetch import fetch, read_range, read_small
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_folder
@@ -111,6 +115,51 @@ def test_other_bytes_than_those_of_a_range_are_one_message(source, no_pauses, wr
     assert str(raised.value).startswith(f"{source.pinned}: cannot reach {api.endpoint} (")
 
 
+LOOKUPS = {
+    "a gzip bomb": (
+        ("gzip", gzip.compress(bytes(200_000_000))),
+        "an answer to a lookup has more than 64 MiB",
+    ),
+    "without compression": (
+        ("identity", b"[" * (65 << 20)),
+        "an answer to a lookup has more than 64 MiB",
+    ),
+    "not compressed": (
+        ("gzip", b"{}"),
+        "an answer is not compressed as it says: "
+        "Error -3 while decompressing data: incorrect header check",
+    ),
+    "compressed in another way": (
+        ("br", b"{}"),
+        "an answer came compressed by 'br', which was not asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", LOOKUPS)
+def test_a_lookup_reads_a_limited_answer(no_pauses, wrong):
+    (encoding, body), told = LOOKUPS[wrong]
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    tracemalloc.start()
+    with answering(200, headers, body) as api, pytest.raises(SourceError) as raised:
+        resolve_model(api, "tests/model")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert str(raised.value).startswith(f"tests/model: cannot reach {api.endpoint} ({told}).")
+    assert peak_bytes < 2 * answers.MAX_LOOKUP_BYTES + 16_000_000
+
+
+def test_a_lookup_may_be_compressed(push, api):
+    sha = push("tests/model", {"model.safetensors": WEIGHTS, "config.json": b"{}"})
+    info = {"id": "tests/model", "sha": sha, "siblings": [], "note": "x" * 1_000_000}
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+
+    with answering(200, headers, gzip.compress(json.dumps(info).encode())) as other:
+        call_hub(HubRepo(other, "tests/model"), lambda: None)  # sets the limits
+        assert other.model_info("tests/model").sha == sha
+
+
 def test_an_endless_answer_is_read_no_further_than_the_file(source):
     endless = {"Content-Length": "", "Transfer-Encoding": "chunked"}
     chunk = b"%x\r\n%s\r\n" % (SIZE, WEIGHTS)
@@ -137,10 +186,10 @@ def test_a_slow_answer_is_given_up_and_a_slow_receiver_is_not(monkeypatch):
             now_s[0] += pause_s
             yield bytes(1000)
 
-    for _ in failures.fast_enough(arriving(0.5)):
+    for _ in answers.fast_enough(arriving(0.5)):
         now_s[0] += 100.0
-    with pytest.raises(failures.httpx2.TransportError, match="less than 1024 bytes/s arrived"):
-        list(failures.fast_enough(arriving(2.0)))
+    with pytest.raises(httpx2.TransportError, match="less than 1024 bytes/s arrived"):
+        list(answers.fast_enough(arriving(2.0)))
 
 
 def test_a_card_of_a_gigabyte_is_refused_before_it_is_read(api, push, tmp_path):
