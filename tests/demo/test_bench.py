@@ -26,6 +26,7 @@ def measured(case, folder):
     return timing
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_without_mergekit(tmp_path):
     case = Case(64, 1, "ties", 2)
 

@@ -234,6 +234,7 @@ def test_a_recipe_that_scores_nothing_is_refused(recipe_file):
         tune_recipe(unscored, Search(), recipe_file.parent / "tuning")
 
 
+@pytest.mark.slow
 def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
     asked = Search(n_trials=2, samples=8, metric="exact_match,none", methods=("task_arithmetic",))
 
@@ -315,6 +316,7 @@ def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_path):
     asked = "merge_method: ties\nparameters: {trim: activation, density: 0.2}"
     recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
@@ -329,6 +331,7 @@ def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_
     assert kept == {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
 
 
+@pytest.mark.slow
 def test_a_guides_pass_gathers_the_statistics_of_a_search(recipe_file, tmp_path):
     recipe_file.write_text(recipe_file.read_text().replace("ties", "regmean", 1))
     told, output = Recorder(), tmp_path / "tuning"
@@ -361,6 +364,7 @@ def test_a_recipe_without_a_guide_is_tried_as_it_is_before_the_guide_that_is_ask
     assert tuned.recipe.guide is None or tuned.best == guided
 
 
+@pytest.mark.slow
 def test_settings_that_cannot_be_merged_fail_and_the_search_goes_on(recipe_file):
     text = recipe_file.read_text().replace("epsilon: 0.1", "epsilon: 0.9, mean_density: 0.9")
     recipe_file.write_text(text)

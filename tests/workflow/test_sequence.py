@@ -141,6 +141,7 @@ def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
     assert (found[DOWN].float() - zoo_weights("base")[DOWN]).norm() > 0.1 * change.norm()
 
 
+@pytest.mark.slow
 def test_the_uniform_twin_is_fitted_with_its_own_densities(api, tmp_path):
     scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 10, "
     scored += "compare: [uniform]}\n"

@@ -216,7 +216,7 @@ def in_slices(*ranges, experts=("reverse", "cipher")):
     return yaml.safe_dump(document)
 
 
-@pytest.mark.parametrize("guide", ["uniform", "lewis"])
+@pytest.mark.parametrize("guide", [pytest.param("uniform", marks=pytest.mark.slow), "lewis"])
 def test_a_guide_on_slices_of_all_blocks_gives_the_merge_of_whole_models(api, tmp_path, guide):
     asked = CALIBRATED.replace("NAME", guide)
 

@@ -100,7 +100,11 @@ def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(RECIPE, marks=pytest.mark.slow), RECIPE + GUIDE, PLAIN + TRIM]
+    "text",
+    [
+        *(pytest.param(text, marks=pytest.mark.slow) for text in (RECIPE, RECIPE + GUIDE)),
+        PLAIN + TRIM,
+    ],
 )
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
@@ -140,7 +144,11 @@ def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [RECIPE + GUIDE, PLAIN + TRIM.replace("density: 0.2, ", "") + GUIDE]
+    "text",
+    [
+        RECIPE + GUIDE,
+        pytest.param(PLAIN + TRIM.replace("density: 0.2, ", "") + GUIDE, marks=pytest.mark.slow),
+    ],
 )
 def test_a_guides_pass_leaves_the_statistics_that_a_pass_of_their_own_would(
     api, tmp_path, monkeypatch, text

@@ -83,8 +83,10 @@ def recipe(way, text=RECIPE):
     [
         "lewis",
         "in sequence",
-        "guided regmean",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("magnitude", "regmean", "trim")),
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in ("guided regmean", "magnitude", "regmean", "trim")
+        ),
     ],
 )
 def test_what_is_measured_on_the_way_gives_the_bytes_of_a_local_merge(api, hub, tmp_path, way):
