@@ -328,7 +328,11 @@ def _upload(hub_repo: HubRepo, change: Change, landing: Landing, advance: Advanc
 def _preupload_files(
     hub_repo: HubRepo, batch: Sequence[CommitOperationAdd], landing: Landing
 ) -> None:
-    """Upload files that the Hub stores as large files."""
+    """Upload files that the Hub stores as large files.
+
+    Raises:
+        PublishError: the repo ignores a file: huggingface_hub would leave it out of the commit.
+    """
     if not batch:
         return
     disable_progress_bars()  # only the command line prints
@@ -342,6 +346,10 @@ def _preupload_files(
             free_memory=False,
         ),
     )
+    for addition in batch:
+        if addition._should_ignore:  # there is no public attribute
+            problem = f"its .gitignore ignores `{addition.path_in_repo}`; nothing was changed"
+            raise hub_repo.failed(problem, "Let its .gitignore keep the file, then run again.")
 
 
 def _commit(

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import target
@@ -218,6 +218,19 @@ def test_a_tag_is_put_on_the_commit_and_stays_there(api, folder):
         "Choose another tag."
     )
     assert api.model_info(REPO).sha == published.commit_sha
+
+
+@pytest.mark.parametrize("ignored", ["*.safetensors", "*", "lewis/old.png"])
+def test_a_file_that_the_repo_ignores_is_never_left_out(api, folder, ignored):
+    api.create_repo(REPO)
+    add = CommitOperationAdd(".gitignore", ignored.encode())
+    api.create_commit(REPO, [add], commit_message="Ignore")
+
+    told = refusal(api, folder)
+
+    assert told.startswith(f"{REPO}: its .gitignore ignores `")
+    assert told.endswith("Let its .gitignore keep the file, then run again.")
+    assert commits(api) == ["Ignore", "initial commit"]
 
 
 def test_a_tag_that_somebody_put_elsewhere_meanwhile_is_told(api, folder, hub, monkeypatch):
