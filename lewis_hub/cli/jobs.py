@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +14,7 @@ from lewis_hub.cli import options
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.display import TextTable
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
 
 if TYPE_CHECKING:
     from lewis_hub.hub.jobs import JobRequest
@@ -49,15 +51,15 @@ def merge_on_jobs(
     request, api = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS), hub_api()
     job = jobs.submit(api, request)
     cancel = f"Interrupting this command does not stop it; `hf jobs cancel {job.id}` does."
-    say, log = terminal.progress.say, list[str]()
+    say, log = terminal.progress.say, LogEnd()
     say(f"Job {job.id}: {job.url}\n{cancel}")
 
     def print_line(line: str) -> None:
-        log.append(line)
+        log.add(line)
         say(line)
 
     reported_code = jobs.follow(api, job, print_line)
-    printed = printed_document(log)
+    printed = printed_document(log.lines)
     code, status = job_result(reported_code, printed)
     document = {"repo": destination(recipe).repo} | printed
     document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
@@ -89,11 +91,28 @@ def _checked_request(
     return request
 
 
+@dataclass
+class LogEnd:
+    """The lines of a log from those of its last JSON document on; a Job may print without end."""
+
+    lines: list[str] = field(default_factory=list)
+    n_characters: int = 0
+
+    def add(self, line: str) -> None:
+        """Add the next line of the log."""
+        if line == "{":
+            self.lines.clear()
+            self.n_characters = 0
+        self.n_characters += len(line) + 1
+        if self.n_characters <= MAX_JSON_BYTES:
+            self.lines.append(line)
+
+
 def printed_document(log: Sequence[str]) -> dict[str, Any]:
     """Read the JSON document that a command with --json printed; empty without one."""
     inside = "\n".join(["", *log]).rpartition("\n{\n")[2].partition("\n}")[0]
     try:
-        document: dict[str, Any] = json.loads(f"{{{inside}}}")
+        document: dict[str, Any] = read_json(f"{{{inside}}}")
     except ValueError:
         return {}
     return document

@@ -1,11 +1,16 @@
-"""Limits on the bodies of answers: how slowly they may arrive, and how large a lookup may be."""
+"""Limits on the bodies of answers: how slowly they may arrive, and how large a lookup may be.
+
+What the first request of a call asks for decides; a redirect cannot make a file of a lookup.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import httpx2
 
@@ -14,25 +19,58 @@ SPEED_AFTER_S = 30.0  # the speed is measured over so long
 MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
+PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
+LOOKUP = re.compile(
+    rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
+)
+LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
+
+# `checked`: of a file, by who checks its length; `log`: the lines of a Job, which come as they are
+# printed
+Purpose = Literal["lookup", "file", "checked", "log"]
+
+
+def note_purpose(request: httpx2.Request) -> None:
+    """Note what a request asks for, unless it is the redirection of one that has a note."""
+    purpose = request.extensions.setdefault(PURPOSE, _purpose(request))
+    if purpose == "file":
+        request.headers["Accept-Encoding"] = "identity"
+
+
+def _purpose(request: httpx2.Request) -> Purpose:
+    if request.headers.get("Accept-Encoding") == "identity":
+        return "checked"
+    if LOG.search(request.url.raw_path):
+        return "log"
+    is_lookup = request.method != "GET" or LOOKUP.search(request.url.raw_path)
+    return "lookup" if is_lookup else "file"  # in a repo, or where the storage has it
 
 
 def limit_body(answer: httpx2.Response) -> None:
-    """Limit the speed of an answer, and its size if it is not that of a file.
+    """Limit the speed and the size of an answer, as its request's purpose allows.
+
+    A file is as long as it announces. A line of a log has at most the length of a lookup.
 
     Raises:
-        RemoteProtocolError: a file is compressed. Who asks for one asks for `identity`, and checks
-            its length.
+        RemoteProtocolError: a file is compressed.
     """
     assert isinstance(answer.stream, httpx2.SyncByteStream)
+    purpose: Purpose = answer.request.extensions.get(PURPOSE, "lookup")
     encoding = answer.headers.get("Content-Encoding", "identity").lower()
-    pieces = fast_enough(answer.stream)
-    if answer.is_success and answer.request.headers.get("Accept-Encoding") == "identity":
+    is_whole = purpose == "checked" or "Content-Length" in answer.headers
+    if answer.is_success and purpose in ("file", "checked"):
         if answer.request.method == "GET" and encoding != "identity":
             problem = f"compressed bytes ({encoding[:40]}) came in place of the file's"
             raise httpx2.RemoteProtocolError(problem)
+        pieces = fast_enough(answer.stream)
+        pieces = pieces if is_whole else _limited(pieces, "a file without a length")
     else:
         answer.headers.pop("Content-Encoding", None)  # httpx2 would decompress without a limit
-        pieces = _limited(_decompressed(pieces, encoding))
+        if answer.is_success and purpose == "log":
+            pieces = _limited_lines(_decompressed(answer.stream, encoding))
+        else:
+            pieces = _decompressed(fast_enough(answer.stream), encoding)
+            pieces = _limited(pieces, "an answer to a lookup")
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -65,7 +103,7 @@ def fast_enough(pieces: Iterable[bytes]) -> Iterator[bytes]:
         asked_s = time.monotonic()
 
 
-def _decompressed(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+def _decompressed(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     if encoding == "identity":
         yield from pieces
         return
@@ -84,11 +122,24 @@ def _decompressed(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
             rest = decompressor.unconsumed_tail
 
 
-def _limited(pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _limited(pieces: Iterable[bytes], what: str) -> Iterator[bytes]:
     n_bytes = 0
     for piece in pieces:
         n_bytes += len(piece)
         if n_bytes > MAX_LOOKUP_BYTES:
-            problem = f"an answer to a lookup has more than {MAX_LOOKUP_BYTES >> 20} MiB"
-            raise httpx2.DecodingError(problem)
+            raise _too_large(what)
         yield piece
+
+
+def _limited_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    n_bytes = 0  # of the line that has not ended
+    for piece in pieces:
+        end = piece.rfind(b"\n")
+        n_bytes = n_bytes + len(piece) if end < 0 else len(piece) - end - 1
+        if n_bytes > MAX_LOOKUP_BYTES:
+            raise _too_large("a line of a log")
+        yield piece
+
+
+def _too_large(what: str) -> httpx2.DecodingError:
+    return httpx2.DecodingError(f"{what} has more than {MAX_LOOKUP_BYTES >> 20} MiB")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import httpx2
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub import errors as hf
 from huggingface_hub.utils import get_token, hf_raise_for_status, parse_ratelimit_headers
+from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub.answers import COMPRESSION, limit_body
+from lewis_hub.hub.answers import COMPRESSION, limit_body, note_purpose
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"
 CUT = "Consistency check failed"  # huggingface_hub's error if a file has not its size
 AGAIN = "run the same command again: finished work is kept"
+# errors of huggingface_hub in an answer that has another shape than a Hub's
+MISREAD = (LookupError, TypeError, AttributeError, NameError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,14 @@ class HubRepo:
             return None  # trusted publishing failed: the calls themselves report the cause
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
-        """The error, without tokens and without credentials in addresses."""
+        """The error, each part on a line, without tokens and without credentials in addresses."""
         written = f"{self.name}@{self.revision}" if self.revision else self.name
         return self.error_type(written, self._redacted(problem), self._redacted(remedy))
 
     def _redacted(self, text: str) -> str:
-        text = text.replace(self.token, "<token>") if self.token else text
-        return TOKEN.sub("<token>", without_credentials(text))
+        for spelled in (self.token, repr(self.token)[1:-1]) if self.token else ():
+            text = text.replace(spelled, "<token>")
+        return " ".join(TOKEN.sub("<token>", without_credentials(text)).split())
 
 
 def address(api: HfApi) -> str:
@@ -123,10 +128,10 @@ def limit_waiting() -> None:
     """Limit pauses, and speed and size of answers, in the calls of huggingface_hub: it does not."""
     session = get_session()  # a lost connection makes a new one
     session.headers["Accept-Encoding"] = COMPRESSION
-    hooks = session.event_hooks["response"]
-    for hook in (_require_short_pause, limit_body):
-        if hook not in hooks:
-            hooks.append(hook)
+    requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
+    if limit_body not in answers:
+        requests.append(note_purpose)
+        answers.extend((_require_short_pause, limit_body))
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:
@@ -207,16 +212,50 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     except (hf.FileMetadataError, json.JSONDecodeError) as error:
         problem = f"{hub_repo.api.endpoint} does not answer like a Hub"
         raise hub_repo.failed(problem, "Check HF_ENDPOINT.") from error
+    except (*MISREAD, ValueError) as error:
+        if not _is_misread(error):
+            raise
+        raise hub_repo.failed(*_misread(error, hub_repo)) from error
     except OSError as error:  # huggingface_hub received another number of bytes
         if CUT not in str(error):
             raise
         cut = httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
         raise hub_repo.failed(*_unreachable(cut, hub_repo)) from error
     except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
-        if not isinstance(error.__cause__, httpx2.HTTPError):
+        if not isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
             raise
         with hub_failures(hub_repo):
             raise error.__cause__ from None
+
+
+def _is_misread(error: Exception) -> bool:
+    """Whether a client of the Hub failed in an answer, and not what it called or its caller."""
+    frames = traceback.walk_tb(error.__traceback__)
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
+    return (
+        not {"huggingface_hub", "httpx2"}.isdisjoint(packages)
+        and "datasets" not in packages
+        and packages[-1] != "lewis_hub"
+        and not isinstance(error, hf.HFValidationError)
+    )
+
+
+def _misread(error: Exception, hub_repo: HubRepo) -> tuple[str, str]:
+    """Problem and remedy of a call in which a client of the Hub failed."""
+    if isinstance(error, UnicodeEncodeError) and not (hub_repo.token or "").isascii():
+        return "the token has a letter that no token has", f"It may be mistyped: {LOG_IN}."
+    kind = type(error).__name__
+    problem = f"{hub_repo.api.endpoint} does not answer like a Hub ({kind}: {error})"
+    return problem, "Check HF_ENDPOINT."
+
+
+def read_answer(hub_repo: HubRepo, shape: TypeAdapter[T], answer: object) -> T:
+    """The parts of an answer that `shape` names; an error if it has another shape."""
+    with hub_failures(hub_repo):
+        try:
+            return shape.validate_python(answer)
+        except ValidationError as error:
+            raise hf.FileMetadataError(str(error)) from error
 
 
 def no_token(hub_repo: HubRepo) -> SourceError | PublishError:

@@ -25,6 +25,7 @@ from huggingface_hub import (
     is_offline_mode,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from lewis_hub.display import Advance
@@ -184,10 +185,11 @@ def _small_file(hub_repo: HubRepo, path: str) -> Path:
         etag, size_bytes = known.etag or "", known.size or 0
         _require_small(hub_repo, path, size_bytes)
         digest = f"sha256:{etag}" if len(etag) == 64 else f"git-sha1:{etag}"
-        if DIGEST.fullmatch(digest):  # else huggingface_hub downloads it
-            with hub_failures(hub_repo):
-                file = SourceFile(path, size_bytes, digest)
-                _download_blob(hub_repo, file, ByteCounter(), threading.Event())
+        with hub_failures(hub_repo):
+            if not DIGEST.fullmatch(digest):
+                raise FileMetadataError(f"{path}: {etag!r} is not a digest")
+            file = SourceFile(path, size_bytes, digest)
+            _download_blob(hub_repo, file, ByteCounter(), threading.Event())
     return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None))
 
 

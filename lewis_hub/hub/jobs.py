@@ -25,6 +25,7 @@ from lewis_hub.hub.failures import (
     retry,
     retry_transfer,
 )
+from lewis_hub.hub.target import account
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -151,8 +152,7 @@ def _namespace(api: HfApi, namespace: str | None) -> HubRepo:
         raise no_token(nobody)
     if namespace:
         return nobody
-    name = call_hub(nobody, lambda: api.whoami())["name"]
-    return HubRepo.to_publish(api, name)
+    return HubRepo.to_publish(api, account(nobody).name)
 
 
 def _upload_files(hub_repo: HubRepo, files: Mapping[str, Path]) -> Volume:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import httpx2
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils import disable_progress_bars
 
@@ -26,6 +26,7 @@ from lewis_hub.documents import read_json
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import require_inside, visible_files
 from lewis_hub.hub.failures import (
+    MISREAD,
     PAUSES_S,
     HubRepo,
     asks_for_long_pause,
@@ -35,6 +36,7 @@ from lewis_hub.hub.failures import (
     retry_after_s,
 )
 from lewis_hub.hub.resolve import digests_of, git_sha1_of
+from lewis_hub.hub.source import listed_sha
 from lewis_hub.hub.target import (
     MAIN,
     Landing,
@@ -55,6 +57,7 @@ SIGNATURE = "model.sig"  # of the previous merge: it does not hold for this one
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 SAMPLE_BYTES = 512  # the Hub decides by a file's first bytes how to store it
 ALONE_BYTES = 8 << 20  # larger files are uploaded one by one, so that progress shows
+UNREADABLE = (json.JSONDecodeError, FileMetadataError, *MISREAD)  # of the answer to a commit
 OVERTAKEN = {404, 412}  # a file to delete is gone already; the parent is not main any more
 
 
@@ -265,25 +268,38 @@ def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> Non
     """Refuse a tag that exists on another commit, since a tag is never moved."""
     if tag is None:
         return
-    refs = call_hub(hub_repo, lambda: hub_repo.api.list_repo_refs(hub_repo.name))
-    tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    tagged = _tagged(hub_repo, tag)
     if tagged and not (tagged == change.target.head and change.done_in(change.target)):
         problem = f"tag `{tag}` is already on {tagged}; nothing was changed"
         raise hub_repo.failed(problem, "Choose another tag.")
 
 
+def _tagged(hub_repo: HubRepo, tag: str) -> str | None:
+    """The commit that a tag is on."""
+    refs = call_hub(hub_repo, lambda: hub_repo.api.list_repo_refs(hub_repo.name))
+    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+
+
+def _put_tag(hub_repo: HubRepo, tag: str, sha: str) -> None:
+    """Put a tag on a commit; somebody else may have put it on another one meanwhile."""
+    name, create_tag = hub_repo.name, hub_repo.api.create_tag
+    call_hub(hub_repo, lambda: create_tag(name, tag=tag, revision=sha, exist_ok=True))
+    if (tagged := _tagged(hub_repo, tag)) != sha:
+        raise hub_repo.failed(f"it is already on {tagged}", "Choose another tag.")
+
+
 def _published(
     hub_repo: HubRepo, pushed: PushedCommit, tag: str | None, *, changed: bool
 ) -> Published:
-    sha, name, create_tag = pushed.commit_sha, hub_repo.name, hub_repo.api.create_tag
+    sha = pushed.commit_sha
     if tag is not None:
         try:
-            call_hub(hub_repo, lambda: create_tag(name, tag=tag, revision=sha, exist_ok=True))
+            _put_tag(hub_repo, tag, sha)
         except PublishError as error:
             problem = f"{sha} is published, but tag `{tag}` is not on it: {error.problem}"
             raise PublishError(error.where, problem, error.remedy) from error
     return Published(
-        repo=name,
+        repo=hub_repo.name,
         url=pushed.pull_request_url or hub_repo.url,
         commit_sha=sha,
         commit_url=f"{hub_repo.url}/commit/{sha}",
@@ -312,7 +328,11 @@ def _upload(hub_repo: HubRepo, change: Change, landing: Landing, advance: Advanc
 def _preupload_files(
     hub_repo: HubRepo, batch: Sequence[CommitOperationAdd], landing: Landing
 ) -> None:
-    """Upload files that the Hub stores as large files."""
+    """Upload files that the Hub stores as large files.
+
+    Raises:
+        PublishError: the repo ignores a file: huggingface_hub would leave it out of the commit.
+    """
     if not batch:
         return
     disable_progress_bars()  # only the command line prints
@@ -326,6 +346,10 @@ def _preupload_files(
             free_memory=False,
         ),
     )
+    for addition in batch:
+        if addition._should_ignore:  # there is no public attribute
+            problem = f"its .gitignore ignores `{addition.path_in_repo}`; nothing was changed"
+            raise hub_repo.failed(problem, "Let its .gitignore keep the file, then run again.")
 
 
 def _commit(
@@ -339,7 +363,7 @@ def _commit(
     for pause_s in (*PAUSES_S, None):
         try:
             made = _send(hub_repo, change, additions, publication)
-        except (HfHubHTTPError, httpx2.RequestError, json.JSONDecodeError) as error:
+        except (HfHubHTTPError, httpx2.RequestError, *UNREADABLE) as error:
             stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
             # an answer that cannot be read, such as a page of a proxy: the commit may exist
             unread = not isinstance(error, HfHubHTTPError) and not is_transient(error)
@@ -354,19 +378,21 @@ def _commit(
                 if last:
                     raise
         except ValueError as error:  # the Hub checks the card itself
+            if pushed := _find_pushed(hub_repo, change, publication.landing):
+                return pushed  # the answer to the commit could not be read
             problem = " ".join(str(error).split()).rstrip(".")
             raise hub_repo.failed(problem, "Repair README.md, then push again.") from error
         else:
-            return PushedCommit(str(made.oid), made.pr_url)
+            return made
     raise AssertionError("the last attempt returns or raises")
 
 
 def _send(
     hub_repo: HubRepo, change: Change, additions: Additions, publication: Publication
-) -> CommitInfo:
+) -> PushedCommit:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warnings while validating metadata")  # a bare card
-        return hub_repo.api.create_commit(
+        made = hub_repo.api.create_commit(
             hub_repo.name,
             [*additions.values(), *map(CommitOperationDelete, change.stale)],
             commit_message=publication.message,
@@ -375,6 +401,7 @@ def _send(
             parent_commit=change.target.head,
             create_pr=publication.landing == "pull-request",
         )
+    return PushedCommit(listed_sha(made.oid), made.pr_url)
 
 
 def _find_pushed(hub_repo: HubRepo, change: Change, landing: Landing) -> PushedCommit | None:

@@ -32,7 +32,7 @@ from lewis_hub.hub.source import (
     SourceFile,
     cached_sha,
     digest_like,
-    listed_digest,
+    listed_file,
     listed_sha,
     remember_revision,
 )
@@ -229,10 +229,11 @@ def _repo(hub_repo: HubRepo) -> Source:
     )
     with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
+        listed = map(listed_file, getattr(info, "siblings", None) or ())
         files = tuple(
-            SourceFile(file.rfilename, file.size or 0, listed_digest(file))
-            for file in getattr(info, "siblings", None) or ()
-            if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
+            file
+            for file in listed
+            if ".." not in file.path.split("/") and not file.path.startswith("/")
         )
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"

@@ -111,6 +111,20 @@ class Source:
         return sum(file.size_bytes for file in self.matching(patterns))
 
 
+def listed_file(file: RepoSibling) -> SourceFile:
+    """A file of a repo as the Hub lists it.
+
+    Raises:
+        FileMetadataError: its name, size or digest is none.
+    """
+    path, size_bytes = file.rfilename, file.size or 0
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise FileMetadataError(f"{path!r} is not the name of a file")
+    if not isinstance(size_bytes, int) or size_bytes < 0:
+        raise FileMetadataError(f"{path}: {size_bytes!r} is not a size")
+    return SourceFile(path, size_bytes, listed_digest(file))
+
+
 def listed_digest(file: RepoSibling) -> str:
     """The digest of a file as the Hub lists it.
 
@@ -123,9 +137,9 @@ def listed_digest(file: RepoSibling) -> str:
     return digest
 
 
-def listed_sha(sha: str | None) -> str:
+def listed_sha(sha: object) -> str:
     """The sha of a commit as the Hub names it; a `FileMetadataError` if it is not one."""
-    if sha is None or not COMMIT_SHA.fullmatch(sha):
+    if not isinstance(sha, str) or not COMMIT_SHA.fullmatch(sha):
         raise FileMetadataError(f"{sha!r} is not the sha of a commit")
     return sha
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+from pydantic import Field, TypeAdapter
 
-from lewis_hub.display import without_credentials
-from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, read_answer, retry
 from lewis_hub.hub.fetch import read_file
-from lewis_hub.hub.source import listed_digest, listed_sha
+from lewis_hub.hub.source import listed_file, listed_sha
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import HfApi
 
 
 Landing = Literal["commit", "pull-request"]
 MAIN = "main"
 FORBIDDEN = 403
+MAX_PULL_REQUESTS = 200  # anybody can open any number
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,47 @@ class Target:
     repo: str
     head: str | None  # commit sha of main
     digests: Mapping[str, str]  # path -> digest as `SourceFile` has it
+
+
+@dataclass(frozen=True)
+class _PullRequest:
+    num: int
+
+
+@dataclass(frozen=True)
+class _PullRequests:
+    """A page of the list of pull requests."""
+
+    discussions: list[_PullRequest]
+    start: int
+    count: int  # on all pages
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _AccessToken:
+    role: str | None = None
+
+
+@dataclass(frozen=True)
+class _Auth:
+    access_token: Annotated[_AccessToken | None, Field(validation_alias="accessToken")] = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who signs in by a token."""
+
+    name: str
+    orgs: list[_Named] = field(default_factory=list)
+    auth: _Auth = field(default_factory=_Auth)
+
+
+DISCUSSIONS, ACCOUNT = TypeAdapter(_PullRequests), TypeAdapter(Account)
 
 
 def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
@@ -74,23 +118,41 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
             )
         except RepositoryNotFoundError:
             return Target(hub_repo.name, None, {})
-        digests = {file.rfilename: listed_digest(file) for file in info.siblings or ()}
+        files = map(listed_file, info.siblings or ())
+        digests = {file.path: file.digest for file in files}
         return Target(hub_repo.name, listed_sha(info.sha), digests)
 
 
 def open_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
-    """The address of each open pull request, and the state of the repo with it."""
-    pull_requests = call_hub(
-        hub_repo,
-        lambda: list(
-            hub_repo.api.get_repo_discussions(
-                hub_repo.name, discussion_type="pull_request", discussion_status="open"
-            )
-        ),
-    )
-    for pull_request in pull_requests:
-        url = without_credentials(pull_request.url)
-        yield url, read_target(hub_repo, f"refs/pr/{pull_request.num}")
+    """The address of each of the newest open pull requests, and the state of the repo with it."""
+    n_found = 0
+    for page in range(MAX_PULL_REQUESTS):
+        numbers, is_last = _pull_requests(hub_repo, page)
+        for number in numbers[: MAX_PULL_REQUESTS - n_found]:
+            yield f"{hub_repo.url}/discussions/{number}", read_target(hub_repo, f"refs/pr/{number}")
+        n_found += len(numbers)
+        if is_last or not numbers or n_found >= MAX_PULL_REQUESTS:
+            return
+
+
+def _pull_requests(hub_repo: HubRepo, page: int) -> tuple[list[int], bool]:
+    """The numbers of open pull requests on a page of the list, and whether it is the last page.
+
+    huggingface_hub's own loop over the pages does not end if the Hub always says that there are
+    more.
+    """
+    api = hub_repo.api
+    url = f"{api.endpoint}/api/models/{hub_repo.name}/discussions"
+    asked = {"type": "pull_request", "status": "open", "p": page}
+
+    def ask() -> httpx2.Response:
+        answer = get_session().get(url, headers=build_hf_headers(token=api.token), params=asked)
+        hf_raise_for_status(answer)
+        return answer
+
+    listed = read_answer(hub_repo, DISCUSSIONS, call_hub(hub_repo, lambda: ask().json()))
+    numbers = [one.num for one in listed.discussions]
+    return numbers, listed.start + len(numbers) >= listed.count
 
 
 def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:
@@ -118,9 +180,8 @@ def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None
         return
     if hub_repo.token is None:
         raise no_token(hub_repo)
-    who = call_hub(hub_repo, lambda: hub_repo.api.whoami())
-    token = who.get("auth", {}).get("accessToken") or {}
-    if token.get("role") == "read":
+    who = account(hub_repo)
+    if who.auth.access_token and who.auth.access_token.role == "read":
         raise hub_repo.failed(
             "this token may only read",
             f"Make one with write access at {hub_repo.api.endpoint}/settings/tokens, then set"
@@ -129,7 +190,12 @@ def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None
     if target.head is None:
         _require_membership(hub_repo, who)
     elif landing == "commit":
-        _require_write(hub_repo, who["name"])
+        _require_write(hub_repo, who.name)
+
+
+def account(hub_repo: HubRepo) -> Account:
+    """Who signs in by the token."""
+    return read_answer(hub_repo, ACCOUNT, call_hub(hub_repo, lambda: hub_repo.api.whoami()))
 
 
 def _require_publisher(hub_repo: HubRepo, target: Target, resource: str) -> None:
@@ -147,15 +213,15 @@ def _require_publisher(hub_repo: HubRepo, target: Target, resource: str) -> None
         )
 
 
-def _require_membership(hub_repo: HubRepo, who: Mapping[str, Any]) -> None:
+def _require_membership(hub_repo: HubRepo, who: Account) -> None:
     """A new repo needs a namespace of the user or of an organisation of theirs."""
-    namespaces = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
+    namespaces = [who.name, *(organisation.name for organisation in who.orgs)]
     namespace, _, name = hub_repo.name.partition("/")
     if namespace not in namespaces and "*" not in namespaces:  # `*`: the embedded Hub's first user
         raise hub_repo.failed(
-            f"`{who['name']}` may not make a repo under `{namespace}`",
+            f"`{who.name}` may not make a repo under `{namespace}`",
             f"This token's namespaces are {', '.join(namespaces)}: push to"
-            f" {who['name']}/{name}, or use a token of a member of `{namespace}`.",
+            f" {who.name}/{name}, or use a token of a member of `{namespace}`.",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -78,11 +78,12 @@ UPLOADS, LINE, DISCUSSION = TypeAdapter(Uploads), TypeAdapter(Line), TypeAdapter
 
 
 def preupload(call: Call) -> dict[str, Any]:
-    """POST .../preupload/REVISION: which files go to LFS, and the digest of the present file."""
+    """POST .../preupload/REVISION: which files go to LFS or are ignored, and present digests."""
     repo = call.seen_repo()
     call.committer(repo)
     commit = call.commit(repo)
     attributes = call.store.read_text(commit, ".gitattributes")
+    ignored = call.store.read_text(commit, ".gitignore").split()
     modes = []
     for item in parsed(UPLOADS, call.body).files:
         sample = _decoded(item.path, item.sample)
@@ -90,7 +91,7 @@ def preupload(call: Call) -> dict[str, Any]:
         mode = {"path": item.path, "uploadMode": "lfs" if is_large else "regular"}
         if present := commit.files.get(item.path):
             mode["oid"] = present.sha256 if present.lfs else present.oid
-        modes.append(mode | {"shouldIgnore": False})
+        modes.append(mode | {"shouldIgnore": _matches(item.path, ignored)})
     return {"files": modes, "commitOid": commit.sha}
 
 
@@ -101,6 +102,11 @@ def _goes_to_lfs(path: str, size_bytes: int, sample: bytes, attributes: str) -> 
     if size_bytes > REGULAR_LIMIT_BYTES or b"\0" in sample:
         return True
     patterns = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
+    return _matches(path, patterns)
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a path matches a pattern as git means it, roughly."""
     name = PurePosixPath(path).name
     return any(fnmatch.fnmatchcase(path if "/" in p else name, p) for p in patterns)
 

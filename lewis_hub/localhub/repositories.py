@@ -27,6 +27,7 @@ from lewis_hub.localhub.store import (
 
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+REF_NAME = re.compile(r"(?!refs/|.*\.\.)[\w.+@=-]+(?:/[\w.+@=-]+)*", re.ASCII)  # none of others
 TAKEN_NAMESPACES = ("api", "datasets", "lfs", "lfs-upload")  # other addresses begin with them
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # RFC 8693
 PUBLISHER_TOKEN_S = 3600
@@ -241,9 +242,12 @@ def create_ref(call: Call) -> dict[str, Any]:
     """POST .../branch/NAME, and .../tag/REVISION with the tag's name in the body."""
     repo, document = call.owned_repo(), call.json()
     if "branch" in call.parts:
-        ref, start = f"refs/heads/{call.parts['branch']}", document.get("startingPoint")
+        kind, name, start = "heads", call.parts["branch"], document.get("startingPoint")
     else:
-        ref, start = f"refs/tags/{document.get('tag', '')}", call.parts["revision"]
+        kind, name, start = "tags", str(document.get("tag", "")), call.parts["revision"]
+    if not REF_NAME.fullmatch(name):
+        raise refusal(400, f"Invalid name of a branch or tag: {name}")
+    ref = f"refs/{kind}/{name}"
     commit = call.commit(repo, str(start or "main"))
     if ref in repo.refs:
         raise refusal(409, f"Reference already exists: {ref}")

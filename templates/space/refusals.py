@@ -26,7 +26,7 @@ def refusals(recipe: Recipe) -> Iterator[str]:
         if model.on and model.on != recipe.base_model:
             yield f"`{model}`: an adapter needs the recipe's `base_model` here. {ELSEWHERE}"
         yield from _not_a_repo(model.name)
-    for calibration in _calibrations(recipe):
+    for calibration in calibrations(recipe):
         if calibration.include:
             yield f"`include: {calibration.include}` is a folder, which is not read here."
         if calibration.dataset:
@@ -74,7 +74,8 @@ def _models(recipe: Recipe) -> Iterator[ModelReference]:
             yield model.on
 
 
-def _calibrations(recipe: Recipe) -> Iterator[Calibration]:
+def calibrations(recipe: Recipe) -> Iterator[Calibration]:
+    """Every calibration that a recipe describes."""
     own = [recipe.calibration, *(entry.calibration for entry in recipe.models)]
     own += [recipe.guide.calibration] if recipe.guide else []
     yield from filter(None, own)

@@ -19,11 +19,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from refusals import not_on_the_hub, refusals
+from refusals import calibrations, not_on_the_hub, refusals
 
 import lewis_hub
 
-MAX_BYTES = int(float(os.environ.get("MAX_GB", "4")) * 1e9)  # of the weights of all sources
+MAX_BYTES = int(float(os.environ.get("MAX_GB", "4")) * 1e9)  # of all weights, and of all rows
 MAX_ITEMS = 50  # of each task that is scored
 EVERY_S = 0.3  # between reports of a stage
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
@@ -167,14 +167,37 @@ def _checked(recipe: lewis_hub.Recipe) -> Any:
     n_bytes, what = max(
         (read, "These models have"), (report.output_bytes, "The merged model would have")
     )
+    _require_small(n_bytes, f"{what} {n_bytes / 1e9:.1f} GB of weights")
+    if not report.problems:
+        data_bytes = sum(file.size_bytes for data in _datasets(recipe) for file in data.files)
+        _require_small(data_bytes, f"The datasets have {data_bytes / 1e9:.1f} GB")
+    return report
+
+
+def _require_small(n_bytes: int, found: str) -> None:
     if n_bytes > MAX_BYTES:
         raise RefusedError(
-            f"{what} {n_bytes / 1e9:.1f} GB of weights, and this Space merges up to "
-            f"{MAX_BYTES / 1e9:.1f} GB. Copy the recipe, and run `lewis-hub merge recipe.yaml` on "
-            "a machine of your own, or duplicate this Space to larger hardware and set its "
-            "variable MAX_GB."
+            f"{found}, and this Space merges up to {MAX_BYTES / 1e9:.1f} GB. Copy the recipe, and "
+            "run `lewis-hub merge recipe.yaml` on a machine of your own, or duplicate this Space "
+            "to larger hardware and set its variable MAX_GB."
         )
-    return report
+
+
+def _datasets(recipe: lewis_hub.Recipe) -> Iterator[Any]:
+    """The datasets that calibration or scoring may download whole."""
+    from lewis_hub.evaluate.tasks import TaskSelection
+    from lewis_hub.hub.resolve import resolve_dataset
+    from lewis_hub.workflow.resolve import hub_api
+    from lewis_hub.workflow.task_data import scored_sources
+
+    api, asked = hub_api(), [*calibrations(recipe)]
+    for name in dict.fromkeys(one.dataset for one in asked if one.dataset):
+        repo, _, revision = name.partition("@")
+        yield resolve_dataset(api, repo, revision or None)
+    scored = recipe.evaluate.tasks if recipe.evaluate else ()
+    tasks = dict.fromkeys([*scored, *(one.task for one in asked if one.task)])
+    if tasks:
+        yield from scored_sources(api, TaskSelection(tuple(tasks))).values()
 
 
 STEPS = {"init": init, "check": check, "merge": merge, "push": push}

@@ -5,8 +5,9 @@ import pytest
 from click.testing import CliRunner
 from zoo_hub import put_zoo
 
-from lewis_hub.cli.jobs import job_options, job_result, printed_document
+from lewis_hub.cli.jobs import LogEnd, job_options, job_result, printed_document
 from lewis_hub.cli.main import cli
+from lewis_hub.documents import MAX_JSON_BYTES
 from lewis_hub.errors import CheckFailedError, RecipeError
 from lewis_hub.pipeline import Hardware, job_request
 from lewis_hub.recipe.read import read_recipe
@@ -140,6 +141,19 @@ def test_the_document_is_read_from_a_job_s_log():
     expected = {"status": "refused", "gate": {"passed": False}, "lines": "a\n}"}
 
     assert printed_document(LOG.splitlines()) == printed_document(LOG.splitlines()[2:]) == expected
+
+
+def test_of_a_log_without_end_only_the_last_document_is_kept():
+    kept = LogEnd()
+    for _ in range(300):
+        kept.add("x" * 100_000)
+    assert sum(map(len, kept.lines)) < MAX_JSON_BYTES
+
+    for line in [*LOG.splitlines(), *LOG.splitlines()]:
+        kept.add(line)
+
+    assert printed_document(kept.lines) == printed_document(LOG.splitlines()) != {}
+    assert sum(map(len, kept.lines)) < len(LOG)
 
 
 @pytest.mark.parametrize("log", ["", "{", "{\n}", "one\n{\n  half", "}\nx\n{", "a: 1\nb"])

@@ -8,17 +8,20 @@ import os
 import tracemalloc
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx2
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
+from huggingface_hub.file_download import http_get
 from running_server import running
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub import answers
-from lewis_hub.hub.failures import HubRepo, call_hub
+from lewis_hub.hub import answers, target
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.fetch import fetch, read_range, read_small
-from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import cache_folder
 
 WEIGHTS = os.urandom(300_000)
@@ -150,6 +153,21 @@ def test_a_lookup_reads_a_limited_answer(no_pauses, wrong):
     assert peak_bytes < 2 * answers.MAX_LOOKUP_BYTES + 16_000_000
 
 
+SHA1 = "0" * 40
+WRONGLY_LISTED = [
+    {"sha": 5},
+    {"siblings": [{}]},
+    {"siblings": 5},
+    {"siblings": [{"rfilename": None, "blobId": SHA1}]},
+    {"siblings": [{"rfilename": "", "blobId": SHA1}]},
+    {"siblings": [{"rfilename": "a\0.json", "blobId": SHA1}]},
+    {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "size": -1}]},
+    {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "size": "x"}]},
+    {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "lfs": 5}]},
+    {"createdAt": "now\nand then"},
+]
+
+
 def test_a_lookup_may_be_compressed(push, api):
     sha = push("tests/model", {"model.safetensors": WEIGHTS, "config.json": b"{}"})
     info = {"id": "tests/model", "sha": sha, "siblings": [], "note": "x" * 1_000_000}
@@ -158,6 +176,103 @@ def test_a_lookup_may_be_compressed(push, api):
     with answering(200, headers, gzip.compress(json.dumps(info).encode())) as other:
         call_hub(HubRepo(other, "tests/model"), lambda: None)  # sets the limits
         assert other.model_info("tests/model").sha == sha
+
+
+def test_a_file_that_others_download_may_be_larger_than_a_lookup(hub, push, api, monkeypatch):
+    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    rows = b"".join(b'{"text": "%060d"}\n' % number for number in range(2000))
+    push("tests/rows", {"train.jsonl": rows, "large.bin": WEIGHTS}, "dataset")
+
+    loaded = load_rows(api, resolve_dataset(api, "tests/rows"), None, "train")
+    with hub_failures(HubRepo(api, "tests/rows")):  # sets the limits
+        path = api.hf_hub_download("tests/rows", "large.bin", repo_type="dataset")
+
+    assert len(loaded) == 2000
+    assert Path(path).read_bytes() == WEIGHTS
+
+
+def test_a_lookup_stays_one_wherever_it_is_redirected(hub, push, no_pauses, monkeypatch):
+    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    push("tests/model", {"model.safetensors": WEIGHTS})
+    elsewhere = {"Location": f"{hub.url}/tests/model/resolve/main/model.safetensors"}
+
+    with answering(302, elsewhere, b"") as api, pytest.raises(SourceError) as raised:
+        resolve_model(api, "tests/model")
+
+    assert "(an answer to a lookup has more than 0 MiB)" in str(raised.value)
+
+
+def test_a_redirect_to_no_host_is_one_message(source, no_pauses):
+    nowhere = {"Location": f"http://{'a' * 300}/"}
+
+    with answering(302, nowhere, b"") as api, pytest.raises(SourceError) as raised:
+        fetch(api, source, lambda _: None, ("*.safetensors",))
+
+    told = f"{source.pinned}: {api.endpoint} does not answer like a Hub (UnicodeError: "
+    assert str(raised.value).startswith(told)
+
+
+def test_a_file_without_a_length_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    endless = {"Content-Length": "", "Transfer-Encoding": "chunked"}
+    chunk = b"%x\r\n%s\r\n" % (SIZE, WEIGHTS)
+
+    with (
+        answering(200, endless, chunk * 5) as api,
+        (tmp_path / "file").open("wb") as file,
+        pytest.raises(SourceError, match="a file without a length has more than"),
+        hub_failures(HubRepo(api, "tests/model")),
+    ):
+        http_get(f"{api.endpoint}/storage/of/a/file", file)
+
+    assert (tmp_path / "file").stat().st_size <= 50_000
+
+
+def test_the_log_of_a_job_may_be_quiet_and_long_but_no_line_endless(monkeypatch):
+    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    monkeypatch.setattr(answers, "SPEED_AFTER_S", 0.0)
+    lines = [b'data: {"data": "%d", "timestamp": ""}\n' % number for number in range(5000)]
+
+    def read(body):
+        with answering(200, {}, body) as api, hub_failures(HubRepo(api, "tests/model")):
+            url = f"{api.endpoint}/api/jobs/me/6874d1b8/logs"
+            with get_session().stream("GET", url) as answer:
+                return list(answer.iter_lines())
+
+    assert len(read(b"".join(lines))) == 5000
+    with pytest.raises(SourceError, match="a line of a log has more than"):
+        read(b"x" * 60_000)
+
+
+@pytest.mark.parametrize("listed", WRONGLY_LISTED)
+def test_a_list_that_names_no_files_is_one_message(listed):
+    body = json.dumps({"id": "tests/model", "sha": "0" * 40, **listed}).encode()
+    headers = {"Content-Type": "application/json"}
+
+    with answering(200, headers, body) as api, pytest.raises(SourceError) as raised:
+        resolve_model(api, "tests/model")
+
+    told = f"tests/model: {api.endpoint} does not answer like a Hub"
+    assert str(raised.value).startswith(told)
+    assert len(str(raised.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"discussions": [], "count": 10, "start": 0},
+        {"discussions": [{"num": 1}] * 50, "count": 10**9, "start": 0},
+    ],
+)
+def test_a_list_of_pull_requests_that_never_ends_is_left(page, monkeypatch):
+    monkeypatch.setattr(target, "read_target", lambda _, revision: revision)
+    headers, requests = {"Content-Type": "application/json"}, []
+
+    with answering(200, headers, json.dumps(page).encode(), requests) as api:
+        found = list(target.open_pull_requests(HubRepo.to_publish(api, "tests/model")))
+
+    assert len(found) == (target.MAX_PULL_REQUESTS if page["discussions"] else 0)
+    assert len(requests) <= 4
 
 
 def test_an_endless_answer_is_read_no_further_than_the_file(source):

@@ -5,11 +5,19 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.publish import Publication, folder_bytes, publish
-from lewis_hub.hub.target import open_target
+from lewis_hub.hub import target
+from lewis_hub.hub.failures import HubRepo
+from lewis_hub.hub.publish import (
+    Publication,
+    PushedCommit,
+    folder_bytes,
+    publish,
+    publish_tag,
+)
+from lewis_hub.hub.target import open_pull_requests, open_target
 
 REPO = "tests/merged"
 PLAIN = Publication("Merge with LEWIS")
@@ -212,6 +220,41 @@ def test_a_tag_is_put_on_the_commit_and_stays_there(api, folder):
     assert api.model_info(REPO).sha == published.commit_sha
 
 
+@pytest.mark.parametrize("ignored", ["*.safetensors", "*", "lewis/old.png"])
+def test_a_file_that_the_repo_ignores_is_never_left_out(api, folder, ignored):
+    api.create_repo(REPO)
+    add = CommitOperationAdd(".gitignore", ignored.encode())
+    api.create_commit(REPO, [add], commit_message="Ignore")
+
+    told = refusal(api, folder)
+
+    assert told.startswith(f"{REPO}: its .gitignore ignores `")
+    assert told.endswith("Let its .gitignore keep the file, then run again.")
+    assert commits(api) == ["Ignore", "initial commit"]
+
+
+def test_a_tag_that_somebody_put_elsewhere_meanwhile_is_told(api, folder, hub, monkeypatch):
+    first = publish(api, folder, REPO, PLAIN, lambda _: None).commit_sha
+    write(folder, {"config.json": b"[]"})
+    commit = HfApi.create_commit
+
+    def overtaken(*args, **options):
+        made = commit(*args, **options)
+        hub.api().create_tag(REPO, tag="v1", revision=first)
+        return made
+
+    monkeypatch.setattr(HfApi, "create_commit", overtaken)
+    told = refusal(api, folder, publication=Publication("Second", tag="v1"))
+
+    second = api.model_info(REPO).sha
+    assert told == (
+        f"{REPO}: {second} is published, but tag `v1` is not on it: it is already on {first}.\n"
+        "Choose another tag."
+    )
+    with pytest.raises(PublishError, match="it is already on"):
+        publish_tag(api, REPO, PushedCommit(second), "v1")
+
+
 def test_an_unchanged_push_can_still_add_a_tag(api, folder):
     publish(api, folder, REPO, PLAIN, lambda _: None)
 
@@ -228,6 +271,18 @@ def test_a_tag_on_a_pull_request_is_refused(api, folder):
         f"{REPO}: a pull request has no commit on main to tag yet.\n"
         "Tag it once it is merged, or push it as a commit."
     )
+
+
+def test_only_the_newest_pull_requests_are_compared(hub, api, monkeypatch):
+    monkeypatch.setattr(target, "MAX_PULL_REQUESTS", 3)
+    api.create_repo(REPO)
+    for number in range(5):
+        api.create_pull_request(REPO, title=f"Number {number}")
+
+    found = open_pull_requests(HubRepo.to_publish(api, REPO))
+
+    pages = [f"{hub.url}/{REPO}/discussions/{number}" for number in (5, 4, 3)]
+    assert [url for url, _ in found] == pages
 
 
 # -- other people

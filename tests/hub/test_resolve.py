@@ -302,6 +302,20 @@ def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
     )
 
 
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("first word\nlast-secret", "cannot reach HUB (Illegal header value b'<token>"),
+        ("last-s\xe9cret", "the token has a letter that no token has"),
+    ],
+)
+def test_a_token_that_cannot_be_sent_is_never_shown(hub, no_pauses, token, told):
+    message = refusal(HfApi(endpoint=hub.url, token=token), "tests/model")
+
+    assert message.startswith(f"tests/model: {told.replace('HUB', hub.url)}.\n")
+    assert "last" not in message
+
+
 def test_what_looks_like_a_token_never_reaches_a_message(hub):
     asked = HubRepo(hub.api(), "tests/model")
 

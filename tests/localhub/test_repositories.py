@@ -195,6 +195,18 @@ def test_an_address_that_is_not_there_is_not_found(hub):
             "gated must be false, auto or manual",
         ),
         ("POST", "/oauth/token", '{"grant_type": "password"}', "unsupported_grant_type"),
+        (
+            "POST",
+            "/api/models/acme/base/branch/refs%2Fpr%2F1",  # anyone may push to a pull request
+            "{}",
+            "Invalid name of a branch or tag: refs/pr/1",
+        ),
+        (
+            "POST",
+            "/api/models/acme/base/tag/main",
+            '{"tag": ""}',
+            "Invalid name of a branch or tag: ",
+        ),
     ],
 )
 def test_a_body_that_the_hub_does_not_know_is_refused(hub, api, method, path, body, problem):

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import CommitOperationAdd
 
 from templates.space import sessions
 
@@ -65,6 +66,21 @@ def test_a_stack_that_repeats_layers_is_limited_by_what_it_writes(api, session, 
     problem = last("check", {"recipe": stack})["problem"]
 
     assert problem.startswith("The merged model would have 0.1 GB of weights, and this Space ")
+
+
+def test_datasets_above_the_limit_are_refused_before_a_download(api, session, monkeypatch):
+    monkeypatch.setenv("MAX_GB", "0.05")
+    api.create_repo("lewis/rows", repo_type="dataset", exist_ok=True)
+    rows = CommitOperationAdd("train.jsonl", b'{"text": "' + bytes(60_000_000) + b'"}\n')
+    api.create_commit("lewis/rows", [rows], commit_message="Rows", repo_type="dataset")
+    calibration = "calibration: {dataset: lewis/rows, text: '{text}'}\n"
+    guided = RECIPE.replace("density: 0.5, ", "") + "guide: {name: lewis}\n" + calibration
+
+    events = [*sessions.run("merge", session, {"recipe": guided, "score": False})]
+
+    assert [event["problem"].partition(" Copy")[0] for event in events] == [
+        "The datasets have 0.1 GB, and this Space merges up to 0.1 GB."
+    ]
 
 
 def test_a_process_has_the_token_of_its_user_and_no_secret_of_the_machine(
