@@ -19,8 +19,8 @@ from torch import Tensor
 from lewis_hub.calibration.forward import BatchState, ReachedError, replaced_forwards
 from lewis_hub.calibration.hooks import CallOrder, OutOfStepError, hooked
 from lewis_hub.calibration.model import Linear, linears, matrix
+from lewis_hub.calibration.subject import KEPT_BYTES
 
-KEPT_BYTES = 256 << 20  # of a block's inputs and outputs, all texts together
 ROUNDINGS = 16  # errors of a sum, in units of its dtype's epsilon times the largest term
 BLOCK = ""  # the path of the block itself
 
