@@ -192,11 +192,10 @@ def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_pat
         torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 6000])
-def test_what_is_not_kept_in_memory_is_computed_again(models, tmp_path, monkeypatch, kept_bytes):
+def test_what_does_not_fit_into_memory_is_computed_again(models, tmp_path, monkeypatch):
     made, folders = models("llama")
     whole = run(folders, solver(made, 0.5), tmp_path / "whole")
-    monkeypatch.setattr(block_runs, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(block_runs, "KEPT_BYTES", 6000)  # some texts of some levels
 
     found = run(folders, solver(made, 0.5), tmp_path / "again")
 
