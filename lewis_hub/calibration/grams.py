@@ -30,6 +30,7 @@ WIDEST = 8192  # inputs of one matrix; longer inputs are split into parts with a
 DIAGONAL = 1  # as `widest`: squares alone are stored
 HELD_BYTES = 8 << 30  # of matrices in memory: a model that has more takes several passes
 STEP = 128  # tokens multiplied at a time: BLAS splits longer sums among its threads
+STRIP = 256  # rows of a symmetric sum that are multiplied at a time
 ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
 
 
@@ -180,7 +181,30 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
     n = rows.shape[1]
     if widest == DIAGONAL:
         return sum_of_squares(rows).float().view(n, 1, 1)
-    return cross_moments(rows, rows, widest)
+    parts = rows.float().tensor_split(n // part_width(n, widest), 1)
+    total = parts[0].new_zeros(len(parts), parts[0].shape[1], parts[0].shape[1])
+    for start in range(0, len(rows), STEP):
+        for sums, part in zip(total, parts, strict=True):
+            _add_upper(sums, part[start : start + STEP])
+    for sums in total:
+        _mirror(sums)
+    return total
+
+
+def _add_upper(sums: Tensor, rows: Tensor) -> None:
+    """Add the sum of x x^T to the entries above the diagonal, and to some below it."""
+    for first in range(0, len(sums), STRIP):
+        strip = slice(first, first + STRIP)
+        sums[strip, first:].addmm_(rows[:, strip].T, rows[:, first:])
+
+
+def _mirror(sums: Tensor) -> None:
+    """Copy the entries above the diagonal to those below it."""
+    for first in range(0, len(sums), STRIP):
+        end = first + STRIP
+        square = sums[first:end, first:end]
+        square.copy_(square.triu() + square.triu(1).T)
+        sums[end:, first:end] = sums[first:end, end:].T
 
 
 def cross_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:

@@ -8,8 +8,9 @@ difference between the outputs of the expert's block and the merged block that e
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
 
-In memory are one block of the merged model and of every expert, and the moments of one level; on
-disk are the hidden states of all texts, twice.
+In memory are one block of the merged model and of every expert, the moments of one level, and
+some inputs and outputs of the block's Linears (`block_runs.py`); on disk are the hidden states of
+all texts, twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -29,17 +29,24 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lewis_hub.calibration import grams
+from lewis_hub.calibration.block_runs import (
+    BatchPair,
+    BlockRuns,
+    Pairs,
+    is_added,
+    levels,
+    linear_at,
+)
 from lewis_hub.calibration.forward import (
     ActivationCache,
     BatchState,
-    ReachedError,
     deterministic_threads,
     enter_blocks,
 )
 from lewis_hub.calibration.grams import InputSum
-from lewis_hub.calibration.hooks import CallOrder, OutOfStepError, hooked, require_finite
+from lewis_hub.calibration.hooks import OutOfStepError, require_finite
 from lewis_hub.calibration.meta_model import MetaModel, build_meta_model, weight_names
-from lewis_hub.calibration.model import Linear, check_tokens_fit, linears
+from lewis_hub.calibration.model import check_tokens_fit, linears
 from lewis_hub.calibration.passes import block_sums
 from lewis_hub.calibration.subject import Weights
 from lewis_hub.calibration.texts import (
@@ -52,8 +59,6 @@ from lewis_hub.calibration.texts import (
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Advance, shared
 from lewis_hub.errors import NotByBlockError
-
-ROUNDINGS = 16  # errors of a sum, in units of its dtype's epsilon times the largest term
 
 # the fitted tensors of a block, by how texts were batched: sums in another order round otherwise
 FITTED: dict[Grouping, str] = {
@@ -89,17 +94,6 @@ class ExpertTexts:
     weights: Weights
     own: CalibrationTokens
     merged: CalibrationTokens
-
-
-@dataclass(frozen=True)
-class BatchPair:
-    """A batch in an expert and in the merged model, before the same block."""
-
-    own: BatchState
-    merged: BatchState
-
-
-Pairs = Sequence[Sequence[BatchPair]]  # of all texts of each expert
 
 
 @dataclass(frozen=True)
@@ -172,16 +166,16 @@ def _fit_blocks(job: SequentialFit, texts: Sequence[ExpertTexts], advance: Advan
         for number, _ in enumerate(zip(*walks, strict=True)):
             if number == 0:
                 trial, pairs = _enter(job, texts, cache)
+            runs = BlockRuns()
             file = job.folder / FITTED[job.grouping].format(number)
             if file.exists():
                 _put(job, trial, load_file(file))
-            elif found := _fit_block(job, trial, pairs):
+            elif found := _fit_block(job, trial, pairs, runs):
                 grams.write_tensors(found, file)
             files += [file] if file.exists() else []
             trial.move(trial.run())
             for pair in chain.from_iterable(pairs):
-                pair.own.move(pair.own.run())
-                pair.merged.move(pair.merged.run())
+                runs.move(pair)
                 advance(pair.own.n_tokens)
     return files
 
@@ -200,7 +194,9 @@ def _enter(
     return first, pairs
 
 
-def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str, Tensor]:
+def _fit_block(
+    job: SequentialFit, trial: BatchState, pairs: Pairs, runs: BlockRuns
+) -> dict[str, Tensor]:
     """Fit one block, which has its weights in all models: tensor of the checkpoint -> its values.
 
     All texts stay before the block.
@@ -209,12 +205,15 @@ def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str,
     paired = {path for level in in_order for path in level}
     unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
     found = _fit_unpaired(job, trial, pairs, unpaired)
+    if in_order:
+        for pair in chain.from_iterable(pairs):
+            runs.watch(pair.own, [level[0] for level in in_order])
     for level in in_order:
         is_last = level is in_order[-1] and len(level) == 1
         try:
             is_residual = is_last and is_added(trial, level[0])
             moments = [
-                paired_moments(own, level[0], job.widest, with_residual=is_residual)
+                paired_moments(own, level[0], job.widest, runs, with_residual=is_residual)
                 for own in pairs
             ]
         except OutOfStepError:
@@ -223,6 +222,7 @@ def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str,
             found |= _fit_unpaired(job, trial, pairs, level)  # some tokens alone reach it
         else:
             found |= _solve(job, trial, dict.fromkeys(level, moments))
+            runs.fitted(level)
     return found
 
 
@@ -261,33 +261,8 @@ def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) ->
             parameter.data.copy_(fitted[tensor])
 
 
-def levels(trial: BatchState) -> list[list[str]]:
-    """The Linears of a block that see every token once, in the order of their calls.
-
-    Linears with the same input tensor are one level. `trial` is a few tokens.
-    """
-    order = CallOrder()
-    with hooked(dict(linears("", trial.block)), order.see):
-        trial.run()
-    n_tokens = trial.batch.input_ids.numel()
-    paired = [[path for path in one if order.n_rows[path] == [n_tokens]] for one in order.levels]
-    return [level for level in paired if level]
-
-
-def is_added(trial: BatchState, path: str) -> bool:
-    """Whether a block adds the output of a Linear unchanged to terms that do not depend on it."""
-    _, added, plain = _linear_and_block(trial, path)
-    push = added * (plain.abs().max() / added.abs().max())
-    with _linear(trial, path).register_forward_hook(lambda _, _args, returned: returned + push):
-        moved = trial.run() - plain
-    if moved.shape != push.shape:
-        return False
-    most = ROUNDINGS * torch.finfo(push.dtype).eps * push.abs().max()
-    return bool(((moved - push).abs() <= most).all())
-
-
 def paired_moments(
-    pairs: Sequence[BatchPair], path: str, widest: int, *, with_residual: bool
+    pairs: Sequence[BatchPair], path: str, widest: int, runs: BlockRuns, *, with_residual: bool
 ) -> LayerMoments:
     """Moments of a Linear's inputs in the merged model and in an expert, token by token.
 
@@ -296,14 +271,11 @@ def paired_moments(
     """
 
     def summed(pair: BatchPair) -> list[InputSum]:
-        residuals = []
-        if with_residual:
-            x, merged_rest = _input_and_rest(pair.merged, path)
-            z, expert_rest = _input_and_rest(pair.own, path)
-            residuals.append(grams.residual_moments(expert_rest - merged_rest, x, widest))
-        else:
-            x, z = _input(pair.merged, path), _input(pair.own, path)
-        sums = (grams.cross_moments(x, x, widest), grams.cross_moments(z, x, widest), *residuals)
+        seen = runs.seen(pair, path, with_residual=with_residual)
+        x, d = seen.x, seen.residual
+        sums = [grams.second_moments(x, widest), grams.cross_moments(seen.z, x, widest)]
+        if d is not None:
+            sums.append(grams.residual_moments(d, x, widest))
         return [InputSum(one, len(x)) for one in sums]
 
     totals = reduce(
@@ -319,53 +291,7 @@ def own_moments(
     texts: Sequence[BatchState], paths: Iterable[str], widest: int
 ) -> dict[str, LayerMoments]:
     """Moments of an expert's own inputs, for the Linears at `paths` that a token reaches."""
-    modules = {path: _linear(texts[0], path) for path in paths}
+    modules = {path: linear_at(texts[0], path) for path in paths}
     statistic = partial(grams.second_moments, widest=widest)
     [totals] = block_sums(texts, modules, [statistic], lambda state: state.run())
     return {path: LayerMoments(one.mean()) for path, one in totals.items()}
-
-
-def _input(state: BatchState, path: str) -> Tensor:
-    """The input of a Linear, (n_tokens, in_features), without padding; the block stops there."""
-
-    def leave(_: str, x: Tensor) -> None:
-        raise ReachedError(x)
-
-    with hooked({path: _linear(state, path)}, leave):
-        try:
-            state.run()
-        except ReachedError as reached:
-            return _rows(reached.value, state)
-    raise OutOfStepError
-
-
-def _input_and_rest(state: BatchState, path: str) -> tuple[Tensor, Tensor]:
-    """A Linear's input, and the block's output minus its product; the bias is part of the rest."""
-    x, added, returned = _linear_and_block(state, path)
-    rest = returned.float() - added.float()
-    bias = _linear(state, path).bias
-    return _rows(x, state), _rows(rest if bias is None else rest + bias, state)
-
-
-def _linear_and_block(state: BatchState, path: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The input and the output of a Linear of a block, and the block's output."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    with _linear(state, path).register_forward_hook(
-        lambda _, args, returned: calls.append((args[0], returned.clone()))
-    ):
-        returned = state.run()
-    if len(calls) != 1:
-        raise OutOfStepError
-    return *calls[0], returned
-
-
-def _linear(state: BatchState, path: str) -> Linear:
-    return cast("Linear", state.block.get_submodule(path))
-
-
-def _rows(x: Tensor, state: BatchState) -> Tensor:
-    """The rows of the tokens that are not padding."""
-    mask, rows = state.batch.attention_mask.flatten().bool(), x.detach().reshape(-1, x.shape[-1])
-    if len(rows) != len(mask):
-        raise OutOfStepError
-    return rows[mask.to(rows.device)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 WHOLE = "Calibrate it whole, where there is memory for it: leave out `--max-memory`."
 
 HELD_BYTES = 64 << 20  # of hidden states in memory, all texts together; more is kept on disk
+KEPT_BYTES = 256 << 20  # of a block's inputs and outputs that fitting in sequence keeps in memory
 STATES = "the hidden states of all calibration texts"
 FEWER = "lower `samples` or `max_tokens` of the calibration"
 

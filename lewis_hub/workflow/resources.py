@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,7 @@ from platform import python_version
 from lewis_hub.calibration.grams import HELD_BYTES as GRAM_BYTES
 from lewis_hub.calibration.grams import WIDEST, n_entries
 from lewis_hub.calibration.profile import OF_WHOLE_MODELS, WITHOUT_TEXTS
-from lewis_hub.calibration.subject import HELD_BYTES
+from lewis_hub.calibration.subject import HELD_BYTES, KEPT_BYTES
 from lewis_hub.calibration.texts import TOGETHER
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
@@ -402,7 +402,8 @@ class Workload:
         largest = max((tensor.n_elements for tensor in _matrices(self.output)), default=0)
         moments = 2 * _solving_bytes(self.output, len(checkpoints))
         blocks = sum(map(blocks_bytes, checkpoints))
-        return TORCH_BYTES + blocks + texts + moments + 4 * len(checkpoints) * largest
+        kept = min(KEPT_BYTES, n_tokens * max(map(_block_width, checkpoints)) * WIDTH)
+        return TORCH_BYTES + blocks + texts + moments + kept + 4 * len(checkpoints) * largest
 
     def _texts_bytes(self, checkpoint: Checkpoint, n_tokens: int) -> int:
         """Bound the activations of one batch, and the hidden states that are not on the disk."""
@@ -415,6 +416,15 @@ class Workload:
         widest = max((max(shape[-2:]) for shape in shapes if len(shape) > 1), default=0)
         held_bytes = min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
         return WIDTH * ROWS * longest * widest + held_bytes
+
+
+def _block_width(checkpoint: Checkpoint) -> int:
+    """The inputs and outputs of all matrices of the widest block together."""
+    widths: Counter[tuple[str | None, int | None]] = Counter()
+    for name, tensor in checkpoint.tensors.items():
+        if (number := names.block(name)) is not None and len(tensor.shape) == 2:
+            widths[names.stack(name), number] += sum(tensor.shape)
+    return max(widths.values(), default=0)
 
 
 def _n_elements(checkpoint: Checkpoint) -> int:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lewis_hub.calibration.sequential import LayerMoments
 
-VERSION = 3  # of the arithmetic of fitting in sequence
+VERSION = 4  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"

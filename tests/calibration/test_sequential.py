@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis_hub.calibration import meta_model, sequential
+from lewis_hub.calibration import block_runs, meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
 from lewis_hub.calibration.hooks import CallOrder
 from lewis_hub.calibration.sequential import ExpertTexts, fit
@@ -189,6 +190,37 @@ def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_pat
     assert set(found) == {f"{path}.weight" for path in expected}
     for path, weight in expected.items():
         torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_fit_into_memory_is_computed_again(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole")
+    monkeypatch.setattr(block_runs, "KEPT_BYTES", 6000)  # some texts of some levels
+
+    found = run(folders, solver(made, 0.5), tmp_path / "again")
+
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_each_matrix_multiplies_each_text_once_in_an_expert_and_in_the_merge(
+    models, tmp_path, monkeypatch
+):
+    made, folders = models("llama")
+    calls = Counter()
+    multiply = torch.nn.Linear.forward
+
+    def counting(module, x):
+        calls[module] += len(x) > 1  # several texts, so not the few tokens that are tried
+        return multiply(module, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+
+    run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    blocks = {module: n for module, n in calls.items() if n and module.out_features < 97}
+    # the first block of an expert ran before, to see what it returns; the merge has two batches
+    assert sorted(blocks.values()) == [1] * 2 * 14 + [2] * (2 * 7 + 21)
 
 
 def test_matrices_are_asked_for_in_the_order_in_which_they_run(models, tmp_path):
