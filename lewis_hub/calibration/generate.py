@@ -9,7 +9,7 @@ after a whole batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -148,16 +148,18 @@ def _written(  # noqa: PLR0913
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     counted = _Counted(max(room), sum(room), advance)
     processors = [_Sampled(sampling, numbers, width)] if sampling else []
-    model.generation_config = GenerationConfig()  # no penalties or limits of its own
-    settings = GenerationConfig(
+    configuration: Callable[..., GenerationConfig] = GenerationConfig  # not typed
+    model.generation_config = configuration()  # no penalties or limits of its own
+    settings = configuration(
         max_new_tokens=max(room),
         do_sample=False,
         use_cache=True,
         eos_token_id=list(ends) or None,
         pad_token_id=0,
     )
+    generate: Callable[..., Tensor] = model.generate
     with torch.no_grad(), ByOneDNN():
-        made: Tensor = model.generate(
+        made = generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,

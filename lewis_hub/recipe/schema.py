@@ -154,11 +154,11 @@ class Calibration(Part):
             raise ValueError("give `text` (a template over columns) or `messages` (a column)")
         of_data, of_task = ("config", "text", "messages"), ("include", "revision", "chat_template")
         of_model = ("prompt", "temperature", "top_p")
-        kind, others = "dataset", (*of_task, *of_model)
+        kind, others = "dataset", [*of_task, *of_model]
         if self.task:
-            kind, others = "task", (*of_data, *of_model)
+            kind, others = "task", [*of_data, *of_model]
         elif self.source:
-            kind, others = "from: model", (*of_data, *of_task, "answers")
+            kind, others = "from: model", [*of_data, *of_task, "answers"]
         for key in others:
             if getattr(self, key) is not None:
                 raise ValueError(f"`{key}` cannot be used with `{kind}`")

@@ -85,7 +85,7 @@ class TextRequest:
             line = {
                 "source": self.expert.pinned,
                 "row": rows[number],
-                "text": tokenizer.decode(written[number]),
+                "text": tokenizer.decode([*written[number]]),
                 "tokens": list(written[number]),
                 "texts": key,
                 "sha256": _line_digest(key, number, written[number]),
@@ -206,7 +206,7 @@ def write_texts(
         completed[number] = request.completed(written)
         tokens = completed[number].tokens
         loader.progress.say(_told(request, tokens.ids))
-        texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens.ids)
+        texts = (tokenizer.decode([*ids], skip_special_tokens=True) for ids in tokens.ids)
         screened[request.calibration] += [DrawnText((str(text),), ()) for text in texts]
     refuse_overlap(scored, screened, loader.progress)
     return GeneratedTexts(tuple(completed), tuple(lines))

@@ -1,0 +1,148 @@
+"""Calibration texts that the experts write, from the recipe to the card, on the zoo."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from statistical_merges import Recorder, merge, recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lewis_hub
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import CalibrationError, LewisHubError
+from lewis_hub.workflow.resources import Execution
+
+PROMPT = '"Question: {question}\\nAnswer:"'
+EXPERTS = ("reverse", "cipher")
+MODELS = "base_model: zoo/base\nmerge_method: regmean\nmodels:\n"
+ANSWERS = MODELS + "".join(
+    f"  - model: zoo/expert-{skill}\n    calibration: {{dataset: zoo/{skill}, text: {PROMPT}, "
+    "samples: 12, max_tokens: 48, answers: model}\n"
+    for skill in EXPERTS
+)
+SAMPLED = (
+    MODELS + "  - zoo/expert-reverse\n  - zoo/expert-cipher\n"
+    "calibration: {from: model, prompt: 'Question:', temperature: 0.8, top_p: 0.9, samples: 6, "
+    "max_tokens: 40}\n"
+)
+
+
+def lines_of(output):
+    text = (output / "lewis" / "generated.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def shards_of(output):
+    return {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+
+def greedy(model, tokenizer, prompt, limit):
+    """The most likely tokens after a prompt, by whole forward passes without a cache."""
+    ids = tokenizer(prompt)["input_ids"]
+    n_prompt = len(ids)
+    with torch.no_grad():
+        while len(ids) < limit:
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+    return ids[n_prompt:]
+
+
+def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path):
+    output = merge(tmp_path / "out", ANSWERS)
+
+    lines = lines_of(output)
+    assert len(lines) == 24
+    tokenizer = AutoTokenizer.from_pretrained(zoo_folder() / "base")
+    for skill in EXPERTS:
+        folder = zoo_folder() / f"expert-{skill}"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        data = (zoo_folder() / "data" / skill / "train.jsonl").read_text().splitlines()
+        own = [one for one in lines if f"expert-{skill}" in one["source"]]
+        for line in own:
+            prompt = "Question: {question}\nAnswer:".format(**json.loads(data[line["row"]]))
+            assert line["tokens"] == greedy(model, tokenizer, prompt, 48)
+            assert line["text"] == tokenizer.decode(line["tokens"])
+    lock = json.loads((output / "lewis" / "lock.json").read_text())
+    assert "lewis/generated.jsonl" in lock["outputs"]
+    assert lock["seed"] == 42
+    assert [len(one["rows"]) for one in lock["calibration"]] == [12, 12]
+    card = " ".join((output / "README.md").read_text().split())
+    assert "the answers are the expert's own" in card
+    reference = lewis_hub.ModelReference(name=str(output))
+    assert lewis_hub.verify(reference, rebuild=True).problems == ()
+    assert lewis_hub.merge_models(recipe(ANSWERS), output).status == "unchanged"
+
+
+def test_an_expert_samples_texts_without_data(api, tmp_path):
+    output = merge(tmp_path / "out", SAMPLED)
+    again = merge(tmp_path / "again", SAMPLED, Execution(runner="inline"))
+
+    assert shards_of(output) == shards_of(again)
+    lines = lines_of(output)
+    assert lines == lines_of(again)
+    assert [line["row"] for line in lines] == [*range(6), *range(6)]
+    assert len({line["text"] for line in lines}) > 6
+    assert json.loads((output / "lewis" / "lock.json").read_text())["calibration"] == []
+    card = " ".join((output / "README.md").read_text().split())
+    assert "the texts are the expert's own" in card
+    other = merge(tmp_path / "other", SAMPLED + "seed: 43\n")
+    assert lines_of(other) != lines
+
+
+def test_an_interrupted_run_and_a_second_merge_use_the_written_texts(api, tmp_path):
+    whole, first, second = merge(tmp_path / "whole", ANSWERS), Recorder("Merging"), Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", ANSWERS, progress=first)
+
+    found = merge(tmp_path / "out", ANSWERS, progress=second)
+
+    assert first.totals["Writing texts with zoo/expert-reverse"] > 200
+    assert not any(title.startswith("Writing texts") for title in second.totals)
+    assert lines_of(found) == lines_of(whole)
+    assert shards_of(found) == shards_of(whole)
+
+
+def test_a_changed_line_is_written_again(api, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "importance"
+    folder.mkdir()
+    lines = lines_of(merge(tmp_path / "out", ANSWERS))
+    changed = [{**line, "tokens": [*line["tokens"], 5]} for line in lines[:12]] + lines[12:]
+    (folder / "generated.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n{broken\n")
+    heard = Recorder()
+
+    found = merge(tmp_path / "again", ANSWERS, progress=heard)
+
+    assert "Writing texts with zoo/expert-reverse" in heard.totals
+    assert "Writing texts with zoo/expert-cipher" not in heard.totals
+    assert lines_of(found) == lines
+
+
+def test_texts_with_scored_items_are_refused(api, tmp_path):
+    scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}}}\n"
+    leaked = ANSWERS.replace("dataset: zoo/reverse,", "dataset: zoo/reverse, split: test,")
+
+    with pytest.raises(CalibrationError, match=r"of 12 texts, `evaluate` scores 12 of zoo_reverse"):
+        merge(tmp_path / "out", leaked + scored)
+
+
+def test_the_check_tells_what_is_written_and_how_long_it_may_take(api):
+    report = lewis_hub.check(recipe(SAMPLED))
+
+    [note] = [note for note in report.notes if "expert-reverse" in note]
+    assert note == (
+        "zoo/expert-reverse writes 6 texts, 240 tokens with their prompts at most: up to 1 s on a "
+        "CPU."
+    )
+
+
+def test_a_model_that_may_not_be_in_memory_is_refused_before_any_download(api, tmp_path):
+    with pytest.raises(LewisHubError) as refused:
+        merge(tmp_path / "out", SAMPLED, Execution(max_memory_bytes=500_000))
+
+    assert "`from: model` loads it whole" in str(refused.value)
+    assert "`lewis-hub importance` on a machine with enough room" in str(refused.value)
