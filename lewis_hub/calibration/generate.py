@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from lewis_hub.display import Advance
 from lewis_hub.errors import CalibrationModelError
 
 TOGETHER = 8192  # tokens of a batch, with all that it may write: each keeps its keys and values
-LESS_PADDING = 2  # a prompt in a batch is at least 1 / this of the longest
+LESS_PADDING = 2  # at most 1 / this of the longest prompt of a batch is padding before another
 
 Written = Mapping[int, tuple[int, ...]]  # number of a prompt -> the tokens after it
 
@@ -69,7 +68,7 @@ def write_texts(
     """
     require_writer(model, name, prompts)
     ends = end_tokens(model, prompts)
-    groups = list(_batches(prompts, padded=not (has_stacks(model) or _is_recurrent(model))))
+    groups = list(_batches(prompts, _most_padding(model, prompts)))
     with deterministic_threads(block_linears(model, name).values()):
         for numbers in groups:
             if not known or not set(numbers) <= set(known):
@@ -108,26 +107,32 @@ def end_tokens(model: PreTrainedModel, prompts: CalibrationTokens) -> tuple[int,
     return tuple(sorted(found))
 
 
-def _is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether padding before a text would enter its state."""
-    return bool(getattr(model, "_is_stateful", False))
+def _most_padding(model: PreTrainedModel, prompts: CalibrationTokens) -> int:
+    """The most tokens that may precede a prompt.
+
+    None where they would enter a recurrent state, or take part in the choice of experts. A batch
+    runs until its shortest prompt has a whole text, so the longest one needs positions beyond.
+    """
+    if has_stacks(model) or getattr(model, "_is_stateful", False):
+        return 0
+    n_positions = config_value(model, "max_position_embeddings") or 0
+    return n_positions - prompts.limit if n_positions > 0 else prompts.limit
 
 
-def _batches(prompts: CalibrationTokens, *, padded: bool) -> Iterator[list[int]]:
-    """Numbers of prompts of like length, the longest first; of equal length without padding."""
+def _batches(prompts: CalibrationTokens, most_padding: int) -> Iterator[list[int]]:
+    """Numbers of prompts of like length, the longest first."""
     lengths = [len(ids) for ids in prompts.ids]
     order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    most = max(1, TOGETHER // prompts.limit)
-    alike: list[list[int]] = [list(some) for _, some in groupby(order, key=lengths.__getitem__)]
-    if padded:
-        alike = [[]]
-        for number in order:
-            if alike[-1] and lengths[number] * LESS_PADDING < lengths[alike[-1][0]]:
-                alike.append([])
-            alike[-1].append(number)
-    for some in alike:
-        for first in range(0, len(some), most):
-            yield some[first : first + most]
+    most, batch = max(1, TOGETHER // prompts.limit), list[int]()
+    for number in order:
+        longest = lengths[batch[0]] if batch else lengths[number]
+        padding = longest - lengths[number]
+        if len(batch) == most or padding > min(most_padding, longest // LESS_PADDING):
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def _written(  # noqa: PLR0913

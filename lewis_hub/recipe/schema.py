@@ -148,8 +148,8 @@ class Calibration(Part):
     @model_validator(mode="after")
     def _one_template(self) -> Calibration:
         if (self.dataset, self.task, self.source).count(None) != 2:
-            expected = "`dataset` (with a template), `task` (an lm-eval task) or `from: model`"
-            raise ValueError(f"give one of {expected}")
+            choices = "`dataset` (with a template), `task` (an lm-eval task) or `from: model`"
+            raise ValueError(f"give {choices}")
         if self.dataset and (self.text is None) == (self.messages is None):
             raise ValueError("give `text` (a template over columns) or `messages` (a column)")
         of_data, of_task = ("config", "text", "messages"), ("include", "revision", "chat_template")

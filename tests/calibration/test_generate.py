@@ -62,6 +62,15 @@ def test_greedy_answers_are_those_of_a_naive_loop(architecture):
     assert sum(map(len, found.values())) > 10
 
 
+def test_a_batch_needs_no_positions_that_a_model_does_not_have():
+    model, prompts = tiny_model("gpt2"), prompts_of(((5,) * 40, (7,) * 39, (3,) * 25), limit=64)
+
+    found = texts_of(model, prompts)
+
+    alone = [texts_of(model, prompts_of((ids,), limit=64))[0] for ids in prompts.ids]
+    assert [found[number] for number in range(3)] == alone
+
+
 def test_samples_are_those_of_a_naive_loop():
     model, sampling = tiny_model("llama"), Sampling(0.7, 0.8, 42)
 

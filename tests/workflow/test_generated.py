@@ -71,7 +71,8 @@ def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path)
     assert lock["seed"] == 42
     assert [len(one["rows"]) for one in lock["calibration"]] == [12, 12]
     card = " ".join((output / "README.md").read_text().split())
-    assert "the answers are the expert's own" in card
+    told = "to these prompts the answers are the expert's own, right or wrong"
+    assert f"For `expert-reverse`, {told} (`lewis/generated.jsonl`)." in card
     reference = lewis_hub.ModelReference(name=str(output))
     assert lewis_hub.verify(reference, rebuild=True).problems == ()
     assert lewis_hub.merge_models(recipe(ANSWERS), output).status == "unchanged"
@@ -88,7 +89,7 @@ def test_an_expert_samples_texts_without_data(api, tmp_path):
     assert len({line["text"] for line in lines}) > 6
     assert json.loads((output / "lewis" / "lock.json").read_text())["calibration"] == []
     card = " ".join((output / "README.md").read_text().split())
-    assert "the texts are the expert's own" in card
+    assert "For `expert-cipher`, without data the texts are the expert's own" in card
     other = merge(tmp_path / "other", SAMPLED + "seed: 43\n")
     assert lines_of(other) != lines
 
