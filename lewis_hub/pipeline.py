@@ -341,8 +341,7 @@ def run(
     sets = _draw(job, tasks, api, progress)  # needs only small files, so errors show early
     sink.require_room(job.disk_needs(sets, keeps_models=sink.keeps_models))
     asked = requests_of(job.texts, sets, job.sources.experts)
-    kept = (sink.work.scratch, sink.work.output / "lewis", *job.texts.beside)
-    stores = [folder / GENERATED for folder in kept]
+    stores = sink.texts(job.texts.beside) if asked else []
     require_whole_models(asked, job.workload.loading, stores, keeps_models=sink.keeps_models)
     costs = Costs()
     with costs.measure("download"):

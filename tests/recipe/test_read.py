@@ -127,8 +127,8 @@ BROKEN = {
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
-        "r.yaml:6: `guide.calibration`: give `dataset` (with a template), `task` (an lm-eval task) or "
-        "`from: model`.\n`lewis-hub schema` describes every field."
+        "r.yaml:6: `guide.calibration`: give `dataset` (with a template), `task` (an lm-eval "
+        "task) or `from: model`.\n`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {from: model, answers: model}}\n": (
         "r.yaml:6: `guide.calibration`: `answers` cannot be used with `from: model`.\n"
