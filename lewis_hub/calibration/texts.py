@@ -299,6 +299,8 @@ def calibration_tokens(
         special = template.adds_special_tokens
         encoded = tokenizer([t for _, t in kept], add_special_tokens=special, verbose=False)
         ids = cast("list[list[int]]", encoded["input_ids"])
+        if calibration.answers:
+            ids = [_left_open(tokens, tokenizer) for tokens in ids]
         sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
     if not sequences:
         where = f"calibration on {calibration.data}, split {calibration.split}"
@@ -326,7 +328,7 @@ def calibration_tokens(
 def beginnings(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
     """The tokens that a model's own texts begin with: `prompt`, or the tokenizer's first token."""
     encoded = tokenizer(calibration.prompt or "", verbose=False)
-    ids = cast("list[int]", encoded["input_ids"])
+    ids = _left_open(cast("list[int]", encoded["input_ids"]), tokenizer)
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     start = ids or [one for one in starts if one is not None][:1]
     where = f"calibration on {calibration.data}"
@@ -346,6 +348,12 @@ def beginnings(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> 
         limit=calibration.max_tokens,
         end=tokenizer.eos_token_id,
     )
+
+
+def _left_open(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens without an end that the tokenizer added: a model is to continue them."""
+    ends = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+    return tokens[:-1] if ends else tokens
 
 
 def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +148,35 @@ def test_a_model_that_may_not_be_in_memory_is_refused_before_any_download(api, t
 
     assert "`from: model` loads it whole" in str(refused.value)
     assert "`lewis-hub importance` on a machine with enough room" in str(refused.value)
+
+
+def test_a_model_alone_has_no_texts_of_its_own(tmp_path):
+    asked = lewis_hub.Calibration(source="model", samples=4)
+
+    with pytest.raises(CalibrationError) as refused:
+        lewis_hub.measure_model("zoo/base", asked, tmp_path / "out")
+
+    assert str(refused.value) == (
+        "calibration on the model's own texts: an expert writes its texts for a merge, and this is "
+        "a model alone.\nGive texts with answers, or name the recipe of the merge."
+    )
+
+
+def test_a_stream_takes_the_texts_that_importance_wrote_and_writes_none(api, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guided = SAMPLED.replace("regmean", "ties") + "guide: {name: lewis}\n"
+    guided = guided.replace("samples: 6", "samples: 3")
+    asked = lewis_hub.Publishing(repo=f"{api.whoami()['name']}/written")
+    with pytest.raises(LewisHubError) as refused:
+        lewis_hub.stream(recipe(guided), lewis_hub.open_target(asked), tmp_path / "work")
+    assert "`from: model` loads zoo/expert-reverse whole, and --stream keeps no whole model" in str(
+        refused.value
+    )
+
+    lewis_hub.calibrate(recipe(guided), tmp_path / "importance")
+    published = lewis_hub.stream(recipe(guided), lewis_hub.open_target(asked), tmp_path / "work")
+
+    assert published.changed
+    path = api.hf_hub_download(asked.repo, "lewis/generated.jsonl")
+    own = (tmp_path / "importance" / "generated.jsonl").read_bytes()
+    assert Path(path).read_bytes() == own
