@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,21 +196,27 @@ def write_texts(
 
     donor = settings.tokenizer
     tokenizer = load_tokenizer(str(loader.files.folders[donor.pinned]), donor.name)
-    completed, lines = list(sets), list[str]()
+    written = {number: _known(request, stores) for number, request in requests.items()}
+
+    def keep() -> tuple[str, ...]:
+        lines = (requests[n].lines(tokens, tokenizer) for n, tokens in written.items())
+        kept = tuple(chain.from_iterable(lines))
+        write_whole(stores[0], "\n".join(kept) + "\n")
+        return kept
+
+    completed = list(sets)
     screened: defaultdict[Calibration, list[DrawnText]] = defaultdict(list)
     for number, request in requests.items():
-        written: Tokens = {}
-        for written in _written(request, donor.name, loader, stores):
-            so_far = [*lines, *request.lines(written, tokenizer)]
-            write_whole(stores[0], "\n".join(so_far) + "\n")
-        lines += request.lines(written, tokenizer)
-        completed[number] = request.completed(written)
+        for batch in _left(request, written[number].keys(), donor.name, loader):
+            written[number] |= batch
+            keep()
+        completed[number] = request.completed(written[number])
         tokens = completed[number].tokens
         loader.progress.say(_told(request, tokens.ids))
         texts = (tokenizer.decode([*ids], skip_special_tokens=True) for ids in tokens.ids)
         screened[request.calibration] += [DrawnText((str(text),), ()) for text in texts]
     refuse_overlap(scored, screened, loader.progress)
-    return GeneratedTexts(tuple(completed), tuple(lines))
+    return GeneratedTexts(tuple(completed), keep())
 
 
 def _told(request: TextRequest, ids: Sequence[Sequence[int]]) -> str:
@@ -219,13 +226,12 @@ def _told(request: TextRequest, ids: Sequence[Sequence[int]]) -> str:
     return f"{request.expert.name} wrote {len(ids):,} texts, {sum(map(len, ids)):,} tokens{cut}."
 
 
-def _written(
-    request: TextRequest, tokenizer: str, loader: ModelLoader, stores: Sequence[Path]
+def _left(
+    request: TextRequest, known: Collection[int], tokenizer: str, loader: ModelLoader
 ) -> Iterator[Tokens]:
-    """Yield all tokens that are written so far, after each batch; at last those of all prompts."""
-    written, prompts, expert = _known(request, stores), request.prompts.tokens, request.expert
-    if len(written) == len(prompts.ids):
-        yield written
+    """Write the texts that are not known, batch by batch; without any, no model is loaded."""
+    expert = request.expert
+    if len(known) == len(request.prompts.tokens.ids):
         return
     from lewis_hub.calibration import generate
     from lewis_hub.calibration.model import load_model, run_refusals
@@ -241,10 +247,8 @@ def _written(
         loader.progress.stage(title, generate.n_new(own), "tokens") as advance,
         run_refusals(expert.pinned, "`from: model`" if asked.source else "`answers: model`"),
     ):
-        made = generate.write_texts(model, expert.name, own, sampling, written.keys(), advance)
-        for batch in made:
-            written |= {number: to_donor(tokens) for number, tokens in batch.items()}
-            yield written
+        for batch in generate.write_texts(model, expert.name, own, sampling, known, advance):
+            yield {number: to_donor(tokens) for number, tokens in batch.items()}
 
 
 def _to_donor(expert: OpenedSource, tokenizer: str) -> Callable[[Sequence[int]], tuple[int, ...]]:

@@ -20,7 +20,7 @@ EXPERTS = ("reverse", "cipher")
 MODELS = "base_model: zoo/base\nmerge_method: regmean\nmodels:\n"
 ANSWERS = MODELS + "".join(
     f"  - model: zoo/expert-{skill}\n    calibration: {{dataset: zoo/{skill}, text: {PROMPT}, "
-    "samples: 12, max_tokens: 48, answers: model}\n"
+    "samples: 6, max_tokens: 48, answers: model}\n"
     for skill in EXPERTS
 )
 SAMPLED = (
@@ -56,7 +56,7 @@ def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path)
     output = merge(tmp_path / "out", ANSWERS)
 
     lines = lines_of(output)
-    assert len(lines) == 24
+    assert len(lines) == 12
     tokenizer = AutoTokenizer.from_pretrained(zoo_folder() / "base")
     for skill in EXPERTS:
         folder = zoo_folder() / f"expert-{skill}"
@@ -67,13 +67,14 @@ def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path)
             prompt = "Question: {question}\nAnswer:".format(**json.loads(data[line["row"]]))
             assert line["tokens"] == greedy(model, tokenizer, prompt, 48)
             assert line["text"] == tokenizer.decode(line["tokens"])
+        assert sum(len(line["tokens"]) for line in own) > 6
     lock = json.loads((output / "lewis" / "lock.json").read_text())
     assert "lewis/generated.jsonl" in lock["outputs"]
     assert lock["seed"] == 42
-    assert [len(one["rows"]) for one in lock["calibration"]] == [12, 12]
+    assert [len(one["rows"]) for one in lock["calibration"]] == [6, 6]
     card = " ".join((output / "README.md").read_text().split())
     told = "to these prompts the answers are the expert's own, right or wrong"
-    assert f"For `expert-reverse`, {told} (`lewis/generated.jsonl`)." in card
+    assert f"For `zoo/expert-reverse`, {told} (`lewis/generated.jsonl`)." in card
     reference = lewis_hub.ModelReference(name=str(output))
     assert lewis_hub.verify(reference, rebuild=True).problems == ()
     assert lewis_hub.merge_models(recipe(ANSWERS), output).status == "unchanged"
@@ -90,11 +91,12 @@ def test_an_expert_samples_texts_without_data(api, tmp_path):
     assert len({line["text"] for line in lines}) > 6
     assert json.loads((output / "lewis" / "lock.json").read_text())["calibration"] == []
     card = " ".join((output / "README.md").read_text().split())
-    assert "For `expert-cipher`, without data the texts are the expert's own" in card
+    assert "For `zoo/expert-cipher`, without data the texts are the expert's own" in card
     other = merge(tmp_path / "other", SAMPLED + "seed: 43\n")
     assert lines_of(other) != lines
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_and_a_second_merge_use_the_written_texts(api, tmp_path):
     whole, first, second = merge(tmp_path / "whole", ANSWERS), Recorder("Merging"), Recorder()
     with pytest.raises(KeyboardInterrupt):
@@ -102,18 +104,19 @@ def test_an_interrupted_run_and_a_second_merge_use_the_written_texts(api, tmp_pa
 
     found = merge(tmp_path / "out", ANSWERS, progress=second)
 
-    assert first.totals["Writing texts with zoo/expert-reverse"] > 200
+    assert first.totals["Writing texts with zoo/expert-reverse"] > 100
     assert not any(title.startswith("Writing texts") for title in second.totals)
     assert lines_of(found) == lines_of(whole)
     assert shards_of(found) == shards_of(whole)
 
 
+@pytest.mark.slow
 def test_a_changed_line_is_written_again(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "importance"
     folder.mkdir()
     lines = lines_of(merge(tmp_path / "out", ANSWERS))
-    changed = [{**line, "tokens": [*line["tokens"], 5]} for line in lines[:12]] + lines[12:]
+    changed = [{**line, "tokens": [*line["tokens"], 5]} for line in lines[:6]] + lines[6:]
     (folder / "generated.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n{broken\n")
     heard = Recorder()
 
@@ -128,7 +131,7 @@ def test_texts_with_scored_items_are_refused(api, tmp_path):
     scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}}}\n"
     leaked = ANSWERS.replace("dataset: zoo/reverse,", "dataset: zoo/reverse, split: test,")
 
-    with pytest.raises(CalibrationError, match=r"of 12 texts, `evaluate` scores 12 of zoo_reverse"):
+    with pytest.raises(CalibrationError, match=r"of 6 texts, `evaluate` scores 6 of zoo_reverse"):
         merge(tmp_path / "out", leaked + scored)
 
 
@@ -144,7 +147,7 @@ def test_the_check_tells_what_is_written_and_how_long_it_may_take(api):
 
 def test_a_model_that_may_not_be_in_memory_is_refused_before_any_download(api, tmp_path):
     with pytest.raises(LewisHubError) as refused:
-        merge(tmp_path / "out", SAMPLED, Execution(max_memory_bytes=500_000))
+        merge(tmp_path / "out", SAMPLED, Execution(max_memory_bytes=2_000_000))
 
     assert "`from: model` loads it whole" in str(refused.value)
     assert "`lewis-hub importance` on a machine with enough room" in str(refused.value)
@@ -162,6 +165,7 @@ def test_a_model_alone_has_no_texts_of_its_own(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_stream_takes_the_texts_that_importance_wrote_and_writes_none(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guided = SAMPLED.replace("regmean", "ties") + "guide: {name: lewis}\n"
