@@ -135,7 +135,7 @@ def _batches(prompts: CalibrationTokens, most_padding: int) -> Iterator[list[int
         yield batch
 
 
-def _written(  # noqa: PLR0913
+def _written(
     model: PreTrainedModel,
     prompts: CalibrationTokens,
     numbers: Sequence[int],
@@ -153,15 +153,8 @@ def _written(  # noqa: PLR0913
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     counted = _Counted(max(room), sum(room), advance)
     processors = [_Sampled(sampling, numbers, width)] if sampling else []
-    configuration: Callable[..., GenerationConfig] = GenerationConfig  # not typed
-    model.generation_config = configuration()  # no penalties or limits of its own
-    settings = configuration(
-        max_new_tokens=max(room),
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=list(ends) or None,
-        pad_token_id=0,
-    )
+    model.generation_config = _settings()  # no penalties or limits of its own
+    settings = _settings(max_new_tokens=max(room), eos_token_id=list(ends) or None)
     generate: Callable[..., Tensor] = model.generate
     with torch.no_grad(), ByOneDNN():
         made = generate(
@@ -177,6 +170,11 @@ def _written(  # noqa: PLR0913
         number: tuple(_before_end(tokens[:most], ends))
         for number, tokens, most in zip(numbers, after, room, strict=True)
     }
+
+
+def _settings(**options: object) -> GenerationConfig:
+    configuration: Callable[..., GenerationConfig] = GenerationConfig  # not typed
+    return configuration(do_sample=False, use_cache=True, pad_token_id=0, **options)
 
 
 def _before_end(tokens: Sequence[int], ends: Collection[int]) -> Iterator[int]:
