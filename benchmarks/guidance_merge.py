@@ -11,6 +11,7 @@ from typing import Any
 from lewis_hub.display import Silent
 from lewis_hub.workflow.calibrate import guide
 from lewis_hub.workflow.fetch import fetch_whole
+from lewis_hub.workflow.generated import FILE, requests_of, write_texts
 from lewis_hub.workflow.job import prepare
 from lewis_hub.workflow.merge import finish_model, write_weights
 from lewis_hub.workflow.resolve import hub_api, read_recipe
@@ -37,8 +38,10 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
         )
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
         loader, schedule, known = job.loader(files, Path(scratch), progress), None, Gathered()
+        asked = requests_of(job.texts, sets, job.sources.experts)
+        store.mkdir(parents=True, exist_ok=True)
+        sets = write_texts(job.texts, asked, sets, loader, [store / FILE], None).sets
         if job.guide:
-            store.mkdir(parents=True, exist_ok=True)
             schedule = guide(job.guide, sets, loader, [store / "importance.json"]).schedule
         if job.statistics:
             known = gather(job.statistics, sets, loader, schedule, store)

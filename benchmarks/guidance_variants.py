@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from answers import TEXT
+from answers import PROMPT, TEXT
 
 from lewis_hub.guides import registry
 
@@ -54,6 +54,7 @@ class Variant:
         against: the variants, or families, to compare with.
         seeds: several seeds if the merge is random.
         own: whether experts are calibrated on their own training items or on generic texts.
+        written: settings of texts that the experts write, with or without those items' questions.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Variant:
     seeds: tuple[int, ...] = SEEDS[:1]
     samples: int = 64
     own: bool = True
+    written: Mapping[str, object] | None = None
 
     def recipe(self, bench: Bench, seed: int) -> dict[str, object]:
         """The recipe as a mapping, with absolute paths."""
@@ -85,6 +87,11 @@ class Variant:
         } | ({"guide": dict(self.guide)} if self.guide else {})
 
     def _texts(self, bench: Bench, skill: str) -> dict[str, object]:
+        told = {"samples": self.samples, "max_tokens": MAX_TOKENS, **(self.written or {})}
+        if "from" in told:
+            return told
+        if "answers" in told:
+            return {"dataset": str(bench.data / f"{skill}_train.jsonl"), "text": PROMPT} | told
         file, text = (f"{skill}_train.jsonl", TEXT) if self.own else GENERIC[skill]
         folder = bench.data if self.own else bench.data.parent
         limit = {"max_tokens": MAX_TOKENS} if self.own else {}
@@ -100,6 +107,7 @@ def variants(bench: Bench) -> dict[str, Variant]:
         *_unguided(),
         *_without_data(),
         *_by_statistics(generic=generic),
+        *_written(),
         *_guided(),
         *_combined(),
     ]
@@ -181,6 +189,20 @@ def _regmean(  # noqa: PLR0913 (what differs between variants)
     return Variant(
         name, "regmean", settings, family=family, against=against, samples=samples, own=own
     )
+
+
+def _written() -> Iterator[Variant]:
+    """On texts that the experts write: answers to their training prompts, or all of each text."""
+    begun = {"from": "model", "prompt": "Question:"}
+    for ridge in (0.0, 0.1):
+        more = {"ridge": ridge, "anchor_scale": 0.8} if ridge else {}
+        settings = {"off_diagonal": 0.7, **MERGED, **more}
+        name = f"regmean merged 0.7{f' ridge {ridge}' if ridge else ''}"
+        yield Variant(f"{name} answers", "regmean", settings, written={"answers": "model"})
+        for temperature, top_p, samples in ((1.0, 1.0, 64), (0.7, 0.9, 64), (0.7, 0.9, 256)):
+            written = {**begun, "temperature": temperature, "top_p": top_p, "samples": samples}
+            told = f"{name} from temperature {temperature} top_p {top_p} samples {samples}"
+            yield Variant(told, "regmean", settings, written=written)
 
 
 def _guided() -> Iterator[Variant]:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,8 @@ from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.export import export_merge
 from lewis_hub.workflow.finished import add_exports
+from lewis_hub.workflow.generated import FILE as GENERATED
+from lewis_hub.workflow.generated import requests_of, require_whole_models, write_texts
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
@@ -166,13 +169,18 @@ def calibrate(
     if job is None or job.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
-    sets = _draw(job, job.scored_tasks(api, progress), api, progress)
+    tasks = job.scored_tasks(api, progress)
+    sets = _draw(job, tasks, api, progress)
+    asked = requests_of(job.texts, sets, job.sources.experts)
+    stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
+    require_whole_models(asked, job.workload.loading, stores, keeps_models=True)
     output.mkdir(parents=True, exist_ok=True)
     if n_bytes := job.disk_needs(sets).states_bytes:
         require_room(output, n_bytes, STATES, FEWER)
     files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
     with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         loader = job.loader(files, Path(scratch), progress)
+        sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
         guidance = guide(job.guide, sets, loader, [output / "importance.json"])
     report.write_guidance(output, guidance)
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
@@ -332,13 +340,20 @@ def run(
     tasks = job.scored_tasks(api, progress)
     sets = _draw(job, tasks, api, progress)  # needs only small files, so errors show early
     sink.require_room(job.disk_needs(sets, keeps_models=sink.keeps_models))
+    asked = requests_of(job.texts, sets, job.sources.experts)
+    stores = sink.texts(job.texts.beside) if asked else []
+    require_whole_models(asked, job.workload.loading, stores, keeps_models=sink.keeps_models)
     costs = Costs()
     with costs.measure("download"):
         if job.sidecars.code:
             fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
     loader = job.loader(files, sink.work.scratch, progress)
+    with costs.measure("write texts") if asked else nullcontext():
+        generated = write_texts(job.texts, asked, sets, loader, stores, tasks)
+    sets = generated.sets
     guidance, gathered = _measure(job, sets, loader, sink, costs)
+    gathered = replace(gathered, generated=generated.lines)
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
@@ -383,7 +398,9 @@ def _measure(
         with costs.measure("gather", counts):
             schedule = guidance.schedule if guidance else None
             gathered = gather(statistics, sets, loader, schedule, scratch)
-    return guidance, replace(gathered, rows=tuple(one.tokens.rows for one in sets))
+    drawn = zip(job.texts.calibrations, sets, strict=True)
+    rows = tuple(one.tokens.rows for asked, one in drawn if not asked.source)
+    return guidance, replace(gathered, rows=rows)
 
 
 def verify(

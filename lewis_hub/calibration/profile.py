@@ -128,19 +128,25 @@ def calibration_facts(
     """All facts that fix the tokens and are known before any row is read.
 
     `data` are the pinned `dataset` (repo@sha, or the path as written) and its `dataset_sha`, and
-    for a task the `task_digest` over its files; `tokenizer` is a digest.
+    for a task the `task_digest` over its files; of texts that a model samples only a `dataset` that
+    says so. `tokenizer` is a digest.
     """
     template = {
         "text": calibration.text,
         "messages": calibration.messages,
         "task": calibration.task,
         "chat_template": calibration.chat_template or None,
+        "answers": calibration.answers,
+        "from": calibration.source,
+        "prompt": calibration.prompt,
+        "temperature": calibration.temperature,
+        "top_p": calibration.top_p,
     }
+    place = {"config": calibration.config, "split": calibration.split}
     return {
         "measuring": MEASURING,
         **data,
-        "config": calibration.config,
-        "split": calibration.split,
+        **({} if calibration.source else place),
         **{kind: value for kind, value in template.items() if value is not None},
         "samples": calibration.samples,
         "max_tokens": calibration.max_tokens,

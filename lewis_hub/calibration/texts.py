@@ -77,12 +77,13 @@ class Messages:
     def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
         self._where = f"calibration on {calibration.data}, `messages`"
         self._column = calibration.messages or ""
+        self._is_answered = calibration.answers is None
         self._tokenizer = tokenizer
         _require_chat(tokenizer, self._where, "Use `text` over plain columns")
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The contents of the messages of a row."""
-        return tuple(message["content"] for message in row[self._column] or ())
+        return tuple(message["content"] for message in self._prompt(row[self._column] or ()))
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Render one row's conversation; a null or an empty list is an empty text."""
@@ -95,13 +96,23 @@ class Messages:
             problem = f"row {index}, column `{self._column}` is no list of {{role, content}}"
             remedy = "Each message needs `role` and `content`; use `text` for plain columns."
             raise CalibrationError(self._where, problem, remedy)
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        asked = self._prompt(messages)
+        plain = [{k: v for k, v in message.items() if v is not None} for message in asked]
+        if not plain:
+            return ""
+        opens = not self._is_answered  # the header of the answer
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opens}
         try:
-            return str(self._tokenizer.apply_chat_template(plain, tokenize=False))
+            return str(self._tokenizer.apply_chat_template(plain, **options))
         except TemplateError as error:
             problem = f"the chat template refuses row {index}: {error}"
             remedy = "The roles or their order do not suit this tokenizer; use `text`."
             raise CalibrationError(self._where, problem, remedy) from error
+
+    def _prompt(self, messages: Sequence[Any]) -> Sequence[Any]:
+        """The messages, without the assistant's last turn where the model answers itself."""
+        ends = bool(messages) and messages[-1].get("role") == "assistant"
+        return messages if self._is_answered or not ends else messages[:-1]
 
 
 def _is_message(value: Any) -> bool:
@@ -272,8 +283,8 @@ def calibration_tokens(
 ) -> CalibrationTokens:
     """Sample rows, render them in the order of the data and cut each text to `max_tokens` tokens.
 
-    No end-of-sequence token is added to a cut text. A task's text is cut at the beginning, after
-    the tokenizer's own first token, since its item and answer follow all few-shot examples. A
+    No end-of-sequence token is added to a cut text. A task's text and a prompt without answer are
+    cut at the beginning, after the tokenizer's own first token, since what matters is at the end. A
     CalibrationError says that the template does not fit the columns, a row or the tokenizer, or
     that no text has a token.
     """
@@ -288,13 +299,15 @@ def calibration_tokens(
         special = template.adds_special_tokens
         encoded = tokenizer([t for _, t in kept], add_special_tokens=special, verbose=False)
         ids = cast("list[list[int]]", encoded["input_ids"])
+        if calibration.answers:
+            ids = [_left_open(tokens, tokenizer) for tokens in ids]
         sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
     if not sequences:
         where = f"calibration on {calibration.data}, split {calibration.split}"
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
         remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
         raise EmptyCalibrationError(where, found, remedy)
-    limit, cut_first = calibration.max_tokens, calibration.task is not None
+    limit, cut_first = calibration.max_tokens, bool(calibration.task or calibration.answers)
     starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
     cut = [_last(tokens, limit, starts) if cut_first else tokens[:limit] for _, tokens in sequences]
     n_cut = [len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)]
@@ -310,6 +323,37 @@ def calibration_tokens(
         n_cut=sum(n_cut),
         cut_first=cut_first,
     )
+
+
+def beginnings(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
+    """The tokens that a model's own texts begin with: `prompt`, or the tokenizer's first token."""
+    encoded = tokenizer(calibration.prompt or "", verbose=False)
+    ids = _left_open(cast("list[int]", encoded["input_ids"]), tokenizer)
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = ids or [one for one in starts if one is not None][:1]
+    where = f"calibration on {calibration.data}"
+    if not start:
+        problem = f"the tokenizer of {tokenizer.name_or_path} has no token that begins a text"
+        raise EmptyCalibrationError(where, problem, "Give a `prompt`.")
+    if len(start) >= calibration.max_tokens:
+        problem = f"`prompt` has {len(start)} tokens, and `max_tokens` is {calibration.max_tokens}"
+        raise EmptyCalibrationError(where, problem, "Raise `max_tokens`.")
+    return CalibrationTokens(
+        ids=(tuple(start),) * calibration.samples,
+        rows=tuple(range(calibration.samples)),
+        n_asked=calibration.samples,
+        n_truncated=0,
+        n_empty=0,
+        tokenizer=tokenizer.name_or_path,
+        limit=calibration.max_tokens,
+        end=tokenizer.eos_token_id,
+    )
+
+
+def _left_open(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens without an end that the tokenizer added: a model is to continue them."""
+    ends = len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id
+    return tokens[:-1] if ends else tokens
 
 
 def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list[int]:

@@ -70,6 +70,7 @@ class TaskRows:
     selection: TaskSelection
     parts: tuple[tuple[Any, Any], ...]  # lm-eval's task object and its documents, of each task
     chat: Chat | None = None  # the chat template of prompts; None: they stay as they are
+    answered: bool = True  # whether the texts hold the right answers
     columns: tuple[str, ...] = (TEXT,)
 
     def __len__(self) -> int:
@@ -81,7 +82,8 @@ class TaskRows:
         An item's few-shot examples depend on its index alone, and never include the item. An item
         without a right answer, as in hidden test sets, is an empty text.
         """
-        return [{TEXT: question.prompt + question.answer} for question in self.questions(indices)]
+        questions = self.questions(indices)
+        return [{TEXT: q.prompt + (q.answer if self.answered else "")} for q in questions]
 
     def questions(self, indices: Sequence[int]) -> list[Question]:
         """The same texts, split where the answer begins."""

@@ -85,7 +85,7 @@ class Calibration(Part):
     dataset: str | None = Field(
         None,
         description="A repo, repo@revision, or a local .jsonl, .json, .parquet or .csv file. Or "
-        "set `task`.",
+        "set `task`, or `from: model`.",
     )
     task: str | None = Field(
         None, description="lm-eval task or group: its items in its own prompt format."
@@ -105,6 +105,34 @@ class Calibration(Part):
         description="Whether the prompts of a task are formatted with the chat template. "
         "Default: as `evaluate.chat_template`.",
     )
+    answers: Literal["model"] | None = Field(
+        None,
+        description="`model`: each expert answers the prompts itself, with its most likely tokens, "
+        "up to an end token or `max_tokens`. `text` is then the prompt alone; of `messages` the "
+        "last turn is left out if it is the assistant's; of a `task` the right answer is left out.",
+    )
+    source: Literal["model"] | None = Field(
+        None,
+        alias="from",
+        description="`model`: no data; each expert samples its texts itself, up to an end token or "
+        "`max_tokens`.",
+    )
+    prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="With `from: model`: the beginning of each text, such as `Question:`. Default: "
+        "the tokenizer's first token alone.",
+    )
+    temperature: float | None = Field(
+        None, gt=0, le=10, description="With `from: model`: divides the logits. Default: 1."
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With `from: model`: tokens are drawn from the most likely ones that together "
+        "have this probability. Default: 1.",
+    )
     samples: int = Field(
         15,
         ge=1,
@@ -119,22 +147,32 @@ class Calibration(Part):
 
     @model_validator(mode="after")
     def _one_template(self) -> Calibration:
-        if (self.dataset is None) == (self.task is None):
-            raise ValueError("give `dataset` (with a template) or `task` (an lm-eval task)")
-        if self.task is None and (self.text is None) == (self.messages is None):
+        if (self.dataset, self.task, self.source).count(None) != 2:
+            choices = "`dataset` (with a template), `task` (an lm-eval task) or `from: model`"
+            raise ValueError(f"give {choices}")
+        if self.dataset and (self.text is None) == (self.messages is None):
             raise ValueError("give `text` (a template over columns) or `messages` (a column)")
         of_data, of_task = ("config", "text", "messages"), ("include", "revision", "chat_template")
-        other = of_data if self.task else of_task
-        for key in other:
+        of_model = ("prompt", "temperature", "top_p")
+        kind, others = "dataset", [*of_task, *of_model]
+        if self.task:
+            kind, others = "task", [*of_data, *of_model]
+        elif self.source:
+            kind, others = "from: model", [*of_data, *of_task, "answers"]
+        for key in others:
             if getattr(self, key) is not None:
-                kind = "task" if self.task else "dataset"
                 raise ValueError(f"`{key}` cannot be used with `{kind}`")
         return self
 
     @property
+    def is_written(self) -> bool:
+        """Whether the expert that is measured writes the texts, or the end of each."""
+        return bool(self.answers or self.source)
+
+    @property
     def data(self) -> str:
         """The dataset or task, for messages."""
-        return self.dataset or f"task {self.task}"
+        return self.dataset or (f"task {self.task}" if self.task else "the model's own texts")
 
 
 def _in_chat(node: Any) -> Any:

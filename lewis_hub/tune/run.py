@@ -48,6 +48,8 @@ from lewis_hub.tune.study import Trial, Tuner
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, score
 from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
 from lewis_hub.workflow.fetch import code_files, fetch_whole, require_disk
+from lewis_hub.workflow.generated import FILE as GENERATED
+from lewis_hub.workflow.generated import requests_of, require_whole_models, write_texts
 from lewis_hub.workflow.job import MergeJob, compile_job
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
@@ -149,9 +151,14 @@ def tune_recipe(
     ):
         needs = job.disk_needs(sets)
         require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
+        requests = requests_of(job.texts, sets, job.sources.experts)
+        stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
+        require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
         if job.sidecars.code:
             code_files(api, job.sources.donor.source)
+        loader = job.loader(files, Path(scratch), progress)
+        sets = write_texts(job.texts, requests, sets, loader, stores, tasks).sets
         shared = (examined, execution, api, progress, space, objective, files, sets, output)
         tuner = Tuner(*shared, Path(scratch))
         _measure(tuner, corners)

@@ -260,7 +260,7 @@ def data_refusals(
 ) -> list[str]:
     """Return the problems of calibration data that are known before its rows are loaded."""
     problems = []
-    for calibration in dict.fromkeys(calibrations):
+    for calibration in dict.fromkeys(one for one in calibrations if one in data):
         source = data[calibration]
         try:
             if isinstance(source, Source):

@@ -34,6 +34,7 @@ from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
+from lewis_hub.workflow.generated import writing_notes
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, output_headers, stack_config
 from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_settings
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
@@ -392,6 +393,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
     notes += opening.quantised_notes(sources, recipe.output_dtype)
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
+    notes += writing_notes(measurement, sources, workload.loading)
     if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)
         notes += passed_over(first, others)

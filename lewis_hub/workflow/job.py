@@ -75,7 +75,10 @@ class MergeJob:
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
         """Return the bytes that the merge takes on the disk, before or after texts are drawn."""
         report, calibrations = self.report, self.texts.calibrations if sets else ()
-        n_tokens = {c: own.tokens.n_tokens for c, own in zip(calibrations, sets, strict=True)}
+        n_tokens = {
+            c: c.samples * c.max_tokens if c.is_written else own.tokens.n_tokens
+            for c, own in zip(calibrations, sets, strict=True)
+        }
         loading = self.workload.loading if keeps_models else resources.Loading(max_memory_bytes=0)
         checkpoints = self.sources.checkpoints
         return DiskNeeds(
@@ -119,7 +122,9 @@ def planned_lock(
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
         calibration=tuple(
-            locked_data(inputs.data[one], one) for one in resolve.calibrations_of(recipe)
+            locked_data(inputs.data[one], one)
+            for one in resolve.calibrations_of(recipe)
+            if one in inputs.data
         ),
         recipe=pinned.document,
         method=recipe.merge_method,
@@ -173,7 +178,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         report=examined.report,
         sources=sources,
         texts=TextSettings(
-            inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations
+            *(inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations),
+            (Path(recipe.locate("importance")), Path(recipe.locate("."))),
         ),
         guide=_guide_settings(recipe, sources, measurement, plan),
         statistics=statistics,
@@ -208,7 +214,9 @@ def _guide_settings(
             *(entry.gamma, entry.epsilon, entry.default_density, entry.mean_density),
             *(entry.apply_to, recipe.seed),
         ),
-        calibration=texts.model_dump(mode="json", exclude_none=True) if texts else {},
+        calibration=texts.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if texts
+        else {},
         beside=Path(recipe.locate("importance")),
         plan=plan,
     )

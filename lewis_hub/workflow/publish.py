@@ -114,10 +114,17 @@ def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | Non
 
 def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
     """Write the importance profile of the merge in the target repo to a file, if it has one."""
-    document = previous.read(IMPORTANCE, api) if previous else None
+    return published_file(previous, IMPORTANCE, api, scratch)
+
+
+def published_file(
+    previous: PreviousMerge | None, path: str, api: HfApi, scratch: Path
+) -> list[Path]:
+    """Copy a file of the merge in the target repo, if it is there as the lock has it."""
+    document = previous.read(path, api) if previous else None
     if document is None:
         return []
-    file = scratch / "published-importance.json"
+    file = scratch / f"published-{Path(path).name}"
     write_whole(file, document)
     return [file]
 

@@ -27,6 +27,7 @@ from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow.evaluate import CARD, ITEMS, SCORES, Scored
+from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
@@ -63,6 +64,9 @@ def write(
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
     pictures = [one for one in (chart, guided.maps if guided else None) if one]
     written = _write_locked(settings, folder, guided, scored)
+    if gathered.generated:
+        write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")
+        written.append(f"lewis/{GENERATED}")
     drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
     outputs = locked_outputs(folder, merged.shards, (*merged.sidecars, *written, *drawn))
     lock = _finished(settings.planned, outputs, gathered)

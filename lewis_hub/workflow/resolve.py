@@ -275,7 +275,7 @@ def _pin_calibration(
     """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
     if "task" not in calibration:
         datasets = {one.dataset: found for one, found in data.items()}
-        dataset = datasets.get(calibration["dataset"])
+        dataset = datasets.get(calibration.get("dataset"))
         if isinstance(dataset, Source):
             calibration["dataset"] = dataset.pinned
         return

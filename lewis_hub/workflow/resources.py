@@ -333,7 +333,8 @@ class Workload:
         """Estimate the memory of the largest step."""
         n_pickled = max(self._pickles.values(), default=0) // 2  # two bytes: the smallest merged
         measuring = self._measuring_bytes(n_pickled)
-        return max(self._merging_bytes(), self._scoring_bytes(n_pickled), measuring)
+        steps = (self._merging_bytes(), self._scoring_bytes(n_pickled), self._writing_bytes())
+        return max(*steps, measuring)
 
     def statistics_bytes(self) -> int:
         """Estimate the files of second moments, or of the matrices that are fitted with them."""
@@ -371,6 +372,12 @@ class Workload:
             return 0
         sizes = map(_n_elements, (self.output, *self.sources.checkpoints))
         return TORCH_BYTES + WIDTH * max(*sizes, n_pickled)
+
+    def _writing_bytes(self) -> int:
+        """Estimate the memory of an expert that writes texts, without its keys and values."""
+        if not any(one.is_written for one in self.measurement.calibrations):
+            return 0
+        return TORCH_BYTES + max(self.loading.model_bytes(c) for c in self.sources.checkpoints)
 
     def _measuring_bytes(self, n_pickled: int) -> int:
         """Estimate the memory of calibration: a model or a block with its second moments."""

@@ -15,7 +15,12 @@ from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
-from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
+from lewis_hub.errors import (
+    CalibrationError,
+    CalibrationModelError,
+    ExtractionError,
+    SourceError,
+)
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
@@ -277,6 +282,10 @@ def measure_model(
 
     output, execution, progress = Path(output), execution or Execution(), shown(progress)
     execution.require_usable()
+    if calibration.is_written:
+        problem = "an expert writes its texts for a merge, and this is a model alone"
+        remedy = "Give texts with answers, or name the recipe of the merge."
+        raise CalibrationError(f"calibration on {calibration.data}", problem, remedy)
     require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)

@@ -24,8 +24,15 @@ from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Backend, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
+from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import report_nan, write_weights
-from lewis_hub.workflow.publish import Destination, published_importance, push
+from lewis_hub.workflow.publish import (
+    Destination,
+    PreviousMerge,
+    published_file,
+    published_importance,
+    push,
+)
 from lewis_hub.workflow.resources import DiskNeeds
 
 
@@ -59,6 +66,12 @@ class FolderSink:
         previous = self.destination.previous if self.destination else None
         published = published_importance(previous, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
+
+    def texts(self, beside: Sequence[Path]) -> list[Path]:
+        """Return files with texts that experts wrote: as `profiles`, but of several folders."""
+        previous = self.destination.previous if self.destination else None
+        folders = (self.work.scratch, self.work.output / "lewis", *beside)
+        return written_in(folders, previous, self.api)
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Backend
@@ -104,6 +117,10 @@ class HubSink:
         """Return profiles in the workspace, on the Hub and beside the recipe."""
         published = published_importance(self.destination.previous, self.api, self.work.scratch)
         return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
+
+    def texts(self, beside: Sequence[Path]) -> list[Path]:
+        """Return files with texts that experts wrote: as `profiles`, but of several folders."""
+        return written_in((self.work.scratch, *beside), self.destination.previous, self.api)
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Backend
@@ -165,6 +182,12 @@ Sink = FolderSink | HubSink
 def work_folder(output: Path) -> Path:
     """Return the workspace of a stream, which is deleted at the end."""
     return output.with_name(output.name + ".stream")
+
+
+def written_in(folders: Sequence[Path], previous: PreviousMerge | None, api: HfApi) -> list[Path]:
+    """Return files with texts that experts wrote, the first to write to, the last from the Hub."""
+    published = published_file(previous, f"lewis/{GENERATED}", api, folders[0])
+    return [*(folder / GENERATED for folder in folders), *published]
 
 
 def discard_work(output: Path) -> None:

@@ -68,6 +68,7 @@ class Gathered:
     measured: tuple[Measured, ...] = ()  # the sources and the data they were gathered on
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()  # of the data that each expert was measured on
+    generated: tuple[str, ...] = ()  # lines of texts that the experts wrote
 
 
 def gather(

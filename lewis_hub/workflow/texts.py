@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -175,6 +176,7 @@ class TextSettings:
     allow_code: bool
     data: Mapping[Calibration, Source | PinnedTask]
     calibrations: tuple[Calibration, ...]  # of each expert; empty if nothing is measured on texts
+    beside: tuple[Path, ...] = ()  # folders in which texts of an earlier run may be
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,14 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
     """Draw, render and tokenise the texts of one calibration."""
     from lewis_hub.calibration.model import load_tokenizer  # torch: only here
 
-    donor, data = settings.tokenizer, settings.data[calibration]
+    donor = settings.tokenizer
     tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
+    if calibration.source:
+        begun = calibration_texts.beginnings(calibration, tokenizer)
+        named, digest = {"dataset": calibration.data}, _tokenizer_digest(donor)
+        facts = calibration_facts(calibration, named, settings.seed, digest)
+        return Drawn(CalibrationSet(facts | begun.facts, begun), [])
+    data = settings.data[calibration]
     template = calibration_texts.template_of(calibration, tokenizer)
     rows: TextRows
     if isinstance(data, Source):
@@ -201,6 +209,7 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
         selection = replace(data.selection, allow_code=settings.allow_code)
         rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
         rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
+        rows = replace(rows, answered=calibration.answers is None)
     tokens = calibration_texts.calibration_tokens(rows, calibration, tokenizer, settings.seed)
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")

@@ -156,3 +156,17 @@ def test_a_conversation_that_the_chat_template_refuses_is_an_error(byte_tokenize
 @pytest.mark.parametrize("empty", [None, []])
 def test_a_row_without_messages_is_an_empty_text(byte_tokenizer, empty):
     assert messages(byte_tokenizer).render(0, {"chat": empty}) == ""
+
+
+def test_a_prompt_for_the_model_ends_where_its_answer_begins(byte_tokenizer):
+    byte_tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    asked = Calibration(dataset="me/data", messages="chat", answers="model")
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+    template = Messages(asked, byte_tokenizer)
+
+    assert template.render(0, {"chat": chat}) == "<user>2 + 2?\n<assistant>"
+    assert template.render(0, {"chat": chat[:1]}) == "<user>2 + 2?\n<assistant>"
+    assert template.render(0, {"chat": chat[1:]}) == ""
+    assert template.parts({"chat": chat}) == ("2 + 2?",)
+    assert messages(byte_tokenizer).render(0, {"chat": chat}) == "<user>2 + 2?\n<assistant>4\n"

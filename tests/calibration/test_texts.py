@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.calibration.model import load_tokenizer
-from lewis_hub.calibration.texts import batches, calibration_tokens, draw_rows
+from lewis_hub.calibration.texts import batches, beginnings, calibration_tokens, draw_rows
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
@@ -196,3 +196,23 @@ def test_a_folder_without_a_tokenizer_is_an_error_naming_the_source(tmp_path):
     assert str(caught.value).endswith(
         "\nCalibration loads a tokenizer with transformers; see what it needs above."
     )
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(byte_tokenizer):
+    asked = asking(samples=1, max_tokens=4, answers="model")
+
+    tokens = calibration_tokens(Table([{"text": "abcdef"}]), asked, byte_tokenizer, seed=0)
+
+    assert byte_tokenizer.decode(tokens.ids[0]) == "<s>def"
+    assert tokens.limit == 4
+
+
+def test_texts_without_data_begin_with_the_prompt_or_the_first_token(byte_tokenizer):
+    begun = beginnings(Calibration(source="model", prompt="Q:", samples=3), byte_tokenizer)
+
+    assert [byte_tokenizer.decode(ids) for ids in begun.ids] == ["<s>Q:"] * 3
+    assert (begun.rows, begun.limit, begun.end) == ((0, 1, 2), 512, byte_tokenizer.eos_token_id)
+    empty = beginnings(Calibration(source="model", samples=1), byte_tokenizer)
+    assert byte_tokenizer.decode(empty.ids[0]) == "<s>"
+    with pytest.raises(EmptyCalibrationError, match="`prompt` has 3 tokens, and `max_tokens` is 3"):
+        beginnings(Calibration(source="model", prompt="Q:", max_tokens=3), byte_tokenizer)

@@ -127,8 +127,28 @@ BROKEN = {
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
-        "r.yaml:6: `guide.calibration`: give `dataset` (with a template) or `task` (an lm-eval "
-        "task).\n`lewis-hub schema` describes every field."
+        "r.yaml:6: `guide.calibration`: give `dataset` (with a template), `task` (an lm-eval "
+        "task) or `from: model`.\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {from: model, answers: model}}\n": (
+        "r.yaml:6: `guide.calibration`: `answers` cannot be used with `from: model`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {from: model, text: '{q}'}}\n": (
+        "r.yaml:6: `guide.calibration`: `text` cannot be used with `from: model`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {task: gsm8k, prompt: 'Question:'}}\n": (
+        "r.yaml:6: `guide.calibration`: `prompt` cannot be used with `task`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {dataset: x/y, text: '{q}', temperature: 0.7}}\n": (
+        "r.yaml:6: `guide.calibration`: `temperature` cannot be used with `dataset`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {from: model, top_p: 0}}\n": (
+        "r.yaml:6: `guide.calibration.top_p`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, text: '{q}'}}\n": (
         "r.yaml:6: `guide.calibration`: `text` cannot be used with `task`.\n"
