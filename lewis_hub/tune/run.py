@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.display import TextTable, to_html
-from lewis_hub.errors import RecipeError
+from lewis_hub.display import Progress, TextTable, to_html
+from lewis_hub.errors import RecipeError, SearchRefusedError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,
@@ -30,11 +30,28 @@ from lewis_hub.files import require_writable, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
-from lewis_hub.recipe.schema import Recipe
+from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
+from lewis_hub.tune.drift import (
+    DriftTexts,
+    by_drift,
+    drift_texts,
+    n_predicted,
+    n_vocabulary,
+    predict,
+)
+from lewis_hub.tune.held_out import (
+    N_TEXTS,
+    calibrations_for_drift,
+    hold_out,
+    missing_problems,
+    model_problems,
+    option_problems,
+)
 from lewis_hub.tune.objective import (
+    N_ITEMS,
     Objective,
     Search,
     TuningItems,
@@ -74,7 +91,8 @@ class Tuned:
     best: Trial
     start: Trial | None  # with the recipe's own settings; None if it was not scored to the end
     refused: str | None  # the reason why these settings cannot be merged or scored
-    final: Scores | None  # best and start on the scored items; None if they are the same
+    final: Scores | None  # best and start on the scored items; None if equal or nothing is scored
+    texts: tuple[DriftTexts, ...] = ()  # of each expert, if the objective is drift
 
     def __repr__(self) -> str:
         told = f"{len(self.trials)} trials on {self.objective.metric}; the best is number "
@@ -101,14 +119,14 @@ def tune_recipe(
     """Search for better settings of a recipe; an earlier run of the same search is continued.
 
     Args:
-        recipe: has `evaluate`, whose items the search never sees.
-        asked: number of trials, time, and the items to tune on.
+        recipe: has `evaluate`, whose items the search never sees, unless the objective is drift.
+        asked: number of trials, time, the objective, and the items or texts to tune on.
         output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
         progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
-        LewisHubError: a source, task or setting cannot be used.
+        LewisHubError: a source, task, text or setting cannot be used.
         ExtraMissingError: Optuna is not installed.
 
     Example:
@@ -124,36 +142,38 @@ def tune_recipe(
     study.require_optuna()
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)
-    if recipe.evaluate is None:
+    if recipe.evaluate is None and asked.objective == "answers":
         raise _scores_nothing()
     require_writable(output)
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
     examined = examine_sources(measured, execution, api, progress)
-    examined = _with_data_of(corners, examined, api)
+    declared = calibrations_for_drift(recipe) if asked.objective == "drift" else ()
+    examined = _with_data_of([*corners, recipe], filter(None, declared), examined, api)
     jobs = [compile_job(one, execution, examined, api) for one in corners]
     _require_mergeable(jobs, api)
     job = jobs[corners.index(measured)]
     tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
-    if tasks is None or evaluation is None:
-        raise _scores_nothing()
-    chat_model = job.sources.donor.source if evaluation.settings.chat_template else None
-    drawn, sets = _draw(job, asked, tasks, chat_model)
-    objective = by_answer_loss(drawn)
-    if asked.metric:
-        objective = by_metric(drawn, asked.metric, evaluation.settings.on_transformers)
+    if asked.objective == "drift":
+        material = _texts(_Drift(recipe, asked, job, examined, output), tasks, api, progress)
+    else:
+        material = _items(job, asked, tasks)
+    objective = material.objective
     output.mkdir(parents=True, exist_ok=True)
     with (
         alone_at(output / LOCK, output),
         TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
     ):
-        needs = job.disk_needs(sets)
-        require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
+        needs = job.disk_needs(material.sets)
+        made_bytes = needs.made_bytes + needs.states_bytes
+        made_bytes += sum(one.n_bytes for one in material.texts)
+        require_disk(output, needs.download_bytes, made_bytes)
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
         if job.sidecars.code:
             code_files(api, job.sources.donor.source)
-        shared = (examined, execution, api, progress, space, objective, files, sets, output)
-        tuner = Tuner(*shared, Path(scratch))
+        predict(material.texts, job.loader(files, Path(scratch), progress))
+        shared = (examined, execution, api, progress, space, objective, files)
+        tuner = Tuner(*shared, material.sets, output, Path(scratch))
         _measure(tuner, corners)
         tried, n_begun = _search(tuner, output / STUDY, asked)
         tuner.model.release()
@@ -163,12 +183,13 @@ def tune_recipe(
         start = next((trial for trial in own if trial.value is not None), None)
         refused = next((trial.error for trial in own if trial.error), None)
         final = None
-        if best is not start:
+        if best is not start and tasks and evaluation:
             chosen = {"merged": best.values} | ({} if refused else {"start": first})
             models = {label: tuner.merge(values, label) for label, values in chosen.items()}
             final = score_both(evaluation, tasks, models, tuner.scratch)
     tuned = search_space.candidate(space, best.values)
-    return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, refused, final)
+    found = (tried, n_begun, best, start, refused, final)
+    return Tuned(tuned, space, objective, material.items, *found, material.texts)
 
 
 def _scores_nothing() -> RecipeError:
@@ -176,12 +197,14 @@ def _scores_nothing() -> RecipeError:
     return RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
 
 
-def _with_data_of(recipes: Sequence[Recipe], examined: Examined, api: HfApi) -> Examined:
-    """Pin the calibration data of all recipes, which use different parts of it."""
+def _with_data_of(
+    recipes: Sequence[Recipe], others: Iterable[Calibration], examined: Examined, api: HfApi
+) -> Examined:
+    """Pin the data of other calibrations and of those of all recipes, which use parts of it."""
     known = examined.inputs.data
-    asked = {one: recipe for recipe in recipes for one in calibrations_of(recipe)}
+    asked = dict.fromkeys([*(c for one in recipes for c in calibrations_of(one)), *others])
     left = [one for one in asked if one not in known]
-    found = resolve_data(left, api, asked[left[0]].locate) if left else {}
+    found = resolve_data(left, api, recipes[0].locate) if left else {}
     return replace(examined, inputs=replace(examined.inputs, data={**known, **found}))
 
 
@@ -211,6 +234,66 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
         tuner.gather(compiled(one), None, tuner.progress)
 
 
+@dataclass(frozen=True)
+class _Material:
+    """What the trials of a search are made from and measured on."""
+
+    objective: Objective
+    sets: Sets  # calibration texts that the merges are fitted on
+    items: tuple[TuningItems, ...] = ()
+    texts: tuple[DriftTexts, ...] = ()
+
+
+def _items(job: MergeJob, asked: Search, tasks: ScoredTasks | None) -> _Material:
+    """Draw the items to tune on and the calibration texts."""
+    if tasks is None or job.evaluation is None:
+        raise _scores_nothing()
+    settings = job.evaluation.settings
+    chat_model = job.sources.donor.source if settings.chat_template else None
+    drawn, sets = _draw(job, asked, tasks, chat_model)
+    objective = by_answer_loss(drawn)
+    if asked.metric:
+        objective = by_metric(drawn, asked.metric, settings.on_transformers)
+    return _Material(objective, sets, drawn)
+
+
+@dataclass(frozen=True)
+class _Drift:
+    """A search by drift: its recipe, which may lack data, and its job."""
+
+    recipe: Recipe
+    asked: Search
+    job: MergeJob
+    examined: Examined
+    output: Path
+
+
+def _texts(search: _Drift, tasks: ScoredTasks | None, api: HfApi, progress: Progress) -> _Material:
+    """Draw the texts to fit on and those to measure drift on.
+
+    Raises:
+        SearchRefusedError: everything that prevents the search.
+    """
+    job, experts = search.job, search.job.sources.experts
+    declared = calibrations_for_drift(search.recipe)
+    calibrations = tuple(filter(None, declared))
+    settings = replace(job.texts, calibrations=calibrations)
+    problems = [*option_problems(search.asked), *missing_problems(search.recipe)]
+    problems += model_problems(search.examined)
+    n_texts = search.asked.samples or N_TEXTS
+    known = hold_out(settings, n_texts, tasks, api, progress)
+    if problems := [*problems, *known.problems]:
+        raise SearchRefusedError(tuple(problems))
+    texts = drift_texts(
+        experts,
+        [(one, known.held_out[one]) for one in calibrations],
+        n_vocabulary(job.sources.donor.config),
+        job.workload.loading.device,
+        search.output,
+    )
+    return _Material(by_drift(texts), calibration_sets(job.texts, known.fitted, experts), (), texts)
+
+
 def _draw(
     job: MergeJob, asked: Search, tasks: ScoredTasks, chat_model: Source | None
 ) -> tuple[tuple[TuningItems, ...], Sets]:
@@ -218,7 +301,8 @@ def _draw(
     chosen = choose_split(asked, tasks.selection)  # before any data is read
     drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
     calibrated = [text for one in drawn.values() for text in one.texts]
-    items = draw_items(chosen, asked.samples, tasks, calibrated, job.texts.seed, chat_model)
+    n_items = asked.samples or N_ITEMS
+    items = draw_items(chosen, n_items, tasks, calibrated, job.texts.seed, chat_model)
     for one in items:
         skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
         drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
@@ -337,23 +421,42 @@ def found_by(tuned: Tuned, name: str) -> Iterator[str]:
     trials = _count(len(tuned.trials), "trial")
     yield f"Tuned by lewis-hub {version('lewis-hub')} from {name}: the best of {trials}"
     yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
-    on = "; ".join(
-        f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
-    )
-    yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
-    yield "These items are neither calibrated on nor scored."
+    yield from _measured_on(tuned)
     own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
     yield f"Result: {tuned.best.value:.4f}{own}."
     if tuned.refused:
         yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
         return
-    if tuned.final is None:
+    if tuned.best is tuned.start:
         yield "No other settings were better than the recipe's own."
+    if tuned.final is None and tuned.recipe.evaluate is None:
+        yield "Only the drift was measured. Whether the merge answers better was not: no item was"
+        yield "scored. With `evaluate` in the recipe the best settings are compared on its items."
+    if tuned.final is None:
         return
     yield f"On the items that are scored, which the search never saw, against {name}:"
     for task, scored in tuned.final.tasks.items():
         for test in scored.paired:
             yield f"  {task} {_short(test.metric)} (n = {scored.n:,}): {_tested(test)}"
+
+
+def _measured_on(tuned: Tuned) -> Iterator[str]:
+    """Yield lines on the objective, and on the items or texts that it was measured on."""
+    if not tuned.texts:
+        on = "; ".join(
+            f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
+        )
+        yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
+        yield "These items are neither calibrated on nor scored."
+        return
+    whole, n_kept = tuned.texts[0].keeps_all, tuned.texts[0].n_kept
+    kept = "" if whole else f", the {n_kept} likeliest tokens and all others as one"
+    yield "Objective: drift, the KL divergence of the merge's predictions of the next token from"
+    yield f"each expert's, in nats{kept}, mean over tokens, then over experts."
+    for one in tuned.texts:
+        of = f"{_count(len(one.tokens.ids), 'text')} of {one.calibration.data}"
+        yield f"  {one.expert.name}: {of}, split {one.calibration.split}"
+    yield "No merge was fitted on these texts, and no item of them is scored."
 
 
 def _tested(test: PairedTest) -> str:
@@ -374,6 +477,17 @@ def _document(tuned: Tuned) -> dict[str, Any]:
             "items": [
                 {"task": i.task, "split": i.split, "n": len(i.indices), "passed": i.n_calibrated}
                 for i in tuned.items
+            ],
+            "texts": [
+                {
+                    "expert": one.expert.pinned,
+                    "data": one.calibration.data,
+                    "split": one.calibration.split,
+                    "n": len(one.tokens.ids),
+                    "n_tokens": n_predicted(one.tokens),
+                    "n_kept": None if one.keeps_all else one.n_kept,
+                }
+                for one in tuned.texts
             ],
         },
         "trials": [asdict(trial) for trial in tuned.trials],
