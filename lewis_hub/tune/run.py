@@ -456,7 +456,7 @@ def _measured_on(tuned: Tuned) -> Iterator[str]:
     for one in tuned.texts:
         of = f"{_count(len(one.tokens.ids), 'text')} of {one.calibration.data}"
         yield f"  {one.expert.name}: {of}, split {one.calibration.split}"
-    yield "No merge was fitted on these texts, and no item of them is scored."
+    yield "No merge was fitted on these texts."
 
 
 def _tested(test: PairedTest) -> str:
