@@ -14,8 +14,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.display import Progress, TextTable, to_html
-from lewis_hub.errors import RecipeError, SearchRefusedError
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,
@@ -27,39 +26,16 @@ from lewis_hub.evaluate.items import (
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import require_writable, write_whole
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
-from lewis_hub.tune.drift import (
-    DriftTexts,
-    by_drift,
-    drift_texts,
-    n_predicted,
-    n_vocabulary,
-    predict,
-)
-from lewis_hub.tune.held_out import (
-    N_TEXTS,
-    calibrations_for_drift,
-    hold_out,
-    missing_problems,
-    model_problems,
-    option_problems,
-)
-from lewis_hub.tune.objective import (
-    N_ITEMS,
-    Objective,
-    Search,
-    TuningItems,
-    by_answer_loss,
-    by_metric,
-    choose_split,
-    draw_items,
-)
+from lewis_hub.tune.drift import DriftTexts, n_predicted, predict
+from lewis_hub.tune.held_out import calibrations_for_drift
+from lewis_hub.tune.material import DriftSearch, held_out_texts, items_of_tasks, scores_nothing
+from lewis_hub.tune.objective import Objective, Search, TuningItems
 from lewis_hub.tune.space import Space, axes
 from lewis_hub.tune.study import Trial, Tuner
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, score
@@ -70,7 +46,7 @@ from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.statistics import require_by_block
-from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
+from lewis_hub.workflow.texts import ScoredTasks
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -143,7 +119,7 @@ def tune_recipe(
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)
     if recipe.evaluate is None and asked.objective == "answers":
-        raise _scores_nothing()
+        raise scores_nothing()
     require_writable(output)
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
@@ -155,9 +131,11 @@ def tune_recipe(
     job = jobs[corners.index(measured)]
     tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
     if asked.objective == "drift":
-        material = _texts(_Drift(recipe, asked, job, examined, output), tasks, api, progress)
+        material = held_out_texts(
+            DriftSearch(recipe, asked, job, examined, output), tasks, api, progress
+        )
     else:
-        material = _items(job, asked, tasks)
+        material = items_of_tasks(job, asked, tasks)
     objective = material.objective
     output.mkdir(parents=True, exist_ok=True)
     with (
@@ -190,11 +168,6 @@ def tune_recipe(
     tuned = search_space.candidate(space, best.values)
     found = (tried, n_begun, best, start, refused, final)
     return Tuned(tuned, space, objective, material.items, *found, material.texts)
-
-
-def _scores_nothing() -> RecipeError:
-    problem = "the recipe scores nothing, so tuning could not be judged."
-    return RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
 
 
 def _with_data_of(
@@ -232,82 +205,6 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     by_width = {m.widest: one for m, one in moments if m and not m.in_sequence}
     for one in by_width.values():
         tuner.gather(compiled(one), None, tuner.progress)
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What the trials of a search are made from and measured on."""
-
-    objective: Objective
-    sets: Sets  # calibration texts that the merges are fitted on
-    items: tuple[TuningItems, ...] = ()
-    texts: tuple[DriftTexts, ...] = ()
-
-
-def _items(job: MergeJob, asked: Search, tasks: ScoredTasks | None) -> _Material:
-    """Draw the items to tune on and the calibration texts."""
-    if tasks is None or job.evaluation is None:
-        raise _scores_nothing()
-    settings = job.evaluation.settings
-    chat_model = job.sources.donor.source if settings.chat_template else None
-    drawn, sets = _draw(job, asked, tasks, chat_model)
-    objective = by_answer_loss(drawn)
-    if asked.metric:
-        objective = by_metric(drawn, asked.metric, settings.on_transformers)
-    return _Material(objective, sets, drawn)
-
-
-@dataclass(frozen=True)
-class _Drift:
-    """A search by drift: its recipe, which may lack data, and its job."""
-
-    recipe: Recipe
-    asked: Search
-    job: MergeJob
-    examined: Examined
-    output: Path
-
-
-def _texts(search: _Drift, tasks: ScoredTasks | None, api: HfApi, progress: Progress) -> _Material:
-    """Draw the texts to fit on and those to measure drift on.
-
-    Raises:
-        SearchRefusedError: everything that prevents the search.
-    """
-    job, experts = search.job, search.job.sources.experts
-    declared = calibrations_for_drift(search.recipe)
-    calibrations = tuple(filter(None, declared))
-    settings = replace(job.texts, calibrations=calibrations)
-    problems = [*option_problems(search.asked), *missing_problems(search.recipe)]
-    problems += model_problems(search.examined)
-    n_texts = search.asked.samples or N_TEXTS
-    known = hold_out(settings, n_texts, tasks, api, progress)
-    if problems := [*problems, *known.problems]:
-        raise SearchRefusedError(tuple(problems))
-    texts = drift_texts(
-        experts,
-        [(one, known.held_out[one]) for one in calibrations],
-        n_vocabulary(job.sources.donor.config),
-        job.workload.loading.device,
-        search.output,
-    )
-    return _Material(by_drift(texts), calibration_sets(job.texts, known.fitted, experts), (), texts)
-
-
-def _draw(
-    job: MergeJob, asked: Search, tasks: ScoredTasks, chat_model: Source | None
-) -> tuple[tuple[TuningItems, ...], Sets]:
-    """Draw the items to tune on and the calibration texts."""
-    chosen = choose_split(asked, tasks.selection)  # before any data is read
-    drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
-    calibrated = [text for one in drawn.values() for text in one.texts]
-    n_items = asked.samples or N_ITEMS
-    items = draw_items(chosen, n_items, tasks, calibrated, job.texts.seed, chat_model)
-    for one in items:
-        skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
-        drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
-        tasks.progress.say(f"{drawn_items}{skipped}.")
-    return items, calibration_sets(job.texts, drawn, job.sources.experts)
 
 
 def _name(tuner: Tuner) -> str:
