@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from huggingface_hub import HfApi
 
@@ -31,7 +31,7 @@ class HeldOut:
 
     fitted: Mapping[Calibration, Drawn]
     held_out: Mapping[Calibration, CalibrationTokens]
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...]
 
 
 def option_problems(asked: Search) -> Iterator[str]:
