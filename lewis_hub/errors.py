@@ -195,6 +195,13 @@ class TuningError(LocatedError):
     """A search cannot be run; `where` is the study, a task or a method."""
 
 
+class SearchRefusedError(ListedError):
+    """A search cannot be run with these options, models and texts."""
+
+    def __str__(self) -> str:
+        return f"this search cannot be run:\n{self.listed}"
+
+
 # -- publishing
 
 

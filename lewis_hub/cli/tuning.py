@@ -14,6 +14,7 @@ from lewis_hub.cli.terminal import COLUMN_GAP, Terminal, scores_table, terminal_
 from lewis_hub.display import TextTable
 
 if TYPE_CHECKING:
+    from lewis_hub.tune.objective import ObjectiveName
     from lewis_hub.tune.run import Tuned
 
 
@@ -27,6 +28,7 @@ COPY_RECIPE = (
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub tune --trials 40 --budget 60\n"
     "  lewis-hub tune recipe.yaml --split validation --metric exact_match,none\n"
+    "  lewis-hub tune --objective drift\n"
     "  lewis-hub tune --method task_arithmetic --method dare_ties --guide uniform"
 )
 @options.recipe
@@ -42,6 +44,13 @@ COPY_RECIPE = (
     type=click.FloatRange(min=0, min_open=True),
     help="Time limit in minutes; no new trial starts after it.",
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["answers", "drift"]),
+    default="answers",
+    help="What to improve: right answers to the tasks' items, or drift, the distance of the "
+    "merge's predictions from each expert's on its own calibration texts.",
+)
 @options.repeated(
     "--task",
     "tasks",
@@ -50,7 +59,11 @@ COPY_RECIPE = (
 @click.option(
     "--split", help="Split of the tasks to tune on. [default: a split that is not scored]"
 )
-@click.option("--samples", default=200, type=options.COUNT, help="Number of items per task.")
+@click.option(
+    "--samples",
+    type=options.COUNT,
+    help="Number of items per task, or of texts per expert. [default: 200 items, 64 texts]",
+)
 @click.option(
     "--metric",
     help="Metric to optimise, as metric,filter such as exact_match,none. "
@@ -71,9 +84,10 @@ def tune(
     recipe_file: Path,
     n_trials: int,
     budget: float | None,
+    objective: ObjectiveName,
     tasks: tuple[str, ...],
     split: str | None,
-    samples: int,
+    samples: int | None,
     metric: str | None,
     methods: tuple[str, ...],
     guides: tuple[str, ...],
@@ -84,9 +98,9 @@ def tune(
     """Search for better settings of a recipe.
 
     The search varies weights, densities and the options of the merge method, and measures them on
-    items that the recipe does not score. It writes the best settings to recipe.tuned.yaml beside
-    the recipe, and compares both on the items that the recipe scores. Run the same
-    command again to continue the search.
+    items that the recipe does not score, or without items by --objective drift. It writes the best
+    settings to recipe.tuned.yaml beside the recipe, and compares both on the items that the recipe
+    scores, if it scores any. Run the same command again to continue the search.
     """
     recipe = options.read_recipe(recipe_file, allow_overlap=allow_overlap)
     from lewis_hub.files import require_writable
@@ -98,6 +112,7 @@ def tune(
         tasks=tasks,
         split=split,
         samples=samples,
+        objective=objective,
         metric=metric,
         methods=methods,
         guides=guides,

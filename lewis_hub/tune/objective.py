@@ -1,4 +1,4 @@
-"""The objective of a search: the answer loss, or a metric of a task; and the items for it."""
+"""An objective of a search; the answer loss, a metric of a task, and the items for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from lewis_hub.calibration.texts import draw_rows
 from lewis_hub.display import Advance
@@ -33,6 +33,9 @@ from lewis_hub.workflow.task_data import scored_commits
 from lewis_hub.workflow.texts import DrawnText, ScoredTasks, count_overlap, drawn_items, overlaps
 
 N_PARTS = 8  # a trial can be pruned after each part
+N_ITEMS = 200  # of each task
+
+ObjectiveName = Literal["answers", "drift"]  # scored answers, or distance from the experts
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Search:
     budget_s: float | None = None  # no trial begins after this time of this run; None: no limit
     tasks: tuple[str, ...] = ()  # empty: the tasks that the recipe scores
     split: str | None = None  # None: a split for few-shot examples that is not scored
-    samples: int = 200  # items per task
+    samples: int | None = None  # per task or expert; None: 200 items, or 64 texts
+    objective: ObjectiveName = "answers"
     metric: str | None = None  # `metric,filter`; None: the answer loss
     methods: tuple[str, ...] = ()
     guides: tuple[str, ...] = ()  # may contain `none`; empty: `uniform` if the recipe has a guide

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import TextTable, to_html
-from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,
@@ -27,22 +26,16 @@ from lewis_hub.evaluate.items import (
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import require_writable, write_whole
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
-from lewis_hub.recipe.schema import Recipe
+from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
-from lewis_hub.tune.objective import (
-    Objective,
-    Search,
-    TuningItems,
-    by_answer_loss,
-    by_metric,
-    choose_split,
-    draw_items,
-)
+from lewis_hub.tune.drift import DriftTexts, n_predicted, predict
+from lewis_hub.tune.held_out import calibrations_for_drift
+from lewis_hub.tune.material import DriftSearch, held_out_texts, items_of_tasks, scores_nothing
+from lewis_hub.tune.objective import Objective, Search, TuningItems
 from lewis_hub.tune.space import Space, axes
 from lewis_hub.tune.study import Trial, Tuner
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, score
@@ -55,7 +48,7 @@ from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.statistics import require_by_block
-from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
+from lewis_hub.workflow.texts import ScoredTasks
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,7 +69,8 @@ class Tuned:
     best: Trial
     start: Trial | None  # with the recipe's own settings; None if it was not scored to the end
     refused: str | None  # the reason why these settings cannot be merged or scored
-    final: Scores | None  # best and start on the scored items; None if they are the same
+    final: Scores | None  # best and start on the scored items; None if equal or nothing is scored
+    texts: tuple[DriftTexts, ...] = ()  # of each expert, if the objective is drift
 
     def __repr__(self) -> str:
         told = f"{len(self.trials)} trials on {self.objective.metric}; the best is number "
@@ -103,14 +97,14 @@ def tune_recipe(
     """Search for better settings of a recipe; an earlier run of the same search is continued.
 
     Args:
-        recipe: has `evaluate`, whose items the search never sees.
-        asked: number of trials, time, and the items to tune on.
+        recipe: has `evaluate`, whose items the search never sees, unless the objective is drift.
+        asked: number of trials, time, the objective, and the items or texts to tune on.
         output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
         progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
-        LewisHubError: a source, task or setting cannot be used.
+        LewisHubError: a source, task, text or setting cannot be used.
         ExtraMissingError: Optuna is not installed.
 
     Example:
@@ -126,39 +120,43 @@ def tune_recipe(
     study.require_optuna()
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)
-    if recipe.evaluate is None:
-        raise _scores_nothing()
+    if recipe.evaluate is None and asked.objective == "answers":
+        raise scores_nothing()
     require_writable(output)
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
     examined = examine_sources(measured, execution, api, progress)
-    examined = _with_data_of(corners, examined, api)
+    declared = calibrations_for_drift(recipe) if asked.objective == "drift" else ()
+    examined = _with_data_of([*corners, recipe], filter(None, declared), examined, api)
     jobs = [compile_job(one, execution, examined, api) for one in corners]
     _require_mergeable(jobs, api)
     job = jobs[corners.index(measured)]
     tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
-    if tasks is None or evaluation is None:
-        raise _scores_nothing()
-    chat_model = job.sources.donor.source if evaluation.settings.chat_template else None
-    drawn, sets = _draw(job, asked, tasks, chat_model)
-    objective = by_answer_loss(drawn)
-    if asked.metric:
-        objective = by_metric(drawn, asked.metric, evaluation.settings.on_transformers)
+    if asked.objective == "drift":
+        material = held_out_texts(
+            DriftSearch(recipe, asked, job, examined, output), tasks, api, progress
+        )
+    else:
+        material = items_of_tasks(job, asked, tasks)
+    objective = material.objective
     output.mkdir(parents=True, exist_ok=True)
     with (
         alone_at(output / LOCK, output),
         TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
     ):
-        needs = job.disk_needs(sets)
-        require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
-        requests = requests_of(job.texts, sets, job.sources.experts)
+        needs = job.disk_needs(material.sets)
+        made_bytes = needs.made_bytes + needs.states_bytes
+        made_bytes += sum(one.n_bytes for one in material.texts)
+        require_disk(output, needs.download_bytes, made_bytes)
+        requests = requests_of(job.texts, material.sets, job.sources.experts)
         stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
         require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
         if job.sidecars.code:
             code_files(api, job.sources.donor.source)
         loader = job.loader(files, Path(scratch), progress)
-        sets = write_texts(job.texts, requests, sets, loader, stores, tasks).sets
+        sets = write_texts(job.texts, requests, material.sets, loader, stores, tasks).sets
+        predict(material.texts, loader)
         shared = (examined, execution, api, progress, space, objective, files, sets, output)
         tuner = Tuner(*shared, Path(scratch))
         _measure(tuner, corners)
@@ -170,25 +168,23 @@ def tune_recipe(
         start = next((trial for trial in own if trial.value is not None), None)
         refused = next((trial.error for trial in own if trial.error), None)
         final = None
-        if best is not start:
+        if best is not start and tasks and evaluation:
             chosen = {"merged": best.values} | ({} if refused else {"start": first})
             models = {label: tuner.merge(values, label) for label, values in chosen.items()}
             final = score_both(evaluation, tasks, models, tuner.scratch)
     tuned = search_space.candidate(space, best.values)
-    return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, refused, final)
+    found = (tried, n_begun, best, start, refused, final)
+    return Tuned(tuned, space, objective, material.items, *found, material.texts)
 
 
-def _scores_nothing() -> RecipeError:
-    problem = "the recipe scores nothing, so tuning could not be judged."
-    return RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
-
-
-def _with_data_of(recipes: Sequence[Recipe], examined: Examined, api: HfApi) -> Examined:
-    """Pin the calibration data of all recipes, which use different parts of it."""
+def _with_data_of(
+    recipes: Sequence[Recipe], others: Iterable[Calibration], examined: Examined, api: HfApi
+) -> Examined:
+    """Pin the data of other calibrations and of those of all recipes, which use parts of it."""
     known = examined.inputs.data
-    asked = {one: recipe for recipe in recipes for one in calibrations_of(recipe)}
+    asked = dict.fromkeys([*(c for one in recipes for c in calibrations_of(one)), *others])
     left = [one for one in asked if one not in known]
-    found = resolve_data(left, api, asked[left[0]].locate) if left else {}
+    found = resolve_data(left, api, recipes[0].locate) if left else {}
     return replace(examined, inputs=replace(examined.inputs, data={**known, **found}))
 
 
@@ -216,21 +212,6 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     by_width = {m.widest: one for m, one in moments if m and not m.in_sequence}
     for one in by_width.values():
         tuner.gather(compiled(one), None, tuner.progress)
-
-
-def _draw(
-    job: MergeJob, asked: Search, tasks: ScoredTasks, chat_model: Source | None
-) -> tuple[tuple[TuningItems, ...], Sets]:
-    """Draw the items to tune on and the calibration texts."""
-    chosen = choose_split(asked, tasks.selection)  # before any data is read
-    drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
-    calibrated = [text for one in drawn.values() for text in one.texts]
-    items = draw_items(chosen, asked.samples, tasks, calibrated, job.texts.seed, chat_model)
-    for one in items:
-        skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
-        drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
-        tasks.progress.say(f"{drawn_items}{skipped}.")
-    return items, calibration_sets(job.texts, drawn, job.sources.experts)
 
 
 def _name(tuner: Tuner) -> str:
@@ -344,23 +325,42 @@ def found_by(tuned: Tuned, name: str) -> Iterator[str]:
     trials = _count(len(tuned.trials), "trial")
     yield f"Tuned by lewis-hub {version('lewis-hub')} from {name}: the best of {trials}"
     yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
-    on = "; ".join(
-        f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
-    )
-    yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
-    yield "These items are neither calibrated on nor scored."
+    yield from _measured_on(tuned)
     own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
     yield f"Result: {tuned.best.value:.4f}{own}."
     if tuned.refused:
         yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
         return
-    if tuned.final is None:
+    if tuned.best is tuned.start:
         yield "No other settings were better than the recipe's own."
+    if tuned.final is None and tuned.recipe.evaluate is None:
+        yield "Only the drift was measured. Whether the merge answers better was not: no item was"
+        yield "scored. With `evaluate` in the recipe the best settings are compared on its items."
+    if tuned.final is None:
         return
     yield f"On the items that are scored, which the search never saw, against {name}:"
     for task, scored in tuned.final.tasks.items():
         for test in scored.paired:
             yield f"  {task} {_short(test.metric)} (n = {scored.n:,}): {_tested(test)}"
+
+
+def _measured_on(tuned: Tuned) -> Iterator[str]:
+    """Yield lines on the objective, and on the items or texts that it was measured on."""
+    if not tuned.texts:
+        on = "; ".join(
+            f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
+        )
+        yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
+        yield "These items are neither calibrated on nor scored."
+        return
+    whole, n_kept = tuned.texts[0].keeps_all, tuned.texts[0].n_kept
+    kept = "" if whole else f", the {n_kept} likeliest tokens and all others as one"
+    yield "Objective: drift, the KL divergence of the merge's predictions of the next token from"
+    yield f"each expert's, in nats{kept}, mean over tokens, then over experts."
+    for one in tuned.texts:
+        of = f"{_count(len(one.tokens.ids), 'text')} of {one.calibration.data}"
+        yield f"  {one.expert.name}: {of}, split {one.calibration.split}"
+    yield "No merge was fitted on these texts."
 
 
 def _tested(test: PairedTest) -> str:
@@ -381,6 +381,17 @@ def _document(tuned: Tuned) -> dict[str, Any]:
             "items": [
                 {"task": i.task, "split": i.split, "n": len(i.indices), "passed": i.n_calibrated}
                 for i in tuned.items
+            ],
+            "texts": [
+                {
+                    "expert": one.expert.pinned,
+                    "data": one.calibration.data,
+                    "split": one.calibration.split,
+                    "n": len(one.tokens.ids),
+                    "n_tokens": n_predicted(one.tokens),
+                    "n_kept": None if one.keeps_all else one.n_kept,
+                }
+                for one in tuned.texts
             ],
         },
         "trials": [asdict(trial) for trial in tuned.trials],

@@ -146,6 +146,14 @@ def refuse_overlap(
     scored: ScoredTasks | None, drawn: Mapping[Calibration, Sequence[DrawnText]], progress: Progress
 ) -> None:
     """Refuse calibrations whose texts contain items that are scored now or later."""
+    for error in overlap_errors(scored, drawn, progress):
+        raise error
+
+
+def overlap_errors(
+    scored: ScoredTasks | None, drawn: Mapping[Calibration, Sequence[DrawnText]], progress: Progress
+) -> Iterator[CalibrationError]:
+    """Yield an error for each calibration whose texts contain items that are scored."""
     compared = {one: items for one, items in drawn.items() if not one.allow_overlap}
     if scored is None or not compared:
         return
@@ -155,7 +163,7 @@ def refuse_overlap(
         found = count_overlap(texts, known)
         if found:
             counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
-            raise CalibrationError(
+            yield CalibrationError(
                 f"calibration on {calibration.data}, split {calibration.split}",
                 f"of {len(texts)} texts, `evaluate` scores {counts}",
                 "A score on calibration texts is meaningless: name another split, or another "

@@ -1,0 +1,174 @@
+"""Texts that a search measures drift on: further rows of each expert's calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from huggingface_hub import HfApi
+
+from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.display import Progress, Silent
+from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
+from lewis_hub.recipe.schema import Calibration, Recipe
+from lewis_hub.tune.objective import Search
+from lewis_hub.workflow.examine import Examined
+from lewis_hub.workflow.resolve import merged_entries
+from lewis_hub.workflow.texts import (
+    Drawn,
+    ScoredTasks,
+    TextSettings,
+    draw,
+    overlap_errors,
+)
+
+N_TEXTS = 64  # for each expert
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The texts of all calibrations: those that a merge is fitted on, and those held out."""
+
+    fitted: Mapping[Calibration, Drawn]
+    held_out: Mapping[Calibration, CalibrationTokens]
+    problems: tuple[str, ...]
+
+
+def option_problems(asked: Search) -> Iterator[str]:
+    """Yield the options that mean nothing for drift, as a problem with its remedy."""
+    given = {"--metric": asked.metric, "--task": asked.tasks, "--split": asked.split}
+    if named := [option for option, value in given.items() if value]:
+        verb = "chooses" if len(named) == 1 else "choose"
+        yield (
+            f"{', '.join(named)} {verb} how answers are scored, but drift is measured on "
+            "calibration texts without answers. Leave it out, or search by `--objective answers`."
+        )
+
+
+def calibrations_for_drift(recipe: Recipe) -> tuple[Calibration | None, ...]:
+    """Return the calibration of each expert, whether or not the merge is fitted on texts."""
+    return tuple(recipe.calibration_of(entry) for entry in merged_entries(recipe))
+
+
+def missing_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield the experts without calibration data."""
+    for entry, calibration in zip(
+        merged_entries(recipe), calibrations_for_drift(recipe), strict=True
+    ):
+        if calibration is None:
+            yield (
+                f"`{entry.model}` has no calibration data to measure drift on. Add `calibration` "
+                "to this model: texts of the kind that it is good at; answers are not needed."
+            )
+        elif calibration.is_written:
+            yield (
+                f"`{entry.model}` writes its calibration texts itself, but drift is measured on "
+                "further texts of the data. Leave `answers` and `from` out, or search by "
+                "`--objective answers`."
+            )
+
+
+def model_problems(examined: Examined) -> Iterator[str]:
+    """Yield why the predictions of the models cannot be compared token by token."""
+    experts, donor = examined.sources.experts, examined.sources.donor
+    others = [one.name for one in experts if one.translation is not None]
+    if others or examined.tokens.alignment is not None:
+        named = ", ".join(others) or "the merge"
+        yield (
+            f"{named}: its tokens have other ids than those of {donor.name}, but drift compares "
+            "predictions token by token. Search by `--objective answers`."
+        )
+    if donor.config.get("is_encoder_decoder"):
+        yield (
+            f"{donor.name} is an encoder-decoder, but drift is measured on texts that a decoder "
+            "continues. Search by `--objective answers`."
+        )
+
+
+def hold_out(
+    settings: TextSettings,
+    n_texts: int,
+    scored: ScoredTasks | None,
+    api: HfApi,
+    progress: Progress,
+) -> HeldOut:
+    """Draw the texts to fit on, and `n_texts` others of the same data for each calibration.
+
+    The others follow in the order of the seed. A row is passed over if a merge is fitted on it, in
+    whatever calibration or form, or if its text predicts no token.
+    """
+    fitted, held_out, problems = dict[Calibration, Drawn](), dict[Calibration, Drawn](), []
+    for calibration in dict.fromkeys(settings.calibrations):
+        try:
+            fitted[calibration] = draw(settings, calibration, api, Silent())
+        except (CalibrationError, EvaluationError, SourceError) as error:
+            problems.append(str(error))
+    for calibration in fitted:
+        found = _further(settings, calibration, fitted, n_texts, api)
+        tokens = found.tokens.tokens
+        held_out[calibration] = found
+        where = f"{calibration.data}, split {calibration.split}"
+        if len(tokens.ids) < n_texts:
+            problems.append(
+                f"calibration on {where}: {n_texts} texts are needed to measure drift, but "
+                f"{len(tokens.ids)} are left besides the {calibration.samples} that a merge is "
+                "fitted on. Give fewer --samples, or fewer `samples` in the calibration."
+            )
+        progress.say(
+            f"{where}: {len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens to measure drift on; "
+            f"{len(fitted[calibration].texts):,} others are left to fit on."
+        )
+    texts = {one: [*fitted[one].texts, *found.texts] for one, found in held_out.items()}
+    problems += map(str, overlap_errors(scored, texts, progress))
+    tokens_of = {one: found.tokens.tokens for one, found in held_out.items()}
+    return HeldOut(fitted, tokens_of, tuple(problems))
+
+
+def _further(
+    settings: TextSettings,
+    calibration: Calibration,
+    fitted: Mapping[Calibration, Drawn],
+    n_texts: int,
+    api: HfApi,
+) -> Drawn:
+    """Return `n_texts` texts that no merge is fitted on, or all that there are."""
+    rows = {
+        row
+        for other, drawn in fitted.items()
+        if _has_same_rows(settings, other, calibration)
+        for row in drawn.tokens.tokens.rows
+    }
+    known = {values for drawn in fitted.values() for text in drawn.texts for values in text.fixing}
+    n_more = n_texts
+    while True:
+        wider = calibration.model_copy(update={"samples": calibration.samples + n_more})
+        data = {wider: settings.data[calibration]}
+        drawn = draw(replace(settings, data=data), wider, api, Silent())
+        tokens = drawn.tokens.tokens
+        places = [
+            place
+            for place, (row, text, ids) in enumerate(
+                zip(tokens.rows, drawn.texts, tokens.ids, strict=True)
+            )
+            if row not in rows and known.isdisjoint(filter(None, text.fixing)) and len(ids) > 1
+        ]
+        n_lacking, n_drawn = n_texts - len(places), len(tokens.ids) + tokens.n_empty
+        if n_lacking <= 0 or n_drawn < tokens.n_asked:
+            return _chosen(drawn, places)
+        n_more += n_lacking
+
+
+def _has_same_rows(settings: TextSettings, one: Calibration, other: Calibration) -> bool:
+    is_same = settings.data[one] == settings.data[other]
+    return is_same and (one.config, one.split) == (other.config, other.split)
+
+
+def _chosen(drawn: Drawn, places: Sequence[int]) -> Drawn:
+    tokens = drawn.tokens.tokens
+    chosen = replace(
+        tokens,
+        ids=tuple(tokens.ids[place] for place in places),
+        rows=tuple(tokens.rows[place] for place in places),
+    )
+    texts = [drawn.texts[place] for place in places]
+    return Drawn(replace(drawn.tokens, tokens=chosen), texts)

@@ -1,0 +1,67 @@
+"""What a search by drift refuses, from its options and models alone."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.tune.held_out import (
+    calibrations_for_drift,
+    missing_problems,
+    model_problems,
+    option_problems,
+)
+from lewis_hub.tune.objective import Search
+
+TEXTS = "{dataset: o/data, text: '{question}'}"
+
+
+def examined(translation=None, alignment=None, config=None):
+    donor = SimpleNamespace(name="o/base", config=config or {})
+    experts = (SimpleNamespace(name="o/one", translation=translation),)
+    sources = SimpleNamespace(donor=donor, experts=experts)
+    return SimpleNamespace(sources=sources, tokens=SimpleNamespace(alignment=alignment))
+
+
+def parsed(models, more=""):
+    return parse_recipe(
+        f"base_model: o/base\nmodels: [{models}]\nmerge_method: ties\n{more}", "recipe.yaml"
+    )
+
+
+def test_options_that_choose_how_answers_are_scored_are_refused_together():
+    asked = Search(objective="drift", metric="acc,none", tasks=("one",), split="train")
+
+    assert [*option_problems(asked)] == [
+        "--metric, --task, --split choose how answers are scored, but drift is measured on "
+        "calibration texts without answers. Leave it out, or search by `--objective answers`."
+    ]
+    assert [*option_problems(Search(objective="drift", samples=5))] == []
+
+
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [
+        ({"translation": object()}, "o/one: its tokens have other ids than those of o/base"),
+        ({"alignment": object()}, "the merge: its tokens have other ids than those of o/base"),
+        ({"config": {"is_encoder_decoder": True}}, "o/base is an encoder-decoder"),
+    ],
+)
+def test_models_whose_predictions_cannot_be_compared_are_refused(known, named):
+    (problem,) = model_problems(examined(**known))
+
+    assert problem.startswith(f"{named}, but drift ")
+    assert problem.endswith("Search by `--objective answers`.")
+    assert [*model_problems(examined())] == []
+
+
+def test_each_expert_has_its_own_texts_or_those_of_the_guide_and_all_without_are_told():
+    lacking = parsed("{model: o/one}, {model: o/two}, {model: o/three, calibration: " + TEXTS + "}")
+    guided = parsed("{model: o/one}", f"guide: {{calibration: {TEXTS}}}")
+
+    assert [problem.partition(" has ")[0] for problem in missing_problems(lacking)] == [
+        "`o/one`",
+        "`o/two`",
+    ]
+    assert [*missing_problems(guided)] == []
+    assert calibrations_for_drift(guided) == (guided.guide.calibration,)
