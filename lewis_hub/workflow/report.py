@@ -14,6 +14,8 @@ from lewis_hub.evaluate.samples import FILE as SAMPLES
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.aligned import FILE as ALIGNMENT
+from lewis_hub.merge.aligned import alignment_json
 from lewis_hub.merge.engine import ShardResult
 from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import cost, page
@@ -62,6 +64,9 @@ def write(
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
     pictures = [one for one in (chart, guided.maps if guided else None) if one]
     written = _write_locked(settings, folder, guided, scored)
+    if gathered.aligned:
+        written.append(f"lewis/{ALIGNMENT}")
+        write_whole(folder / written[-1], alignment_json(gathered.aligned))
     drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
     outputs = locked_outputs(folder, merged.shards, (*merged.sidecars, *written, *drawn))
     lock = _finished(settings.planned, outputs, gathered)
@@ -83,6 +88,7 @@ def write(
         chart=chart,
         digest=lock.digest,
         measured=gathered.measured,
+        aligned=gathered.aligned,
         notes=gathered.notes,
         machine=machine,
     )
