@@ -192,10 +192,9 @@ def _model(source: OpenedSource, activations: Path | None, loader: ModelLoader) 
 
     checkpoint = source.checkpoint
     steps = [[SourceTensor(source.pinned, one, None) for one in checkpoint.tensors.values()]]
-    ranges = loader.scratch / FOLDER / "ranges"
-    size = loader.max_shard_bytes
+    ranges = loader.scratch / FOLDER / hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
     with (
-        SourceFiles(loader.files.locations, steps, ranges, size) as files,
+        SourceFiles(loader.files.locations, steps, ranges, loader.max_shard_bytes) as files,
         open_source(source.pinned, None, files.reader) as reader,
     ):
         seen = None if activations is None else lambda site: read_activations(activations, site)
