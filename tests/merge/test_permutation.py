@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 
-from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
-from lewis_hub.merge.permutation import PermutingReader
+from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
+from lewis_hub.errors import AlignmentError
+from lewis_hub.merge.permutation import PermutingReader, permuted_header
 from lewis_hub.merge.symmetries import permute, units_of
 from tests.unit_orders import random_orders
 
@@ -51,3 +52,76 @@ def test_permuted_units_leave_the_logits_as_they_were(kind, tmp_path):
 
     assert len(changed) >= len(tensors) - 4  # all but norms of single heads
     assert (model(ids).logits - before).abs().max() < 1e-5
+
+
+class InMemory:
+    """Reads a tensor's bytes from memory."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self, tensor, first_byte, into):
+        assert tensor.permuted is None
+        into[:] = self.content[first_byte : first_byte + into.nbytes]
+
+
+@pytest.mark.parametrize("has_rows", [True, False])
+@pytest.mark.parametrize("has_columns", [True, False])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_any_piece_has_the_bytes_of_the_permuted_tensor(has_rows, has_columns, dtype):
+    kind = {"BF16": np.uint16, "F32": np.float32}[dtype]
+    generator = np.random.default_rng(0)
+    stored = generator.integers(0, 999, (5, 7)).astype(kind)
+    rows, columns = generator.permutation(5), generator.permutation(7)
+    expected = stored[rows] if has_rows else stored
+    expected = expected[:, columns] if has_columns else expected
+    width = stored.itemsize
+    plain = TensorHeader("a", dtype, (5, 7), "f", 0, stored.nbytes)
+    orders = (rows if has_rows else None, columns if has_columns else None)
+    header = permuted_header(plain, orders)
+    reader = PermutingReader(InMemory(stored.tobytes()))
+
+    for first in range(35):
+        for stop in range(first, 36):
+            found = bytearray((stop - first) * width)
+            reader.read(header, first * width, memoryview(found))
+            assert found == expected.tobytes()[first * width : stop * width]
+    assert header.is_computed == (has_rows or has_columns)
+    assert header.kept_dtype == dtype
+
+
+def test_a_vector_is_permuted_by_its_only_order():
+    stored = np.arange(6, dtype=np.float32)
+    plain = TensorHeader("a", "F32", (6,), "f", 0, 24)
+    found = bytearray(24)
+
+    reader = PermutingReader(InMemory(stored.tobytes()))
+    reader.read(permuted_header(plain, [np.array([5, 0, 3, 1, 2, 4])]), 0, memoryview(found))
+
+    assert np.frombuffer(found, np.float32).tolist() == [5, 0, 3, 1, 2, 4]
+
+
+def headers(*names):
+    return Checkpoint("it", {n: TensorHeader(n, "F32", (4,), "f", 0, 16) for n in names})
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(AlignmentError) as caught:
+        units_of(headers("a"), {"model_type": "gemma3_text"})
+
+    assert str(caught.value) == (
+        "it: `align` does not know the architecture 'gemma3_text'; it knows llama, mistral, qwen2, "
+        "qwen3, gpt2.\n"
+        "Remove `align` from this model, or merge models of a listed architecture."
+    )
+
+
+def test_an_unknown_tensor_is_refused():
+    with pytest.raises(AlignmentError) as caught:
+        units_of(
+            headers("model.norm.weight", "model.layers.0.mixer.weight"), {"model_type": "llama"}
+        )
+
+    assert str(caught.value).startswith(
+        "it: `align` does not know its tensor model.layers.0.mixer.weight.\n"
+    )

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
+from lewis_hub.errors import RecipeError
 from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.symmetries import permute, units_of
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.resolve import require_streamable
 from tests.unit_orders import random_orders
 
 N_TOKENS = 390  # of the zoo's tokenizer
@@ -156,3 +158,47 @@ def test_models_of_another_size_are_refused(models):
         "three: its architecture (llama, 2 blocks, 4 heads of 8, 4 with keys) is not that of one "
         "(llama, 2 blocks, 4 heads of 8, 2 with keys). Merge models of one architecture and size.",
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            RECIPE.replace("model: one", "model: one\n    align: dual_space") + TEXTS,
+            "`one` is the model that the others are aligned with.",
+        ),
+        (RECIPE, "`align` needs calibration data, but `one` has none."),
+        (
+            RECIPE.replace("dual_space", "{method: dual_space, weight_similarity: 1.5}"),
+            "Input should be less than or equal to 1",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_aligned_is_refused_when_it_is_read(text, problem):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "recipe.yaml")
+
+    assert problem in str(caught.value)
+
+
+def test_what_cannot_align_says_so(models):
+    scored = RECIPE + TEXTS + "evaluate: {tasks: [zoo_reverse]}\n"
+    with pytest.raises(RecipeError, match="`tune` merges models as they are"):
+        lewis_hub.tune_recipe(recipe(models, scored), lewis_hub.Search(), models / "tuning")
+    with pytest.raises(RecipeError, match="`align` runs whole models, and --stream keeps none"):
+        require_streamable(recipe(models))
+
+
+def test_other_tokenizers_are_refused(models):
+    file = models / "two" / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document), encoding="utf-8")
+
+    problems = lewis_hub.check(
+        recipe(models, RECIPE + TEXTS + "tokenizer_source: union\n")
+    ).problems
+
+    assert problems[0].startswith("two cannot be aligned with one: `align` compares both on the ")
