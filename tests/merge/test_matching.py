@@ -1,11 +1,13 @@
 """Matching the units of two models: naive references, and orders that were applied before."""
 
+from itertools import permutations, product
+
 import numpy as np
 import pytest
 import torch
 
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
-from lewis_hub.merge.matching import Model, match
+from lewis_hub.merge.matching import Model, best_order, correlation, match, match_heads
 from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.symmetries import permute, units_of
 from tests.merge.test_permutation import MODELS, saved

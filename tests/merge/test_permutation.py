@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.permutation import PermutingReader, permuted_header
