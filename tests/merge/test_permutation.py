@@ -1,4 +1,4 @@
-"""Permuting the units of a model changes no output: exactness by architecture."""
+"""Permuting the units of a model changes no output, and matching them undoes it."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import transformers
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
 from lewis_hub.errors import AlignmentError
+from lewis_hub.merge.matching import Model, match
 from lewis_hub.merge.permutation import PermutingReader, permuted_header
 from lewis_hub.merge.symmetries import permute, units_of
 from tests.unit_orders import random_orders
@@ -126,3 +127,26 @@ def test_an_unknown_tensor_is_refused():
     assert str(caught.value).startswith(
         "it: `align` does not know its tensor model.layers.0.mixer.weight.\n"
     )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_alone_undo_a_permutation(kind, tmp_path):
+    model = saved(MODELS[kind], tmp_path)
+    checkpoint = local_checkpoint("it", tmp_path)
+    units = units_of(checkpoint, model.config.to_dict())
+    shuffled = permute(checkpoint, units, random_orders(units, np.random.default_rng(3)))
+    with TensorReader(tmp_path, "it") as files:
+        reader = PermutingReader(files)
+        own = Model(lambda name: read_tensor(reader, checkpoint.tensors[name]), None)
+        other = Model(lambda name: read_tensor(reader, shuffled.tensors[name]), None)
+
+        found = match(units, own, other, 1.0)
+
+        assert all(value == pytest.approx(1, abs=1e-5) for value in found.similarity.values())
+        for name, tensor in shuffled.tensors.items():
+            values, axes = read_tensor(reader, tensor), units.axes[name]
+            for dimension, axis in enumerate(axes):
+                if axis:
+                    order = torch.from_numpy(units.joined(axis, found.orders))
+                    values = values.index_select(dimension, order)
+            assert values.equal(own.read(name)), name
