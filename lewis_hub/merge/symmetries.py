@@ -103,7 +103,7 @@ def _gpt2() -> Family:
     norms = ("ln_1", "ln_2", "ln_f")
     for norm in norms:
         tensors |= {f"{norm}.{part}": (IN_RESIDUAL,) for part in ("weight", "bias")}
-    seen = ("attn.c_attn", "output")
+    seen: tuple[str, Side] = ("attn.c_attn", "output")
     sites: dict[str, tuple[str, Side]] = {
         MLP: ("mlp.c_proj", "input"),
         OUTPUT: ("attn.c_proj", "input"),
