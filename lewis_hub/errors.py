@@ -101,6 +101,10 @@ class PickleError(CheckpointError, LocatedError):
     """A pickle contains more than tensors, or is damaged; `where` is the source and the file."""
 
 
+class AlignmentError(CheckpointError, LocatedError):
+    """The units of a model cannot be matched with another's; `where` is the model."""
+
+
 class AdapterError(CheckpointError, LocatedError):
     """A LoRA adapter cannot be applied to its base; `where` is the adapter or its file."""
 

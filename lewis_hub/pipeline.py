@@ -27,6 +27,7 @@ from lewis_hub.files import require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
@@ -41,6 +42,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
+from lewis_hub.workflow.align import align
 from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
 from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
@@ -181,6 +183,8 @@ def calibrate(
     with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         loader = job.loader(files, Path(scratch), progress)
         sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
+        job, _ = _align(job, sets, loader, Costs())
+        assert job.guide  # as above
         guidance = guide(job.guide, sets, loader, [output / "importance.json"])
     report.write_guidance(output, guidance)
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
@@ -352,8 +356,9 @@ def run(
     with costs.measure("write texts") if asked else nullcontext():
         generated = write_texts(job.texts, asked, sets, loader, stores, tasks)
     sets = generated.sets
+    job, aligned = _align(job, sets, loader, costs)
     guidance, gathered = _measure(job, sets, loader, sink, costs)
-    gathered = replace(gathered, generated=generated.lines)
+    gathered = replace(gathered, generated=generated.lines, aligned=aligned)
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
@@ -376,6 +381,17 @@ def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progre
     """Draw each expert's calibration texts, which must not contain scored items."""
     drawn = draw_texts(job.texts, tasks, api, progress)
     return calibration_sets(job.texts, drawn, job.sources.experts)
+
+
+def _align(
+    job: MergeJob, sets: Sets, loader: fetch.ModelLoader, costs: Costs
+) -> tuple[MergeJob, tuple[AlignedModel, ...]]:
+    """Match the units of models without a common base; the job then reads them as permuted."""
+    if job.alignment is None:
+        return job, ()
+    with costs.measure("align"):
+        found = align(job.alignment, sets, loader)
+    return job.aligned(found), found
 
 
 def _measure(

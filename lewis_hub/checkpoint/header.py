@@ -43,7 +43,7 @@ class TensorHeader:
     """Name, dtype, shape and position of a tensor.
 
     A tensor that an adapter changes, or that is quantised, is computed while it is read: then
-    `adapted` or `scaled` name the stored tensors that it is computed from.
+    `adapted` or `scaled` name the stored tensors that it is computed from. Then `permuted` applies.
     """
 
     name: str
@@ -54,6 +54,7 @@ class TensorHeader:
     n_bytes: int
     adapted: Adapted | None = None
     scaled: Scaled | FourBit | Transposed | None = None
+    permuted: Permuted | None = None
 
     @property
     def n_elements(self) -> int:
@@ -63,7 +64,7 @@ class TensorHeader:
     @property
     def is_computed(self) -> bool:
         """Whether its values are computed while it is read."""
-        return bool(self.adapted or self.scaled)
+        return bool(self.adapted or self.scaled or self.permuted)
 
     @property
     def kept_dtype(self) -> str:
@@ -71,6 +72,17 @@ class TensorHeader:
         if self.adapted:
             return self.adapted.base.kept_dtype
         return "BF16" if self.scaled else self.dtype
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """The order in which rows and columns are read; None: as they are stored.
+
+    Entry i is the number of the stored row or column that is read in place i. A vector is one row.
+    """
+
+    rows: bytes | None  # little-endian int32
+    columns: bytes | None
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class ShardPlan:
             "method": [self.method, registry.find(self.method).version],
             "sources": self.source_digests,
             "tensors": [
-                asdict(replace(tensor, assembled=()))
+                asdict(replace(tensor, assembled=()), dict_factory=_digested)
                 | {"assembled": [rows and rows.digest() for rows in tensor.assembled]}
                 for tensor in self.tensors
             ],
@@ -189,6 +189,15 @@ class ShardPlan:
             facts["arithmetic"] = self.arithmetic
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digested(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a dataclass for a digest: orders of rows by their own, and only if there."""
+    return {
+        name: hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
+        for name, value in fields
+        if name != "permuted" or value is not None
+    }
 
 
 @dataclass(frozen=True)

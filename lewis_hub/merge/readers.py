@@ -19,6 +19,7 @@ from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.kernels.calls import FORMATS, Floats, add_low_rank, narrow, widen
 from lewis_hub.merge.alignment import MEAN, Assembled
+from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_floats
 
@@ -33,10 +34,10 @@ def open_source(label: str, base: str | None, open_files: OpenFiles) -> Iterator
     """Open a source; `base` is the label of the checkpoint that it changes if it is an adapter."""
     with open_files(label) as own:
         if base is None:
-            yield ScaledReader(own)
+            yield PermutingReader(ScaledReader(own))
             return
         with open_files(base) as files:
-            yield AdapterReader(ScaledReader(files), own)
+            yield PermutingReader(AdapterReader(ScaledReader(files), own))
 
 
 def input_readers(

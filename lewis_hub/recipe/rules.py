@@ -53,6 +53,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
             remedy += "by one with `lewis-hub evaluate`."
             yield ("evaluate", "backend_args", "model"), problem, remedy
     yield from _statistical_contradictions(recipe)
+    yield from _align_contradictions(recipe)
     yield from _bad_parameters(recipe)
 
 
@@ -69,6 +70,11 @@ def trims_by_activation(recipe: Recipe) -> bool:
 def fits_in_sequence(recipe: Recipe) -> bool:
     """Whether each matrix is fitted on the inputs that the merged model gives it, in sequence."""
     return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") == "merged"
+
+
+def aligns_by_texts(recipe: Recipe) -> bool:
+    """Whether the units of a model are matched by their activations on texts."""
+    return any(one.align and one.align.weight_similarity < 1 for one in recipe.models)
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -270,7 +276,7 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         problem = "both `calibration` and `guide.calibration` are given."
         yield ("calibration",), problem, "Keep one: guide and method measure on the same texts."
     asks = asks_for_statistics(recipe)
-    if recipe.calibration and not asks and recipe.guide is None:
+    if recipe.calibration and not (asks or recipe.guide or aligns_by_texts(recipe)):
         problem = f"`{recipe.merge_method}` uses no calibration, and the recipe has no guide."
         yield ("calibration",), problem, LEAVE_OUT
     if not asks:
@@ -291,6 +297,18 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             remedy = "Add `calibration` to this model, or to the recipe for all models without: "
             remedy += "some of the expert's own training texts, in the benchmark's prompt format."
             yield ("models",), problem, remedy
+
+
+def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    first = recipe.base_model or next((one.model for one in recipe.models), None)
+    for index, entry in enumerate(recipe.models):
+        if entry.align and entry.model == first:
+            problem = f"`{entry.model}` is the model that the others are aligned with."
+            yield ("models", index, "align"), problem, "Remove it here, and set it on the others."
+        if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
+            problem = f"`align` needs calibration data, but `{entry.model}` has none."
+            remedy = "Add `calibration` to the recipe; or set `align: {method: dual_space, "
+            yield ("models", index), problem, f"{remedy}weight_similarity: 1}}`: weights alone."
 
 
 def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:

@@ -298,6 +298,29 @@ DType = Annotated[
 ]
 
 
+def _named_method(value: Any) -> Any:
+    """The name of a method stands for its default settings."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+class Align(Part):
+    """How a model without a common base is permuted before the merge; its outputs stay the same.
+
+    Its units are matched with those of the base, or of the first model if there is no base.
+    """
+
+    method: Literal["dual_space"] = Field(
+        description="`dual_space`: by activations on the calibration texts, and by weights."
+    )
+    weight_similarity: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the similarity of weights. The rest is that of activations. With 1, "
+        "no texts are needed.",
+    )
+
+
 class ModelEntry(Part):
     """An expert, or any source of a method without a base; a name alone is an entry too."""
 
@@ -313,6 +336,17 @@ class ModelEntry(Part):
         "`epsilon` or `scale`.",
     )
     calibration: Calibration | None = Field(None, description="Texts for this expert.")
+    align: (
+        Annotated[
+            Align,
+            BeforeValidator(_named_method, json_schema_input_type=Align | Literal["dual_space"]),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="`dual_space`: match its units with those of the base or of the first model, "
+        "for models that were trained from different starts.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -244,7 +244,9 @@ def calibrated_on(facts: CardFacts) -> Sequence[SourceImportance | Measured]:
     """The experts that were measured on texts."""
     profile = facts.guided.profile if facts.guided else None
     guided = profile.by(profile.measures[0]).experts if profile and profile.measures else ()
-    return [expert for expert in guided if "dataset" in expert.calibration] or facts.measured
+    return [expert for expert in guided if "dataset" in expert.calibration] or (
+        facts.measured or [Measured(one.source, one.calibration) for one in facts.aligned]
+    )
 
 
 def _model(models: Mapping[str, ModelFacts], source: Source) -> str:

@@ -18,6 +18,7 @@ from lewis_hub.evaluate.scores import MERGED, Scores
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.report.cost import Machine, StageCost
@@ -31,6 +32,7 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
 HARNESS = "eval-harness"
 SEQUENTIAL = ("nguyen2026regmean", "gu2026featcal")  # the nearest published fits in sequence
+DUAL_SPACE = "xu2024training"  # matching of units by activations and weights
 BY_ACTIVATION = "sun2024simple"  # magnitude times activation norm, of a weight
 
 
@@ -237,6 +239,7 @@ class CardFacts:
     chat: bool = False  # the tokenizer has a chat template
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
+    aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
     trims_by_activation: bool = False
     notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
@@ -270,6 +273,7 @@ class CardFacts:
         method = METHODS.get(self.method.name)
         keys = [guide.paper] if guide and guide.paper else []
         keys += method.papers if method else ()
+        keys += [DUAL_SPACE] if self.aligned else []
         keys += SEQUENTIAL if self.in_sequence else ()
         keys += [BY_ACTIVATION] if self.trims_by_activation else []
         keys += [HARNESS] if self.was_scored else []

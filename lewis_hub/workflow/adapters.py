@@ -92,6 +92,9 @@ def _require_mergeable(recipe: Recipe) -> None:
         key = "guide" if recipe.guide else "calibration"
         remedy = "Remove it, and give `density` yourself; or merge on the base with `merge`."
         raise RecipeError("recipe", key, "adapters alone cannot be measured.", remedy)
+    if any(one.align for one in recipe.models):
+        remedy = "Remove `align`: adapters of one base have the same units."
+        raise RecipeError("recipe", "models", "adapters are not aligned.", remedy)
     if recipe.arithmetic == "float64":
         key = "dtype" if recipe.dtype == "float64" else "out_dtype"
         remedy = "Write `float32`; or merge on the base with `merge`, which computes in float64."

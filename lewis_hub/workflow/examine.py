@@ -28,10 +28,11 @@ from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.rules import all_parameters, fits_in_sequence
+from lewis_hub.recipe.rules import aligns_by_texts, all_parameters, fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
+from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
@@ -51,7 +52,8 @@ def measurement_of(recipe: Recipe) -> Measurement:
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
         moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
-    on_texts = moments is not None or (guide is not None and guide.needs_texts)
+    on_texts = moments is not None or aligns_by_texts(recipe)
+    on_texts = on_texts or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, resolve.calibrations_of(recipe) if on_texts else ())
 
 
@@ -112,6 +114,9 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
             problems += _guide_problems(recipe, sources, measurement)
         except MergeError as error:
             problems.append(str(error))
+        if sources.are_read:
+            aligned = alignment_settings(recipe, sources)
+            problems += alignment_problems(aligned, tokens, execution.loading)
         problems += _licence_problems(recipe, facts.values())
         problems += _refusals(recipe, execution, inputs, sources, measurement, api)
     workload = workload_of(recipe, execution, sources, measurement, output)

@@ -7,7 +7,7 @@ The steps below take no recipe, only the values of the job that they use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.fetch import read_small
+from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -31,6 +32,7 @@ from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
+from lewis_hub.workflow.align import AlignmentSettings, aligner, alignment_settings
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
@@ -55,6 +57,7 @@ class MergeJob:
     texts: TextSettings
     guide: calibrate.GuideSettings | None  # None: densities come from the recipe's settings
     statistics: StatisticsSettings | None  # None: the method needs no second moments
+    alignment: AlignmentSettings | None  # None: no model is permuted
     routers: RouterSettings | None  # None: it is no mixture of experts
     plan: PlanSettings
     sidecars: SidecarSettings
@@ -102,6 +105,31 @@ class MergeJob:
             loading = replace(loading, max_memory_bytes=0)
         size = self.plan.max_shard_bytes
         return ModelLoader(files, scratch, loading, self.means, size, progress)
+
+    def aligned(self, models: Sequence[AlignedModel]) -> MergeJob:
+        """Return the same job; everything after the alignment reads the models as permuted."""
+        if not models:
+            return self
+        permuted = aligner(models)
+        sources, guide, statistics = self.sources.replaced(permuted), self.guide, self.statistics
+        plan, evaluation = self.plan.reading(sources.models), self.evaluation
+        if guide:
+            guide = replace(guide, experts=sources.experts, plan=plan)
+        if statistics:
+            reader = permuted(statistics.reader)
+            statistics = replace(statistics, sources=sources, reader=reader, plan=plan)
+        if evaluation and evaluation.plain_twin:
+            twin = evaluation.plain_twin
+            twin = replace(twin, plan=twin.plan.reading(sources.models))
+            evaluation = replace(evaluation, plain_twin=twin)
+        return replace(
+            self,
+            sources=sources,
+            guide=guide,
+            statistics=statistics,
+            plan=plan,
+            evaluation=evaluation,
+        )
 
 
 def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress) -> MergeJob:
@@ -183,6 +211,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         ),
         guide=_guide_settings(recipe, sources, measurement, plan),
         statistics=statistics,
+        alignment=alignment_settings(recipe, sources) if sources.are_read else None,
         routers=router_settings(recipe, mixture, sources) if mixture else None,
         plan=plan,
         sidecars=sidecars,
@@ -292,6 +321,7 @@ def _mergekit(
     """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
     is_own = recipe.merge_method not in METHODS or resolve.needs_moments(recipe)
+    is_own = is_own or any(entry.align for entry in recipe.models)
     if is_own or recipe.mixed or recipe.made:
         return None
     entries = zip(resolve.merged_entries(recipe), inputs.experts, strict=True)

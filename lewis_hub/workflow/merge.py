@@ -67,6 +67,17 @@ class PlanSettings:
         planned = plans.with_statistics(self._plan(schedule), statistics)
         return planned.allowing_nan if self.allow_nan else planned
 
+    def reading(self, sources: Iterable[OpenedSource]) -> PlanSettings:
+        """Return the settings of the same merge of whole models, with these headers of theirs."""
+        if not isinstance(self.settings, MergeSettings):
+            return self
+        known = {one.pinned: one for one in sources}
+        experts = tuple(
+            replace(one, checkpoint=known[one.label].checkpoint, digest=known[one.label].digest)
+            for one in self.settings.experts
+        )
+        return replace(self, settings=replace(self.settings, experts=experts))
+
     def sizes(self) -> dict[str, int]:
         """Return the number of elements of each tensor of the merge."""
         return output_sizes(self._plan(None))

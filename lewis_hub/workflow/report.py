@@ -14,6 +14,8 @@ from lewis_hub.evaluate.samples import FILE as SAMPLES
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.aligned import FILE as ALIGNMENT
+from lewis_hub.merge.aligned import alignment_json
 from lewis_hub.merge.engine import ShardResult
 from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import cost, page
@@ -67,6 +69,9 @@ def write(
     if gathered.generated:
         write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")
         written.append(f"lewis/{GENERATED}")
+    if gathered.aligned:
+        written.append(f"lewis/{ALIGNMENT}")
+        write_whole(folder / written[-1], alignment_json(gathered.aligned))
     drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
     outputs = locked_outputs(folder, merged.shards, (*merged.sidecars, *written, *drawn))
     lock = _finished(settings.planned, outputs, gathered)
@@ -88,6 +93,7 @@ def write(
         chart=chart,
         digest=lock.digest,
         measured=gathered.measured,
+        aligned=gathered.aligned,
         notes=gathered.notes,
         machine=machine,
     )

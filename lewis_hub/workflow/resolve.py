@@ -29,7 +29,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe import read
 from lewis_hub.recipe.parts import parts_of, references
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
+from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
@@ -356,8 +356,8 @@ def depends_on_processor(recipe: Recipe) -> bool:
 
 
 def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
-    """Return the calibration of each expert, in order; empty if guide and method need no texts."""
-    if recipe.guide is None and not needs_moments(recipe):
+    """Return the calibration of each expert, in order; empty if nothing needs texts."""
+    if recipe.guide is None and not needs_moments(recipe) and not aligns_by_texts(recipe):
         return ()
     calibrations = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
     return tuple(calibration for calibration in calibrations if calibration)
@@ -456,6 +456,9 @@ def require_streamable(recipe: Recipe) -> None:
     """Refuse a recipe that scores or uses other merges, which need whole models on the disk."""
     if parts := [str(one.name) for one in parts_of(recipe)]:
         problem = f"--stream keeps no model on this disk, but {parts[0]} is merged before."
+        raise RecipeError("recipe", "models", problem, "Merge without --stream.")
+    if any(one.align for one in recipe.models):
+        problem = "`align` runs whole models, and --stream keeps none on this disk."
         raise RecipeError("recipe", "models", problem, "Merge without --stream.")
     if recipe.export:
         problem = "an export reads the merged weights on the disk, and --stream keeps none."

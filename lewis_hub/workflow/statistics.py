@@ -23,6 +23,7 @@ from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.engine import MakeTensor, per_tensor
 from lewis_hub.merge.plan import Fitted, Gram, Moments, ShardPlan, Statistics, lacking_statistics
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -69,6 +70,7 @@ class Gathered:
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()  # of the data that each expert was measured on
     generated: tuple[str, ...] = ()  # lines of texts that the experts wrote
+    aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
 
 
 def gather(

@@ -21,7 +21,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.rules import asks_for_statistics
+from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Gate, Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import lock_in
@@ -52,7 +52,7 @@ def steps_digest(
     `sources` are all models that are there before the first step.
     """
     recipes = (*parts_of(recipe), recipe)
-    if any(one.guide or asks_for_statistics(one) for one in recipes):
+    if any(one.guide or asks_for_statistics(one) or aligns_by_texts(one) for one in recipes):
         return None
     document = {
         "arithmetic": ARITHMETIC,

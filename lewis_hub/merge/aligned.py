@@ -1,0 +1,108 @@
+"""How the units of one model were matched with another's: the orders, and a summary of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lewis_hub.merge.permutation import Order
+from lewis_hub.merge.symmetries import KEY, MLP, OUTPUT, QUERY, RESIDUAL, VALUE
+
+FILE = "alignment.json"  # in the folder `lewis`
+VERSION = 1  # of the arithmetic: raised when the same models and texts give other orders
+CALLED = {
+    RESIDUAL: "residual stream",
+    MLP: "MLP units",
+    QUERY: "queries",
+    KEY: "keys",
+    VALUE: "values",
+    OUTPUT: "attention outputs",
+}
+
+
+@dataclass(frozen=True)
+class AlignedKind:
+    """Units of one kind in all blocks; similarities are means over them."""
+
+    name: str
+    n_units: int
+    n_moved: int  # units that have another place than before
+    before: float  # similarity of units in the same place, if these alone were not matched
+    after: float
+
+
+@dataclass(frozen=True)
+class AlignedModel:
+    """A model whose units were matched with those of another model."""
+
+    source: str  # pinned
+    reference: str  # pinned
+    weight_similarity: float
+    calibration: Mapping[str, Any]  # facts that fix the texts; empty without texts
+    orders: Mapping[str, Order]  # of each group of units, such as `3.mlp`
+    before: Mapping[str, float]  # similarity of units in the same place, by group
+    after: Mapping[str, float]
+
+    @property
+    def digest(self) -> str:
+        """Equal digests mean equal orders."""
+        facts = [VERSION, {group: order.tolist() for group, order in sorted(self.orders.items())}]
+        return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def kinds(self) -> tuple[AlignedKind, ...]:
+        """A summary of the units, by their kind."""
+        return tuple(self._kind(kind) for kind in CALLED if any(self._groups(kind)))
+
+    def _groups(self, kind: str) -> Iterator[str]:
+        return (group for group in self.orders if group.rpartition(".")[2] == kind)
+
+    def _kind(self, kind: str) -> AlignedKind:
+        orders = {group: self.orders[group] for group in self._groups(kind)}
+        moved = [int((order != np.arange(len(order))).sum()) for order in orders.values()]
+        n_units = sum(map(len, orders.values()))
+        before, after = (
+            sum(values[group] * len(order) for group, order in orders.items()) / n_units
+            for values in (self.before, self.after)
+        )
+        return AlignedKind(CALLED[kind], n_units, sum(moved), before, after)
+
+    def document(self) -> dict[str, Any]:
+        """The model as plain JSON."""
+        return {
+            "source": self.source,
+            "reference": self.reference,
+            "weight_similarity": self.weight_similarity,
+            "calibration": dict(self.calibration),
+            "digest": self.digest,
+            "similarity": {
+                group: {"before": self.before[group], "after": self.after[group]}
+                for group in self.orders
+            },
+            "orders": {group: order.tolist() for group, order in self.orders.items()},
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> AlignedModel:
+        """The model that `document` wrote."""
+        similarity = document["similarity"]
+        return cls(
+            document["source"],
+            document["reference"],
+            document["weight_similarity"],
+            document["calibration"],
+            {group: np.array(order, np.int64) for group, order in document["orders"].items()},
+            {group: values["before"] for group, values in similarity.items()},
+            {group: values["after"] for group, values in similarity.items()},
+        )
+
+
+def alignment_json(models: Sequence[AlignedModel]) -> str:
+    """The text of `lewis/alignment.json`."""
+    document = {"version": VERSION, "models": [one.document() for one in models]}
+    return json.dumps(document, separators=(",", ":"), allow_nan=False) + "\n"

@@ -1,0 +1,218 @@
+"""Match the units of models that have no common base, before anything else is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis_hub.calibration.subject import FEWER, CalibrationSet
+from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
+from lewis_hub.errors import AlignmentError, ExtraMissingError
+from lewis_hub.files import require_room, write_whole
+from lewis_hub.merge.aligned import VERSION, AlignedModel
+from lewis_hub.merge.symmetries import Units, permute, units_of
+from lewis_hub.recipe.schema import Align, Recipe
+from lewis_hub.workflow.fetch import ModelLoader
+from lewis_hub.workflow.open import MergeSources, OpenedSource
+from lewis_hub.workflow.resolve import merged_entries
+from lewis_hub.workflow.resources import Loading
+from lewis_hub.workflow.texts import Sets
+from lewis_hub.workflow.tokenizers import Tokens
+
+if TYPE_CHECKING:
+    from lewis_hub.merge.matching import Model
+
+FOLDER = "aligned"  # in the scratch folder
+WIDTH = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """The models to align, and the model that they are aligned with."""
+
+    reference: OpenedSource
+    experts: tuple[OpenedSource, ...]  # all that are merged, in the recipe's order
+    asked: tuple[Align | None, ...]  # of each expert; None: it is merged as it is
+
+
+def alignment_settings(recipe: Recipe, sources: MergeSources) -> AlignmentSettings | None:
+    """Return how the models of a recipe are aligned; None if none is."""
+    asked = tuple(entry.align for entry in merged_entries(recipe))
+    if not any(asked):
+        return None
+    return AlignmentSettings(sources.donor, sources.experts, asked)
+
+
+def alignment_problems(
+    settings: AlignmentSettings | None, tokens: Tokens, loading: Loading
+) -> list[str]:
+    """Return why models cannot be aligned; only headers and configurations are looked at."""
+    if settings is None:
+        return []
+    problems = []
+    if find_spec("scipy") is None:
+        problems.append(str(ExtraMissingError("`align`", "align")))
+    reference = settings.reference
+    for expert, asked in zip(settings.experts, settings.asked, strict=True):
+        if asked is None:
+            continue
+        try:
+            _require_alike(reference, expert)
+        except AlignmentError as error:
+            problems.append(" ".join(str(error).split("\n")))
+        if tokens.alignment is not None or expert.translation is not None:
+            problems.append(
+                f"{expert.name} cannot be aligned with {reference.name}: `align` compares both on "
+                "the same tokens, and their tokenizers or the numbers of their embeddings differ. "
+                "Give it the other tokenizer first: `lewis-hub transplant-tokenizer`."
+            )
+        for one in (reference, expert):
+            if asked.weight_similarity < 1 and loading.is_too_large(one.checkpoint):
+                problems.append(
+                    f"`align` runs whole models, and {one.name} takes "
+                    f"{loading.model_bytes(one.checkpoint):,} bytes in memory, more than "
+                    "`--max-memory` allows. Raise the limit, or set `weight_similarity: 1`."
+                )
+    return list(dict.fromkeys(problems))
+
+
+def _require_alike(reference: OpenedSource, expert: OpenedSource) -> None:
+    """Refuse two models of which one cannot be matched with the other."""
+    if expert.source.is_adapter:
+        problem = "a LoRA adapter has the units of its base, so it is not aligned"
+        raise AlignmentError(expert.name, problem, "Remove `align` from it.")
+    ours, theirs = (units_of(one.checkpoint, one.config) for one in (reference, expert))
+    kinds = [one.config.get("model_type") for one in (reference, expert)]
+    same = replace(ours, axes={}, shapes={}) == replace(theirs, axes={}, shapes={})
+    if kinds[0] != kinds[1] or not same:
+        problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
+        problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
+        raise AlignmentError(expert.name, problem, "Merge models of one architecture and size.")
+
+
+def align(settings: AlignmentSettings, sets: Sets, loader: ModelLoader) -> tuple[AlignedModel, ...]:
+    """Match the units of each model that is to be aligned; an earlier run's orders are used again.
+
+    Raises:
+        CalibrationError: a model cannot be run on the texts.
+    """
+    texts: Sequence[CalibrationSet | None] = sets or [None] * len(settings.experts)
+    return tuple(
+        _align_one(settings.reference, expert, asked, own, loader)
+        for expert, asked, own in zip(settings.experts, settings.asked, texts, strict=True)
+        if asked
+    )
+
+
+def _align_one(
+    reference: OpenedSource,
+    expert: OpenedSource,
+    asked: Align,
+    texts: CalibrationSet | None,
+    loader: ModelLoader,
+) -> AlignedModel:
+    used = texts if asked.weight_similarity < 1 else None
+    calibration = {**used.facts} if used else {}
+    facts = {
+        "version": VERSION,
+        "models": [reference.digest, expert.digest],
+        "calibration": calibration,
+        "align": asked.model_dump(mode="json"),
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    kept = loader.scratch / FOLDER / f"{name}.json"
+    if kept.exists():
+        return AlignedModel.from_document(json.loads(kept.read_text(encoding="utf-8")))
+    from lewis_hub.merge.matching import match  # torch and scipy: only here
+
+    units = units_of(reference.checkpoint, reference.config)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    work = kept.with_suffix(".activations")
+    try:
+        folders = [work / "reference", work / "other"]
+        if used:
+            for source, folder in zip((reference, expert), folders, strict=True):
+                _write_activations(source, units, used, folder, loader)
+        with (
+            _model(reference, folders[0] if used else None, loader) as ours,
+            _model(expert, folders[1] if used else None, loader) as theirs,
+            loader.progress.stage(f"Aligning {expert.name}", 1, "items") as advance,
+        ):
+            matched = match(units, ours, theirs, asked.weight_similarity)
+            advance(1)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    found = AlignedModel(
+        expert.pinned,
+        reference.pinned,
+        asked.weight_similarity,
+        calibration,
+        matched.orders,
+        matched.unmatched,
+        matched.similarity,
+    )
+    write_whole(kept, json.dumps(found.document()))
+    return found
+
+
+def _write_activations(
+    source: OpenedSource, units: Units, texts: CalibrationSet, folder: Path, loader: ModelLoader
+) -> None:
+    """Run the texts through one of the models, which is freed on return."""
+    from lewis_hub.calibration.model import load_model, run_refusals
+    from lewis_hub.calibration.units import n_kept, write_activations
+
+    folder.mkdir(parents=True)
+    widths = sum(units.width_at(site) for site in units.sites)
+    n_bytes = n_kept(texts.tokens) * widths * WIDTH
+    require_room(folder, n_bytes, "the activations of the texts", FEWER)
+    placed = loader.materialize_checkpoint(source)
+    with (
+        run_refusals(source.pinned, "`align`"),
+        loader.progress.stage(f"Running {source.name}", texts.tokens.n_tokens, "tokens") as advance,
+    ):
+        model = load_model(placed, loader.loading.device, source.pinned)
+        write_activations(model, source.pinned, units.sites, texts.tokens, folder, advance)
+
+
+@contextmanager
+def _model(source: OpenedSource, activations: Path | None, loader: ModelLoader) -> Iterator[Model]:
+    """Open the tensors of a model, which are read one by one."""
+    from lewis_hub.calibration.units import read_activations
+    from lewis_hub.checkpoint.reader import read_tensor
+    from lewis_hub.merge.matching import Model
+    from lewis_hub.merge.readers import open_source
+
+    checkpoint = source.checkpoint
+    steps = [[SourceTensor(source.pinned, one, None) for one in checkpoint.tensors.values()]]
+    ranges = loader.scratch / FOLDER / hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
+    with (
+        SourceFiles(loader.files.locations, steps, ranges, loader.max_shard_bytes) as files,
+        open_source(source.pinned, None, files.reader) as reader,
+    ):
+        seen = None if activations is None else lambda site: read_activations(activations, site)
+        yield Model(lambda name: read_tensor(reader, checkpoint.tensors[name]), seen)
+
+
+def aligner(
+    models: Sequence[AlignedModel],
+) -> Callable[[OpenedSource], OpenedSource]:
+    """Return what replaces a source by itself with its units in the order that was found."""
+    known: Mapping[str, AlignedModel] = {one.source: one for one in models}
+
+    def permuted(source: OpenedSource) -> OpenedSource:
+        found = known.get(source.pinned)
+        if found is None:
+            return source
+        units = units_of(source.checkpoint, source.config)
+        checkpoint = permute(source.checkpoint, units, found.orders)
+        return replace(source, checkpoint=checkpoint, digest=f"{source.digest}+{found.digest}")
+
+    return permuted

@@ -1,0 +1,205 @@
+"""Models without a common base: their units are matched, and the merge reads them permuted."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import lewis_hub
+from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
+from lewis_hub.errors import RecipeError
+from lewis_hub.merge.permutation import PermutingReader
+from lewis_hub.merge.symmetries import permute, units_of
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.resolve import require_streamable
+from tests.unit_orders import random_orders
+
+N_TOKENS = 390  # of the zoo's tokenizer
+TEXTS = 'calibration: {dataset: texts.jsonl, text: "{text}", samples: 6}\n'
+RECIPE = """models:
+  - model: one
+  - model: two
+    align: dual_space
+merge_method: linear
+"""
+
+
+def write_model(folder, seed=0, tie=True):
+    """A tiny random Llama with the zoo's tokenizer."""
+    config = transformers.LlamaConfig(
+        vocab_size=N_TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(lewis_hub.zoo_folder() / "base" / name, folder / name)
+
+
+def permuted_copy(folder, copy, seed=1):
+    """The same model with its units in a random order."""
+    shutil.copytree(folder, copy)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    checkpoint = local_checkpoint("it", folder)
+    units = units_of(checkpoint, config)
+    orders = random_orders(units, np.random.default_rng(seed))
+    permuted = permute(checkpoint, units, orders)
+    with TensorReader(folder, "it") as files:
+        reader = PermutingReader(files)
+        tensors = {name: read_tensor(reader, one) for name, one in permuted.tensors.items()}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return orders
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two models of which one is the other with its units in another order, and texts."""
+    write_model(tmp_path / "one")
+    permuted_copy(tmp_path / "one", tmp_path / "two")
+    lines = [json.dumps({"text": f"reverse BAKOT{n} and encode OZUN{n * n}"}) for n in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def recipe(folder, text=RECIPE + TEXTS):
+    return parse_recipe(text, "recipe.yaml").placed_in(folder)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_merge_with_its_own_permuted_copy_is_the_model_itself(models, monkeypatch):
+    assert lewis_hub.check(recipe(models)).problems == ()
+
+    merged = lewis_hub.merge_models(recipe(models), models / "merged", progress=False)
+
+    own, found = weights(models / "one"), weights(merged.output)
+    assert all(found[name].equal(own[name]) for name in own)
+    aligned = json.loads((merged.output / "lewis/alignment.json").read_text(encoding="utf-8"))
+    [two] = aligned["models"]
+    assert (two["source"], two["reference"], two["weight_similarity"]) == ("two", "one", 0.5)
+    assert sorted(two["orders"]["residual"]) == list(range(32))
+    assert two["similarity"]["residual"]["after"] == pytest.approx(1, abs=1e-4)
+    lock = json.loads((merged.output / "lewis/lock.json").read_text(encoding="utf-8"))
+    assert "lewis/alignment.json" in lock["outputs"]
+    card = (merged.output / "README.md").read_text(encoding="utf-8")
+    assert "`two` was trained from another start than `one`." in card
+    assert "| residual stream | 32 | " in card
+    assert "xu2024training" in card
+    monkeypatch.chdir(models)  # a rebuild finds local folders as the recipe names them
+    assert lewis_hub.verify(merged.output, rebuild=True).problems == ()
+
+
+def test_a_guide_measures_the_permuted_model(models):
+    """Guided and aligned, the copy gives the bytes of the model that it was made from."""
+    write_model(models / "expert", seed=5)
+    both = {
+        n: 0.9 * a + 0.1 * b
+        for (n, a), b in zip(
+            weights(models / "one").items(), weights(models / "expert").values(), strict=True
+        )
+    }
+    save_file(both, models / "expert" / "model.safetensors", metadata={"format": "pt"})
+    permuted_copy(models / "expert", models / "shuffled")
+    text = """base_model: one
+models:
+  - model: NAME
+merge_method: ties
+guide: {name: lewis, gamma: 0.3, epsilon: 0.8}
+"""
+    aligned = text.replace("NAME", "shuffled\n    align: dual_space")
+
+    plain = lewis_hub.merge_models(
+        recipe(models, text.replace("NAME", "expert") + TEXTS), models / "plain", progress=False
+    )
+    merged = lewis_hub.merge_models(
+        recipe(models, aligned + TEXTS), models / "merged", progress=False
+    )
+
+    own, found = weights(plain.output), weights(merged.output)
+    assert all(found[name].equal(own[name]) for name in own)
+
+
+def test_weights_alone_need_no_texts(models):
+    alone = "align: {method: dual_space, weight_similarity: 1}"
+    text = RECIPE.replace("align: dual_space", alone)
+
+    merged = lewis_hub.merge_models(recipe(models, text), models / "merged", progress=False)
+
+    assert all(
+        found.equal(own)
+        for found, own in zip(
+            weights(merged.output).values(), weights(models / "one").values(), strict=True
+        )
+    )
+
+
+def test_models_of_another_size_are_refused(models):
+    write_model(models / "three", seed=2)
+    config = json.loads((models / "three/config.json").read_text(encoding="utf-8"))
+    config["num_key_value_heads"] = 4
+    (models / "three/config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = RECIPE.replace("two", "three") + TEXTS
+
+    problems = lewis_hub.check(recipe(models, text)).problems
+
+    assert problems == (
+        "three: its architecture (llama, 2 blocks, 4 heads of 8, 4 with keys) is not that of one "
+        "(llama, 2 blocks, 4 heads of 8, 2 with keys). Merge models of one architecture and size.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            RECIPE.replace("model: one", "model: one\n    align: dual_space") + TEXTS,
+            "`one` is the model that the others are aligned with.",
+        ),
+        (RECIPE, "`align` needs calibration data, but `one` has none."),
+        (
+            RECIPE.replace("dual_space", "{method: dual_space, weight_similarity: 1.5}"),
+            "Input should be less than or equal to 1",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_aligned_is_refused_when_it_is_read(text, problem):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "recipe.yaml")
+
+    assert problem in str(caught.value)
+
+
+def test_what_cannot_align_says_so(models):
+    scored = RECIPE + TEXTS + "evaluate: {tasks: [zoo_reverse]}\n"
+    with pytest.raises(RecipeError, match="`tune` merges models as they are"):
+        lewis_hub.tune_recipe(recipe(models, scored), lewis_hub.Search(), models / "tuning")
+    with pytest.raises(RecipeError, match="`align` runs whole models, and --stream keeps none"):
+        require_streamable(recipe(models))
+
+
+def test_other_tokenizers_are_refused(models):
+    file = models / "two" / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document), encoding="utf-8")
+
+    problems = lewis_hub.check(
+        recipe(models, RECIPE + TEXTS + "tokenizer_source: union\n")
+    ).problems
+
+    assert problems[0].startswith("two cannot be aligned with one: `align` compares both on the ")
