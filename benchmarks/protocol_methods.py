@@ -14,6 +14,7 @@ from pathlib import Path
 from answers import PROMPT, TEXT
 
 OURS = "ours"
+BEGINNING = PROMPT.partition(" ")[0]  # of texts that an expert samples
 WEIGHT = "$weight"  # replaced by the mean of task arithmetic's best weights
 RATES = (1e-5, 3e-5, 1e-4)
 COMMON = (0.2, 0.4, 0.6, 0.8, 1.0)  # weights of task arithmetic, then steps of one expert
@@ -177,5 +178,5 @@ def _calibration(method: Method, items: Path, n_texts: int) -> dict[str, object]
         "none": None,
         "own": {**own, "text": TEXT},
         "prompts": {**own, "text": PROMPT, "answers": "model"},
-        "sampled": {"from": "model", "samples": n, "max_tokens": 256},
+        "sampled": {"from": "model", "prompt": BEGINNING, "samples": n, "max_tokens": 256},
     }[method.texts]

@@ -5,8 +5,9 @@ gated, how much disk and how many GPU hours the suite needs; nothing is download
 ends there. Then it merges and scores row by row. RESULTS keeps each row, and the commits of all
 repos, so that a second run continues the first with the same models. At the end there is a table:
 published, ours, difference, and whether it is within two standard errors; then the mean, the worst
-task, forgetting, seconds and memory. `--limit N` scores the first N items of each task, and judges nothing.
-`--device cuda` uses a GPU. `--smoke` runs the suite with tiny models and data on an embedded Hub.
+task, forgetting, seconds and memory. `--limit N` scores the first N items of each task, and judges
+nothing. `--device cuda` uses a GPU. `--smoke` runs the suite with tiny models and data on an
+embedded Hub.
 """
 
 from __future__ import annotations

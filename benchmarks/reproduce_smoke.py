@@ -1,8 +1,8 @@
 """Tiny models and data under the names of a suite's repos, for `reproduce.py --smoke`.
 
-Recipes are those of the suite. Tasks of lm-eval become two tasks of the demo. GLUE has a few made-up
-rows, and calibration texts are made up with the same columns. The prompts for GLUE are the columns,
-so that the package with the real ones is not needed.
+Recipes are those of the suite. Tasks of lm-eval become two tasks of the demo. GLUE has a few
+made-up rows, and calibration texts are made up with the same columns. The prompts for GLUE are the
+columns, so that the package with the real ones is not needed.
 """
 
 from __future__ import annotations
