@@ -79,17 +79,17 @@ def lower_loss(losses: Array, counted: NDArray[np.bool_]) -> Array:  # noqa: ARG
     return np.array([(losses[1] - losses[0]).mean()])
 
 
-def estimate(places: Sequence[Place], statistic: Statistic) -> list[Interval]:
+def estimate(places: Sequence[Place], statistic: Statistic, n: int = N_RESAMPLES) -> list[Interval]:
     """The value of a statistic over all places, with bootstrap intervals."""
     values = _average(places, lambda place: statistic(place.losses.mean(-1), place.counted))
-    drawn = resampled(places, statistic)
+    drawn = resampled(places, statistic, n)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return [Interval(*map(float, one)) for one in zip(values, low, high, strict=True)]
 
 
-def p_value(places: Sequence[Place], statistic: Statistic) -> float:
+def p_value(places: Sequence[Place], statistic: Statistic, n: int = N_RESAMPLES) -> float:
     """Two-sided: twice the share of resamples on the rarer side of 0, at most 1."""
-    drawn = resampled(places, statistic)[:, 0]
+    drawn = resampled(places, statistic, n)[:, 0]
     rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return float(min(1.0, 2 * (rarer + 1) / (len(drawn) + 1)))
 
@@ -97,26 +97,37 @@ def p_value(places: Sequence[Place], statistic: Statistic) -> float:
 def resampled(places: Sequence[Place], statistic: Statistic, n: int = N_RESAMPLES) -> Array:
     """(n, n_values): the statistic of each resample."""
     rng = np.random.default_rng(SEED)
-    by_family = _grouped(places, lambda place: place.family)
+    by_family = [
+        _grouped(own, lambda place: place.tasks)
+        for own in _grouped(places, lambda place: place.family)
+    ]
     return np.stack([_drawn(by_family, statistic, rng) for _ in range(n)])
 
 
 def _drawn(
-    by_family: Sequence[Sequence[Place]], statistic: Statistic, rng: np.random.Generator
+    by_family: Sequence[Sequence[Sequence[Place]]], statistic: Statistic, rng: np.random.Generator
 ) -> Array:
+    """The statistic of one resample; `by_family`: family -> draw of tasks -> draws of texts."""
     of_families = []
     for own in _with_replacement(by_family, rng):
         of_draws = []
-        for draw in _with_replacement(_grouped(own, lambda place: place.tasks), rng):
+        for draw in _with_replacement(own, rng):
             _, n_tasks, n_items = draw[0].losses.shape
             items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), n_tasks) / n_items
-            of_texts = [
-                statistic(np.einsum("mti,ti->mt", place.losses, items), place.counted)
-                for place in _with_replacement(draw, rng)
-            ]
-            of_draws.append(np.mean(of_texts, axis=0))
-        of_families.append(np.mean(of_draws, axis=0))
-    found: Array = np.mean(of_families, axis=0)
+            of_draws.append(
+                _mean(
+                    [
+                        statistic((place.losses * items).sum(-1), place.counted)
+                        for place in _with_replacement(draw, rng)
+                    ]
+                )
+            )
+        of_families.append(_mean(of_draws))
+    return _mean(of_families)
+
+
+def _mean(values: Sequence[Array]) -> Array:
+    found: Array = sum(values[1:], values[0]) / len(values)
     return found
 
 
@@ -125,9 +136,8 @@ def _average(places: Sequence[Place], value: Callable[[Place], Array]) -> Array:
     families = []
     for own in _grouped(places, lambda place: place.family):
         draws = _grouped(own, lambda place: place.tasks)
-        families.append(np.mean([np.mean([*map(value, one)], axis=0) for one in draws], axis=0))
-    found: Array = np.mean(families, axis=0)
-    return found
+        families.append(_mean([_mean([*map(value, one)]) for one in draws]))
+    return _mean(families)
 
 
 def _grouped(places: Sequence[Place], key: Callable[[Place], object]) -> list[list[Place]]:

@@ -27,7 +27,7 @@ from typing import Any
 
 from reproduce_plan import plan
 from reproduce_scores import Scoring, own_tasks
-from reproduce_suites import NAMES, Setting, Suite, expected, read_suite
+from reproduce_suites import GLUE, NAMES, Setting, Suite, expected, read_suite
 from reproduce_tables import tables
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -167,8 +167,10 @@ def main() -> None:
     if told.plan or problems:
         raise SystemExit(bool(problems))
     execution = Execution(device=told.device, allow_code=suite.runs_code)
-    how = Scoring(suite, execution, limit, include=include)
-    runner = Runner(suite, results, asked.pins(results), how)
+    at = asked.pins(results)
+    revision = at[GLUE].partition("@")[2] if GLUE in at else None
+    how = Scoring(suite, execution, limit, include=include, revision=revision)
+    runner = Runner(suite, results, at, how)
     runner.run()
     whole = tables(suite, expected(suite.name), runner.found(), limit)
     (results / "table.md").write_text(whole, encoding="utf-8")

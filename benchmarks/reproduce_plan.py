@@ -74,6 +74,8 @@ class Plan:
             yield f"| {one.name} | {gated} | {one.n_bytes / 1e9:.2f} | {(one.sha or '?')[:12]} |"
         yield ""
         yield f"Disk: {self.disk_bytes / 1e9:.1f} GB, {self.free_bytes / 1e9:.1f} GB are free."
+        if self.suite.scoring == "lm-eval":
+            yield "Data of lm-eval's tasks come on top."
         yield f"GPU hours on one GPU with 80 GB, a guess: {self.suite.gpu_hours:g}."
         if self.suite.runs_code:
             yield "Runs code that the models write: allowed by --allow-code-execution only."
@@ -90,10 +92,8 @@ class Plan:
 
 def plan(suite: Suite, results: Path, api: HfApi) -> Plan:
     """Ask the Hub about each repo once; nothing is downloaded."""
-    models = dict.fromkeys(name for setting in suite.settings for name in setting.models)
-    datasets = dict.fromkeys(name for setting in suite.settings for name in setting.datasets)
-    repos = [*(_repo(name, "model", api) for name in models)]
-    repos += [_repo(name, "dataset", api) for name in datasets]
+    repos = [_repo(name, "model", api) for name in suite.models]
+    repos += [_repo(name, "dataset", api) for name in suite.datasets]
     place = next(path for path in (results, *results.resolve().parents) if path.exists())
     return Plan(suite, repos, shutil.disk_usage(place).free)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reproduce_suites import Setting, Suite
+from reproduce_suites import GLUE, Setting, Suite
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -22,7 +22,6 @@ from transformers import (
 import lewis_hub
 from lewis_hub.workflow.resources import Execution
 
-GLUE = "nyu-mll/glue"
 SPLITS = {"mnli": "validation_matched"}  # the others: validation
 COLUMNS = {  # texts of a classification head, in order
     "cola": ("sentence",),
@@ -47,6 +46,7 @@ class Scoring:
         limit: first items of each task; None: all.
         heads: for `glue-heads`.
         include: folder of own task files of lm-eval.
+        revision: of GLUE.
     """
 
     suite: Suite
@@ -54,6 +54,7 @@ class Scoring:
     limit: int | None = None
     heads: Heads | None = None
     include: str | None = None
+    revision: str | None = None
 
     def of(self, folder: Path | str, tasks: Mapping[str, str]) -> dict[str, float]:
         """Task -> score of the model in a folder."""
@@ -109,7 +110,9 @@ class Scoring:
     def _items(self, task: str) -> list[dict[str, Any]]:
         from datasets import load_dataset
 
-        rows = load_dataset(GLUE, task, split=SPLITS.get(task, "validation"))
+        rows = load_dataset(
+            GLUE, task, split=SPLITS.get(task, "validation"), revision=self.revision
+        )
         return list(rows.select(range(min(self.limit, len(rows)))) if self.limit else rows)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from reproduce_scores import COLUMNS, GLUE, SPLITS
-from reproduce_suites import Setting, Suite
+from reproduce_scores import COLUMNS, SPLITS
+from reproduce_suites import GLUE, Setting, Suite
 from tiny_models import fine_tuned, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "suites"
+GLUE = "nyu-mll/glue"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 Texts = Mapping[str, Any]  # `calibration` of a recipe
@@ -100,6 +101,17 @@ class Suite:
     abilities: Mapping[str, str] = field(default_factory=dict)
     runs_code: bool = False
     package: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All repos of models, each once."""
+        return tuple(dict.fromkeys(name for one in self.settings for name in one.models))
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All repos of calibration texts, and GLUE; not the data of lm-eval's tasks."""
+        found = [name for one in self.settings for name in one.datasets]
+        return tuple(dict.fromkeys([*found, *([GLUE] if self.scoring != "lm-eval" else [])]))
 
 
 def read_suite(name: str) -> Suite:
