@@ -42,9 +42,14 @@ class _Named:
 
 
 @dataclass(frozen=True)
+class _Author:
+    name: str | None = None  # of a user who is deleted
+
+
+@dataclass(frozen=True)
 class _PullRequest:
     num: int
-    author: _Named
+    author: _Author = field(default_factory=_Author)
 
 
 @dataclass(frozen=True)
