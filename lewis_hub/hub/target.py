@@ -143,7 +143,7 @@ def _pull_requests(hub_repo: HubRepo, page: int) -> tuple[list[int], bool]:
     """
     api = hub_repo.api
     url = f"{api.endpoint}/api/models/{hub_repo.name}/discussions"
-    asked = {"type": "pull_request", "status": "open", "p": page}
+    asked: dict[str, str | int] = {"type": "pull_request", "status": "open", "p": page}
 
     def ask() -> httpx2.Response:
         answer = get_session().get(url, headers=build_hf_headers(token=api.token), params=asked)
