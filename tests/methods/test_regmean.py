@@ -369,3 +369,39 @@ def test_a_direction_that_no_text_excites_stays_as_the_anchor_has_it():
 
 def moments_of(n, width):
     return [gram.float() for gram in moments(n, width, 7)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_endless_ridge_is_its_anchor_with_and_without_statistics(transposed):
+    generator = torch.Generator().manual_seed(5)
+    base, *vectors = torch.randn(4, 5, 6, generator=generator)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    given = {"weights": weights, "densities": [1.0] * 3, "ridge": 1e9, "transposed": transposed}
+    by = {"anchor": "ties", "anchor_scale": 0.8, "anchor_density": 0.4}
+    grams = moments_of(3, 5 if transposed else 6)
+
+    found = regmean(base, torch.stack(vectors), grams=grams, **given, **by)
+    without = regmean(base, torch.stack(vectors), grams=[None] * 3, **given, **by)
+    at_base = regmean(base, torch.stack(vectors), grams=grams, anchor="base", **given)
+
+    densities = [0.4] * 3
+    expected = ties(base, torch.stack(vectors), weights=weights, densities=densities, lambda_=0.8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(without, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(at_base, base, rtol=1e-5, atol=1e-5)
+
+
+def test_a_ridge_of_the_size_of_the_moments_meets_its_anchor_halfway():
+    gram = 4.0 * torch.eye(2)[None]
+    vectors = torch.tensor([[[6.0, 1.0]], [[4.0, -3.0]]])
+    given = {"weights": torch.ones(2), "densities": [1.0, 1.0], "grams": [gram, gram], "ridge": 1.0}
+
+    found = {
+        anchor: regmean(torch.zeros(1, 2), vectors, anchor=anchor, **given).tolist()[0]
+        for anchor in ("task_arithmetic", "ties", "base")
+    }
+
+    # without an anchor (5, -1); the sum is (10, -2), half of each by TIES (6, 0) and (4, 0): (5, 0)
+    expected = {"task_arithmetic": [7.5, -1.5], "ties": [5.0, -0.5], "base": [2.5, -0.5]}
+    for anchor, values in expected.items():
+        assert found[anchor] == pytest.approx(values, rel=1e-5), anchor
