@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration import grams
+from lewis_hub.calibration import affine, grams
+from lewis_hub.calibration.affine import AffineOptionsOf
 from lewis_hub.calibration.forward import (
     ActivationCache,
     BatchState,
@@ -114,6 +115,7 @@ class SequentialFit:
     widest: int  # the most inputs of one matrix
     grouping: Grouping  # unpadded_batches if a module has not a row for each token
     n_threads: int  # the number of matrices solved at a time
+    affine_of: AffineOptionsOf | None = None  # None: norms and biases stay as they are
 
 
 def fit(  # noqa: PLR0913
@@ -124,13 +126,15 @@ def fit(  # noqa: PLR0913
     widest: int,
     device: str,
     advance: Advance,
+    affine_of: AffineOptionsOf | None = None,
 ) -> list[Path]:
     """Fit the Linears of all blocks of a merge without statistics, on the `texts` of each expert.
 
     Several threads call `solve`, but not for a module that no token of some expert reached. Inputs
     longer than `widest` are split into parts. `advance` is called with the number of tokens done,
-    as if there were one block. Returns a file in `folder` for each block in which a Linear was
-    fitted; those that an earlier run finished are kept.
+    as if there were one block. With `affine_of` norms and biases are fitted too. Returns a file in
+    `folder` for each block in which a Linear was fitted; those that an earlier run finished are
+    kept.
 
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
@@ -146,7 +150,9 @@ def fit(  # noqa: PLR0913
             raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(model.model)
-    job = SequentialFit(model, experts, stored_as, solve, folder, widest, batches, n_threads)
+    job = SequentialFit(
+        model, experts, stored_as, solve, folder, widest, batches, n_threads, affine_of
+    )
     with deterministic_threads(module for _, module in linears(model.path, model.blocks)):
         try:
             return _fit_blocks(job, texts, advance)
@@ -209,7 +215,9 @@ def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str,
     paired = {path for level in in_order for path in level}
     unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
     found = _fit_unpaired(job, trial, pairs, unpaired)
-    for level in in_order:
+    norms = affine.norms_by_level(trial, in_order) if job.affine_of else [[]] * (len(in_order) + 1)
+    for number, level in enumerate(in_order):
+        found |= _fit_norms(job, trial, pairs, norms[number])
         is_last = level is in_order[-1] and len(level) == 1
         try:
             is_residual = is_last and is_added(trial, level[0])
@@ -223,7 +231,33 @@ def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str,
             found |= _fit_unpaired(job, trial, pairs, level)  # some tokens alone reach it
         else:
             found |= _solve(job, trial, dict.fromkeys(level, moments))
+            found |= _fit_biases(job, trial, pairs, level, of_block=is_residual)
+    return found | _fit_norms(job, trial, pairs, norms[-1])
+
+
+def _fit_norms(
+    job: SequentialFit, trial: BatchState, pairs: Pairs, paths: Sequence[str]
+) -> dict[str, Tensor]:
+    """Fit norms of a block one after the other, and put them into the merged model."""
+    found: dict[str, Tensor] = {}
+    if job.affine_of is None:
+        return found
+    for path in paths:
+        fitted = affine.fit_norm(pairs, path, job.stored_as, job.affine_of)
+        _put(job, trial, fitted)
+        found |= fitted
     return found
+
+
+def _fit_biases(
+    job: SequentialFit, trial: BatchState, pairs: Pairs, level: Sequence[str], *, of_block: bool
+) -> dict[str, Tensor]:
+    """Fit the biases of one level, and put them into the merged model."""
+    if job.affine_of is None:
+        return {}
+    fitted = affine.fit_biases(pairs, level, job.stored_as, job.affine_of, of_block=of_block)
+    _put(job, trial, fitted)
+    return fitted
 
 
 def _fit_unpaired(

@@ -61,6 +61,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     anchor_density: float = 0.5,  # of `anchor: ties`
     interpolation: float = 1.0,  # alpha in FeatCal
     compensate: bool = True,
+    affine: bool = False,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -89,8 +90,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     `interpolation` a takes a z + (1 - a) x instead of z, and a d instead of d; d is 0 without
     `compensate`. FeatCal (arXiv 2605.13030) is `inputs: merged` without `compensate`, with
     off_diagonal 1, `normalize_grams: frobenius` and, in its authors' code, ridge .05, anchor_scale
-    .66 and interpolation .25. It also fits biases and LayerNorms, and all matrices of a block at
-    once.
+    .66 and interpolation .25. It fits all matrices of a block at once, and LayerNorms and biases,
+    which `affine` fits here with `inputs: merged`: not in this function, which has a matrix alone.
 
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
@@ -98,6 +99,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         r: `ridge`
         A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i; 0 or that of `ties` by `anchor`
     """
+    del affine  # see `lewis_hub.calibration.affine`
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]

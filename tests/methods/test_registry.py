@@ -77,6 +77,7 @@ def test_options_and_their_defaults_are_mergekits():
             "anchor_density": 0.5,
             "interpolation": 1.0,
             "compensate": True,
+            "affine": False,
             **TRIM,
         },
         "wudi": {"ridge": 0.1, "anchor_scale": 1.0, "lambda": 1.0},  # not in mergekit
