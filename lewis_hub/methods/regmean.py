@@ -60,6 +60,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     anchor_scale: float = 1.0,  # rho in FeatCal, times the scale of its first merge
     anchor_density: float = 0.5,  # of `anchor: ties`
     interpolation: float = 1.0,  # alpha in FeatCal
+    prior: float = 0.0,  # share of the moments that the task vectors give
     compensate: bool = True,
     affine: bool = False,
     trim: Trim = "magnitude",
@@ -87,6 +88,10 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     `normalize_grams` divides the moments of each expert by the mean of the diagonal of its G or by
     its Frobenius norm, and `ridge` is then added to the diagonal as it is; without, it is times the
     mean diagonal of the sum. A tensor without G becomes base + lambda A where `ridge` is set.
+    With `prior` p, each expert's moments count 1 - p, and p those that WUDI-Merging (arXiv
+    2503.08099) takes instead of data, v^T v of its own task vector, scaled to the trace of G. Few
+    texts leave directions out that they give. 1 is `wudi`, but for the scale and the shrinkage.
+
     `interpolation` a takes a z + (1 - a) x instead of z, and a d instead of d; d is 0 without
     `compensate`. FeatCal (arXiv 2605.13030) is `inputs: merged` without `compensate`, with
     off_diagonal 1, `normalize_grams: frobenius` and, in its authors' code, ridge .05, anchor_scale
@@ -126,8 +131,12 @@ def regmean(  # noqa: PLR0913 (options are keywords)
             )
             for gram, cross, residual in zip_longest(known, crosses, residuals)
         ]
-        moments = [_normalized(_interpolated(m, interpolation), normalize_grams) for m in moments]
         parts = [base_rows[:, part], *(row[:, part] for row in rows)]
+        moments = [_interpolated(m, interpolation) for m in moments]
+        if prior:
+            pairs = zip(moments, parts[1:], strict=True)
+            moments = [_with_prior(m, row, prior) for m, row in pairs]
+        moments = [_normalized(m, normalize_grams) for m in moments]
         pull = None
         if anchored is not None:
             pull = _Pull(ridge, anchored[:, part], relative=normalize_grams == "none")
@@ -220,6 +229,20 @@ def _interpolated(moments: _PartMoments, share: float) -> _PartMoments:
     residual = None if moments.residual is None else share * moments.residual
     cross = share * moments.cross + (1.0 - share) * moments.gram
     return _PartMoments(moments.gram, cross, residual)
+
+
+def _with_prior(moments: _PartMoments, vector: Tensor, share: float) -> _PartMoments:
+    """Moments mixed with those of the task vector's rows as inputs, of the same trace."""
+    gram, size = moments.gram, dot(vector, vector)
+    if not size > 0:
+        return moments
+    scale = share * float(gram.diagonal().double().sum()) / size
+    of_rows = scale * product(vector.T, vector)
+    crosses = (
+        None if moments.cross is None else (1.0 - share) * moments.cross + of_rows,
+        None if moments.residual is None else (1.0 - share) * moments.residual,
+    )
+    return _PartMoments((1.0 - share) * gram + of_rows, *crosses)
 
 
 def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:

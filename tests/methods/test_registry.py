@@ -76,6 +76,7 @@ def test_options_and_their_defaults_are_mergekits():
             "anchor_scale": 1.0,
             "anchor_density": 0.5,
             "interpolation": 1.0,
+            "prior": 0.0,
             "compensate": True,
             "affine": False,
             **TRIM,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.regmean import RIDGE, regmean
+from lewis_hub.methods.regmean import RIDGE, regmean, wudi
 from lewis_hub.methods.ties import ties
 from lewis_hub.methods.votes import trim
 
@@ -405,3 +405,57 @@ def test_a_ridge_of_the_size_of_the_moments_meets_its_anchor_halfway():
     expected = {"task_arithmetic": [7.5, -1.5], "ties": [5.0, -0.5], "base": [2.5, -0.5]}
     for anchor, values in expected.items():
         assert found[anchor] == pytest.approx(values, rel=1e-5), anchor
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_prior_counts_rows_of_the_task_vector_as_further_inputs(transposed):
+    generator = torch.Generator().manual_seed(11)
+    base = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
+    z = x + 0.3 * torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    found = regmean(
+        base.T if transposed else base,
+        vectors.mT if transposed else vectors,
+        weights=weights,
+        densities=[1.0, 1.0],
+        grams=list((x.mT @ x / 30)[:, None]),
+        cross_covariances=list((z.mT @ x / 30)[:, None]),
+        transposed=transposed,
+        inputs="merged",
+        off_diagonal=1.0,
+        prior=0.3,
+    )
+
+    # over tokens and rows: |W x - W_e z|^2 .7 w / 30, |W v - W_e v|^2 .3 w trace / |v|^2
+    total, wanted = np.zeros((5, 5)), np.zeros((4, 5))
+    for w, v, own, expert in zip(weights.tolist(), vectors.numpy(), x, z, strict=True):
+        share = 0.3 * w * float((own**2).sum()) / 30 / (v**2).sum()
+        of_tokens, of_rows = 0.7 * w / 30 * (own.T @ own).numpy(), share * v.T @ v
+        total += of_tokens + of_rows
+        wanted += (base.numpy() + v) @ (0.7 * w / 30 * (expert.T @ own).numpy() + of_rows)
+    expected = np.linalg.solve(total, wanted.T).T
+    np.testing.assert_allclose((found.T if transposed else found).numpy(), expected, rtol=1e-4)
+
+
+def test_a_prior_alone_is_wudi_up_to_the_size_of_the_moments():
+    generator = torch.Generator().manual_seed(12)
+    base, first, second = torch.randn(3, 6, 4, generator=generator)
+    vectors = torch.stack([first, second])
+    grams = [torch.eye(4)[None]] * 2  # of equal trace
+
+    found = regmean(
+        base,
+        vectors,
+        weights=torch.ones(2),
+        densities=[1.0, 1.0],
+        grams=grams,
+        off_diagonal=1.0,
+        prior=1.0,
+        ridge=0.1,
+    )
+
+    expected = wudi(base, vectors, weights=torch.ones(2), ridge=0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
