@@ -161,7 +161,10 @@ def _by_statistics(*, generic: bool) -> Iterator[Variant]:
 
 
 def _anchored(*, generic: bool) -> Iterator[Variant]:
-    """With a ridge towards task arithmetic by .8, and FeatCal by its authors' settings."""
+    """With a ridge towards another merge; with norms; FeatCal by its authors' settings.
+
+    The ridge pulls towards task arithmetic by .8 unless the name says otherwise.
+    """
     for own in (True, False) if generic else (True,):
         more = "" if own else " generic"
         for ridge in (0.001, 0.01, 0.1, 1.0):
@@ -170,6 +173,14 @@ def _anchored(*, generic: bool) -> Iterator[Variant]:
             yield _regmean(
                 f"regmean merged 0.7 ridge {ridge}{more}", 0.7, 1.0, family, 64, settings, own=own
             )
+            if ridge == 0.1:
+                for anchor, scale in (("ties", 1.0), ("base", 1.0)):
+                    by = {**settings, "anchor": anchor, "anchor_scale": scale}
+                    name = f"regmean merged 0.7 ridge {ridge} {anchor}{more}"
+                    yield _regmean(name, 0.7, 1.0, family, 64, by, own=own)
+        settings = {**MERGED, "affine": True}
+        name = f"regmean merged 0.7 affine{more}"
+        yield _regmean(name, 0.7, 1.0, f"regmean merged affine{more}", 64, settings, own=own)
         settings = {**MERGED, **FEATCAL}
         yield _regmean(f"featcal{more}", 1.0, 1.0, f"featcal{more}", 64, settings, own=own)
 

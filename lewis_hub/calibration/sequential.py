@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration import grams
+from lewis_hub.calibration import affine, grams
+from lewis_hub.calibration.affine import AffineOptionsOf
 from lewis_hub.calibration.block_runs import (
     BatchPair,
     BlockRuns,
@@ -111,6 +112,7 @@ class SequentialFit:
     grouping: Grouping  # unpadded_batches if a module has not a row for each token
     n_threads: int  # the number of matrices solved at a time
     n_before: int  # the number of blocks of stacks before this one
+    affine_of: AffineOptionsOf | None = None  # None: norms and biases stay as they are
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,15 @@ def fit(  # noqa: PLR0913
     widest: int,
     device: str,
     advance: Advance,
+    affine_of: AffineOptionsOf | None = None,
 ) -> list[Path]:
     """Fit the Linears of all blocks of a merge without statistics, on the `texts` of each expert.
 
     Several threads call `solve`, but not for a module that no token of some expert reached. Inputs
     longer than `widest` are split into parts. `advance` is called with the number of tokens done,
-    as if there were one block. Returns a file in `folder` for each block in which a Linear was
-    fitted; those that an earlier run finished are kept.
+    as if there were one block. With `affine_of` norms and biases are fitted too. Returns a file in
+    `folder` for each block in which a Linear was fitted; those that an earlier run finished are
+    kept.
 
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
@@ -162,7 +166,8 @@ def fit(  # noqa: PLR0913
         beside = [expert[number] for expert in experts]
         n_before = sum(len(one.blocks) for one in stacks[:number])
         made = SequentialFit(
-            stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before
+            *(stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before),
+            affine_of=affine_of,
         )
         jobs.append(made)
     modules = (module for one in stacks for _, module in linears(one.path, one.blocks))
@@ -259,7 +264,9 @@ def _fit_block(
     if in_order:
         for pair in chain.from_iterable(pairs):
             runs.watch(pair.own, [level[0] for level in in_order])
-    for level in in_order:
+    norms = affine.norms_by_level(trial, in_order) if job.affine_of else [[]] * (len(in_order) + 1)
+    for number, level in enumerate(in_order):
+        found |= _fit_norms(job, trial, pairs, norms[number])
         is_last = level is in_order[-1] and len(level) == 1
         try:
             is_residual = is_last and is_added(trial, level[0])
@@ -273,8 +280,34 @@ def _fit_block(
             found |= _fit_unpaired(job, trial, pairs, level)  # some tokens alone reach it
         else:
             found |= _solve(job, trial, dict.fromkeys(level, moments))
+            found |= _fit_biases(job, trial, pairs, level, of_block=is_residual)
             runs.fitted(level)
+    return found | _fit_norms(job, trial, pairs, norms[-1])
+
+
+def _fit_norms(
+    job: SequentialFit, trial: BatchState, pairs: Pairs, paths: Sequence[str]
+) -> dict[str, Tensor]:
+    """Fit norms of a block one after the other, and put them into the merged model."""
+    found: dict[str, Tensor] = {}
+    if job.affine_of is None:
+        return found
+    for path in paths:
+        fitted = affine.fit_norm(pairs, path, job.stored_as, job.affine_of)
+        _put(job, trial, fitted)
+        found |= fitted
     return found
+
+
+def _fit_biases(
+    job: SequentialFit, trial: BatchState, pairs: Pairs, level: Sequence[str], *, of_block: bool
+) -> dict[str, Tensor]:
+    """Fit the biases of one level, and put them into the merged model."""
+    if job.affine_of is None:
+        return {}
+    fitted = affine.fit_biases(pairs, level, job.stored_as, job.affine_of, of_block=of_block)
+    _put(job, trial, fitted)
+    return fitted
 
 
 def _fit_unpaired(

@@ -26,6 +26,8 @@ RANGES = {  # lowest value, highest value, meaning
     "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
     "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
     "ridge": (0, math.inf, "It is how strongly a matrix is pulled towards the anchor."),
+    "anchor_density": (0, 1, "It is the fraction of entries that the anchor keeps."),
+    "prior": (0, 1, "It is the share of the second moments that the task vectors give."),
     "interpolation": (0, 1, "It is the share of the expert's input in what a matrix is fitted to."),
     "trim_exponent": (0, math.inf, "It is the power of the activation norm."),
     "select_topk": (0, 1, "It is the fraction of entries that are selected."),

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.methods.numerics import cholesky, dot, product, solve, summed
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.votes import TRIMS, Trim, averaged, channel_scales, trimmed
+from lewis_hub.methods.votes import (
+    TRIMS,
+    Trim,
+    averaged,
+    channel_scales,
+    elected_votes,
+    trimmed,
+)
+from lewis_hub.methods.votes import trim as kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +27,8 @@ Inputs = Literal["own", "merged"]
 INPUTS = ("own", "merged")
 Norm = Literal["none", "mean_diagonal", "frobenius"]
 NORMS = ("none", "mean_diagonal", "frobenius")
+Anchor = Literal["task_arithmetic", "ties", "base"]
+ANCHORS = ("task_arithmetic", "ties", "base")
 RIDGE = 1e-6  # times the mean second moment, added to the diagonal
 LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive definite with RIDGE
 
@@ -26,7 +36,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
 @register(
     "regmean",
     paper="https://arxiv.org/abs/2212.09849",
-    accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS},
+    accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS, "anchor": ANCHORS},
     uses_lapack=True,
     weighs_squares=True,
     version=3,
@@ -46,9 +56,13 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     inputs: Inputs = "own",
     normalize_grams: Norm = "none",
     ridge: float = 0.0,  # lambda in FeatCal
-    anchor_scale: float = 1.0,  # rho times the scale of task arithmetic in FeatCal
+    anchor: Anchor = "task_arithmetic",
+    anchor_scale: float = 1.0,  # rho in FeatCal, times the scale of its first merge
+    anchor_density: float = 0.5,  # of `anchor: ties`
     interpolation: float = 1.0,  # alpha in FeatCal
+    prior: float = 0.0,  # share of the moments that the task vectors give
     compensate: bool = True,
+    affine: bool = False,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -67,31 +81,39 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     the difference between the outputs of the expert's block and the merged block; each part of long
     inputs compensates an equal share of d.
 
-    `ridge` pulls the update towards that of task arithmetic, A = `anchor_scale` times the sum of
-    the task vectors, each times its weight over the mean weight; 0 as scale is the base.
+    `ridge` pulls the update towards A, `anchor_scale` times the update of another merge. `anchor`
+    names it: `task_arithmetic` is the sum of the task vectors, each times its weight over the mean
+    weight; `ties` keeps `anchor_density` of each task vector, and averages those that agree with
+    the elected sign; `base` is 0.
     `normalize_grams` divides the moments of each expert by the mean of the diagonal of its G or by
     its Frobenius norm, and `ridge` is then added to the diagonal as it is; without, it is times the
     mean diagonal of the sum. A tensor without G becomes base + lambda A where `ridge` is set.
+    With `prior` p, each expert's moments count 1 - p, and p those that WUDI-Merging (arXiv
+    2503.08099) takes instead of data, v^T v of its own task vector, scaled to the trace of G. Few
+    texts leave directions out that they give. 1 is `wudi`, but for the scale and the shrinkage.
+
     `interpolation` a takes a z + (1 - a) x instead of z, and a d instead of d; d is 0 without
     `compensate`. FeatCal (arXiv 2605.13030) is `inputs: merged` without `compensate`, with
     off_diagonal 1, `normalize_grams: frobenius` and, in its authors' code, ridge .05, anchor_scale
-    .66 and interpolation .25. It also fits biases and LayerNorms, and all matrices of a block at
-    once.
+    .66 and interpolation .25. It fits all matrices of a block at once, and LayerNorms and biases,
+    which `affine` fits here with `inputs: merged`: not in this function, which has a matrix alone.
 
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
         G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i
-        r: `ridge`; A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i
+        r: `ridge`
+        A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i; 0 or that of `ties` by `anchor`
     """
+    del affine  # see `lewis_hub.calibration.affine`
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]
+    anchored = _anchored(vectors, weights, anchor, anchor_scale, anchor_density) if ridge else None
     if len(known) < len(vectors):
-        scale = anchor_scale * len(vectors) if ridge else 1.0
-        return base + lambda_ * (scale * averaged(vectors, weights))
+        return base + lambda_ * (averaged(vectors, weights) if anchored is None else anchored)
     rows = [vector.T if transposed else vector for vector in vectors]
     base_rows = base.T if transposed else base
-    anchor = anchor_scale * len(vectors) * averaged(rows, weights) if ridge else None
+    anchored = anchored.T if anchored is not None and transposed else anchored
     crosses, residuals = (
         (cross_covariances, residual_covariances if compensate else ())
         if inputs == "merged"
@@ -109,11 +131,15 @@ def regmean(  # noqa: PLR0913 (options are keywords)
             )
             for gram, cross, residual in zip_longest(known, crosses, residuals)
         ]
-        moments = [_normalized(_interpolated(m, interpolation), normalize_grams) for m in moments]
         parts = [base_rows[:, part], *(row[:, part] for row in rows)]
+        moments = [_interpolated(m, interpolation) for m in moments]
+        if prior:
+            pairs = zip(moments, parts[1:], strict=True)
+            moments = [_with_prior(m, row, prior) for m, row in pairs]
+        moments = [_normalized(m, normalize_grams) for m in moments]
         pull = None
-        if anchor is not None:
-            pull = _Pull(ridge, anchor[:, part], relative=normalize_grams == "none")
+        if anchored is not None:
+            pull = _Pull(ridge, anchored[:, part], relative=normalize_grams == "none")
         update[:, part] = _nearest(parts, moments, weights, off_diagonal, pull)
     return base + lambda_ * (update.T if transposed else update)
 
@@ -161,6 +187,18 @@ def wudi(  # noqa: PLR0913 (options are keywords)
     )
 
 
+def _anchored(
+    vectors: Sequence[Tensor], weights: Tensor, anchor: Anchor, scale: float, density: float
+) -> Tensor:
+    """The update of the merge that the ridge pulls towards."""
+    if anchor == "base":
+        return vectors[0].new_zeros(vectors[0].shape)
+    if anchor == "ties":
+        votes = [w * kept(v, density) for w, v in zip(weights, vectors, strict=True)]
+        return scale * elected_votes(votes, weights, normalize=True)
+    return scale * len(vectors) * averaged(vectors, weights)
+
+
 @dataclass(frozen=True)
 class _PartMoments:
     """Moments of one source for one part of the inputs."""
@@ -191,6 +229,20 @@ def _interpolated(moments: _PartMoments, share: float) -> _PartMoments:
     residual = None if moments.residual is None else share * moments.residual
     cross = share * moments.cross + (1.0 - share) * moments.gram
     return _PartMoments(moments.gram, cross, residual)
+
+
+def _with_prior(moments: _PartMoments, vector: Tensor, share: float) -> _PartMoments:
+    """Moments mixed with those of the task vector's rows as inputs, of the same trace."""
+    gram, size = moments.gram, dot(vector, vector)
+    if not size > 0:
+        return moments
+    scale = share * float(gram.diagonal().double().sum()) / size
+    of_rows = scale * product(vector.T, vector)
+    crosses = (
+        None if moments.cross is None else (1.0 - share) * moments.cross + of_rows,
+        None if moments.residual is None else (1.0 - share) * moments.residual,
+    )
+    return _PartMoments((1.0 - share) * gram + of_rows, *crosses)
 
 
 def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:

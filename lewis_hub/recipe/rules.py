@@ -284,6 +284,9 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if isinstance(recipe.parameters.get("inputs"), tuple):
         problem = "`inputs` takes one value for all matrices."
         yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
+    if recipe.parameters.get("affine") and not fits_in_sequence(recipe):
+        problem = "norms and biases are fitted in sequence only."
+        yield ("parameters", "affine"), problem, "Write `inputs: merged` beside it, or remove it."
     option = (
         f"`{recipe.merge_method}`" if recipe.merge_method in STATISTICAL else "`trim: activation`"
     )

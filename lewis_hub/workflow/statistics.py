@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams
 from lewis_hub.calibration.subject import Subject, Weights, in_folder
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE
@@ -37,6 +37,7 @@ from lewis_hub.workflow.texts import Sets, remap_token_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lewis_hub.calibration.affine import AffineOptions
     from lewis_hub.calibration.sequential import LayerMoments
 
 VERSION = 4  # of the arithmetic of fitting in sequence
@@ -285,7 +286,8 @@ def _fit(
         loader.progress.stage("Fitting block by block", n_tokens, "tokens") as advance,
         run_refusals(settings.sources.donor.pinned, asked),
     ):
-        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+        affine_of = merged.affine_options if merged.fits_affine else None
+        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance, affine_of)
     report_nan([Counter(label for label, _ in merged.replaced_nan)], loader.progress)
     return files
 
@@ -299,6 +301,7 @@ class _MergedBlocks:
         self, planned: ShardPlan, locations: Locations, scratch: Path, most_bytes: int
     ) -> None:
         self._planned, self._locations, self._scratch = planned, locations, scratch
+        self._tensors = {tensor.output.name: tensor for tensor in planned.tensors}
         self._most_bytes = most_bytes
         self.replaced_nan: set[tuple[str, str]] = set()  # (source, fitted tensor)
 
@@ -323,6 +326,21 @@ class _MergedBlocks:
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
                 files.step_done()
+
+    @property
+    def fits_affine(self) -> bool:
+        """Whether a norm or bias is to be fitted."""
+        return any(tensor.options.get("affine") for tensor in self._planned.tensors)
+
+    def affine_options(self, tensor: str) -> AffineOptions | None:
+        """How a norm or bias is fitted; None: it is not."""
+        from lewis_hub.calibration.affine import AffineOptions
+
+        planned = self._tensors[tensor]
+        if planned.is_copied or not planned.options["affine"]:
+            return None
+        dtype = torch_dtypes()[planned.output.dtype]
+        return AffineOptions(planned.weights, planned.options["ridge"], dtype)
 
     def solve(self, tensor: str, seen: Sequence[LayerMoments], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that `parts` made last."""

@@ -72,9 +72,13 @@ def test_options_and_their_defaults_are_mergekits():
             "inputs": "own",
             "normalize_grams": "none",
             "ridge": 0.0,
+            "anchor": "task_arithmetic",
             "anchor_scale": 1.0,
+            "anchor_density": 0.5,
             "interpolation": 1.0,
+            "prior": 0.0,
             "compensate": True,
+            "affine": False,
             **TRIM,
         },
         "wudi": {"ridge": 0.1, "anchor_scale": 1.0, "lambda": 1.0},  # not in mergekit

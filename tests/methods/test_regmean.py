@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.regmean import RIDGE, regmean
+from lewis_hub.methods.regmean import RIDGE, regmean, wudi
 from lewis_hub.methods.ties import ties
 from lewis_hub.methods.votes import trim
 
@@ -369,3 +369,93 @@ def test_a_direction_that_no_text_excites_stays_as_the_anchor_has_it():
 
 def moments_of(n, width):
     return [gram.float() for gram in moments(n, width, 7)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_endless_ridge_is_its_anchor_with_and_without_statistics(transposed):
+    generator = torch.Generator().manual_seed(5)
+    base, *vectors = torch.randn(4, 5, 6, generator=generator)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    given = {"weights": weights, "densities": [1.0] * 3, "ridge": 1e9, "transposed": transposed}
+    by = {"anchor": "ties", "anchor_scale": 0.8, "anchor_density": 0.4}
+    grams = moments_of(3, 5 if transposed else 6)
+
+    found = regmean(base, torch.stack(vectors), grams=grams, **given, **by)
+    without = regmean(base, torch.stack(vectors), grams=[None] * 3, **given, **by)
+    at_base = regmean(base, torch.stack(vectors), grams=grams, anchor="base", **given)
+
+    densities = [0.4] * 3
+    expected = ties(base, torch.stack(vectors), weights=weights, densities=densities, lambda_=0.8)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(without, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(at_base, base, rtol=1e-5, atol=1e-5)
+
+
+def test_a_ridge_of_the_size_of_the_moments_meets_its_anchor_halfway():
+    gram = 4.0 * torch.eye(2)[None]
+    vectors = torch.tensor([[[6.0, 1.0]], [[4.0, -3.0]]])
+    given = {"weights": torch.ones(2), "densities": [1.0, 1.0], "grams": [gram, gram], "ridge": 1.0}
+
+    found = {
+        anchor: regmean(torch.zeros(1, 2), vectors, anchor=anchor, **given).tolist()[0]
+        for anchor in ("task_arithmetic", "ties", "base")
+    }
+
+    # without an anchor (5, -1); the sum is (10, -2), half of each by TIES (6, 0) and (4, 0): (5, 0)
+    expected = {"task_arithmetic": [7.5, -1.5], "ties": [5.0, -0.5], "base": [2.5, -0.5]}
+    for anchor, values in expected.items():
+        assert found[anchor] == pytest.approx(values, rel=1e-5), anchor
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_prior_counts_rows_of_the_task_vector_as_further_inputs(transposed):
+    generator = torch.Generator().manual_seed(11)
+    base = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
+    z = x + 0.3 * torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    found = regmean(
+        base.T if transposed else base,
+        vectors.mT if transposed else vectors,
+        weights=weights,
+        densities=[1.0, 1.0],
+        grams=list((x.mT @ x / 30)[:, None]),
+        cross_covariances=list((z.mT @ x / 30)[:, None]),
+        transposed=transposed,
+        inputs="merged",
+        off_diagonal=1.0,
+        prior=0.3,
+    )
+
+    # over tokens and rows: |W x - W_e z|^2 .7 w / 30, |W v - W_e v|^2 .3 w trace / |v|^2
+    total, wanted = np.zeros((5, 5)), np.zeros((4, 5))
+    for w, v, own, expert in zip(weights.tolist(), vectors.numpy(), x, z, strict=True):
+        share = 0.3 * w * float((own**2).sum()) / 30 / (v**2).sum()
+        of_tokens, of_rows = 0.7 * w / 30 * (own.T @ own).numpy(), share * v.T @ v
+        total += of_tokens + of_rows
+        wanted += (base.numpy() + v) @ (0.7 * w / 30 * (expert.T @ own).numpy() + of_rows)
+    expected = np.linalg.solve(total, wanted.T).T
+    np.testing.assert_allclose((found.T if transposed else found).numpy(), expected, rtol=1e-4)
+
+
+def test_a_prior_alone_is_wudi_up_to_the_size_of_the_moments():
+    generator = torch.Generator().manual_seed(12)
+    base, first, second = torch.randn(3, 6, 4, generator=generator)
+    vectors = torch.stack([first, second])
+    grams = [torch.eye(4)[None]] * 2  # of equal trace
+
+    found = regmean(
+        base,
+        vectors,
+        weights=torch.ones(2),
+        densities=[1.0, 1.0],
+        grams=grams,
+        off_diagonal=1.0,
+        prior=1.0,
+        ridge=0.1,
+    )
+
+    expected = wudi(base, vectors, weights=torch.ones(2), ridge=0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -89,6 +89,30 @@ def test_a_guides_densities_are_heard(api, tmp_path):
     assert not torch.equal(plain[Q], guided[Q])
 
 
+def test_norms_are_fitted_too_where_it_is_asked_for(api, tmp_path):
+    text = RECIPE.replace(
+        "off_diagonal", "affine: [{filter: layers.1., value: true}], off_diagonal"
+    )
+
+    output = merge(tmp_path / "affine", text)
+
+    found, plain = weights(output), weights(merge(tmp_path / "plain", RECIPE))
+    moved = {name for name in found if "norm" in name and not torch.equal(found[name], plain[name])}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    assert moved == {f"model.layers.1.{norm}.weight" for norm in norms}
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+    assert verdict.problems == ()
+
+
+def test_norms_are_fitted_in_sequence_only():
+    with pytest.raises(RecipeError) as caught:
+        recipe(OWN.replace("off_diagonal", "affine: true, off_diagonal"))
+
+    said = str(caught.value)
+    assert "`parameters.affine`: norms and biases are fitted in sequence only." in said
+    assert "Write `inputs: merged` beside it, or remove it." in said
+
+
 def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
     whole, first = (
         merge(tmp_path / "whole", RECIPE),
