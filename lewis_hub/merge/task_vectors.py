@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,7 +139,8 @@ def extract(
             form = _form(header, base[0], settings) if change.any() else None
             if form == "low-rank":
                 most = settings.most or min(change.shape)
-                found = fit(change, most, settings.error, factor_dtypes[dtype])
+                of = (name, expert[0].label)
+                found = fitted(change, most, settings.error, factor_dtypes[dtype], of)
                 held |= stored_factors(module, found.left, found.right, of=header)
                 fits[module] = Fit(found.rank, found.error)
             elif form == "whole":
@@ -267,6 +268,29 @@ class SingularVectors(NamedTuple):
     left: Tensor  # (rows, rank)
     values: Tensor  # (rank,)
     right: Tensor  # (rank, columns)
+
+
+def fitted(
+    matrix: Tensor, most: int, error: float, dtype: torch.dtype, of: tuple[str, str]
+) -> LowRankFactors:
+    """Approximate the update `of` a tensor in a source, as `fit` does.
+
+    Raises:
+        MergeError: its values are so large that their squares exceed float32.
+    """
+    import torch
+
+    try:
+        found = fit(matrix, most, error, dtype)
+        is_finite = all(part.isfinite().all() for part in (found.left, found.right))
+        is_finite = is_finite and isfinite(found.error)
+    except torch.linalg.LinAlgError:
+        is_finite = False
+    if not is_finite:
+        tensor, source = of
+        problem = f"the values of {tensor} are too large for a low-rank update"
+        raise MergeError(source, problem, "It is broken: use another revision of it.")
+    return found
 
 
 def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:
