@@ -130,6 +130,16 @@ def lock_in(folder: Path) -> Lock | None:
         return None
 
 
+def complete_in(folder: Path) -> Lock | None:
+    """Return the lock of a folder that has all its files, by their sizes; otherwise None."""
+    found = lock_in(folder)
+    if found is None:
+        return None
+    files = ((folder / path, file.n_bytes) for path, file in found.outputs.items())
+    is_whole = all(file.is_file() and file.stat().st_size == n_bytes for file, n_bytes in files)
+    return found if is_whole else None
+
+
 def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
     """Return the gate's verdict on the merge in the target repo; None if it was pushed by force."""
     content = read_small(api, previous.source, FILE) if previous else None
