@@ -40,10 +40,11 @@ ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")  # the first role of 
 ROLE_FILES = ("special_tokens_map.json", CONFIG)  # the last counts
 MAX_SPLIT = 512  # bytes of a text that is split: a longer one takes long
 MAX_SPLIT_S, TEXTS_A_S = 30.0, 1000  # time to split texts, and texts that add a second to it
+# a program that reads a `tokenizer.json` and texts in hexadecimal, a line each
 ENCODE = """
 import json, sys
 from tokenizers import Tokenizer
-document, texts = json.load(sys.stdin)
+document, *texts = (bytes.fromhex(line).decode() for line in sys.stdin)
 tokenizer = Tokenizer.from_str(document)
 tokenizer.no_padding()
 tokenizer.no_truncation()
@@ -195,10 +196,10 @@ def _encoded(
     label: str, document: Mapping[str, Any], texts: Sequence[str], limit_s: float
 ) -> list[list[int]]:
     """The tokens of texts, by a process of its own: a regular expression can take for ever."""
-    given = json.dumps([json.dumps(document), texts]).encode()
+    given = "".join(f"{text.encode().hex()}\n" for text in (json.dumps(document), *texts))
     ended = subprocess.run(
         [sys.executable, "-P", "-c", ENCODE],
-        input=given,
+        input=given.encode(),
         capture_output=True,
         timeout=limit_s,
         check=False,

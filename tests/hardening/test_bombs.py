@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from hardening.fuzz import failure, limits
-from hardening.targets import FILE, SMALL, hostile_base, merge_a_folder, run_a_model, stored
+from hardening.targets import (
+    FILE,
+    SMALL,
+    hostile_base,
+    merge_a_folder,
+    read_tokenizers,
+    run_a_model,
+    stored,
+)
 from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
@@ -133,6 +141,15 @@ def test_the_number_of_layers_is_told(tmp_path):
         f"{base}: `num_hidden_layers` of its config.json is above the limit of 1,000.\n"
         "The file is damaged: use an intact copy of the model."
     )
+
+
+def test_many_added_tokens_are_read_at_once():
+    """One by one they took minutes: each takes time for all before it."""
+    tokens = {str(390 + i): {"content": f"<t{i}>", "special": True} for i in range(20_000)}
+    document = {"a/base: tokenizer.json": SMALL[0]["tokenizer.json"]}
+    document["a/base: tokenizer_config.json"] = {"added_tokens_decoder": tokens}
+    with limits():
+        assert failure(read_tokenizers, document) is None
 
 
 def test_a_tensor_without_values_has_no_billions_of_rows():
