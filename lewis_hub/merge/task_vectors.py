@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,7 @@ OVERSAMPLED = 10  # directions that are iterated in addition to those that are k
 N_ROUNDS = 6  # of the iteration; each sharpens the gap between singular values
 SEED = 0
 FIRST_RANK = 8
+MAX_SQUARES = 1e30  # of the entries of a matrix together; float32 ends at 3e38
 
 
 def relative_changes(
@@ -276,21 +277,13 @@ def fitted(
     """Approximate the update `of` a tensor in a source, as `fit` does.
 
     Raises:
-        MergeError: its values are so large that their squares exceed float32.
+        MergeError: its values are so large that products of them exceed float32.
     """
-    import torch
-
-    try:
-        found = fit(matrix, most, error, dtype)
-        is_finite = all(part.isfinite().all() for part in (found.left, found.right))
-        is_finite = is_finite and isfinite(found.error)
-    except torch.linalg.LinAlgError:
-        is_finite = False
-    if not is_finite:
+    if not float(matrix.double().square().sum()) < MAX_SQUARES:
         tensor, source = of
         problem = f"the values of {tensor} are too large for a low-rank update"
         raise MergeError(source, problem, "It is broken: use another revision of it.")
-    return found
+    return fit(matrix, most, error, dtype)
 
 
 def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:

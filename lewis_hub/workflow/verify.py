@@ -276,7 +276,7 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
     tasks lie elsewhere.
     """
     on_the_way = {part.get("name") for part in lock.recipe.get("intermediate") or ()}
-    facts = {
+    facts: dict[str, list[Any]] = {
         "sources": [
             [(one.name, one.role, one.files) for one in each.inputs if one.name not in on_the_way]
             for each in (lock, made)
