@@ -133,10 +133,11 @@ def lock_in(folder: Path) -> Lock | None:
 def complete_in(folder: Path) -> Lock | None:
     """Return the lock of a folder that has all its files, by their sizes; otherwise None."""
     found = lock_in(folder)
-    if found is None:
+    outputs = found.outputs.items() if found else ()
+    try:
+        is_whole = all((folder / path).stat().st_size == file.n_bytes for path, file in outputs)
+    except (OSError, ValueError):  # missing, or a name that no file can have
         return None
-    files = ((folder / path, file.n_bytes) for path, file in found.outputs.items())
-    is_whole = all(file.is_file() and file.stat().st_size == n_bytes for file, n_bytes in files)
     return found if is_whole else None
 
 
