@@ -282,7 +282,7 @@ def _made_before(
         scores = publishing.published_scores(previous, api)
         verdict = publishing.published_verdict(previous, api)
         return Merged("unchanged", output, scores, verdict, published)
-    found = publishing.lock_in(output)
+    found = publishing.complete_in(output)
     if found and publishing.same_model(found, planned):
         if left := [one for one in asked.exports if one not in exports_in(found.recipe)]:
             found = add_exports(output, found, left, progress)
@@ -464,7 +464,8 @@ def verify(
             stored = fetch.download(api, [source], progress)[source.pinned]
             alike = verification.weight_files_within_tolerance(stored, output)
             differing = verification.compare_models(lock, again, alike)
-    return replace(verdict, problems=(*verdict.problems, *differing))
+    origins = verification.compare_origins(lock, again)
+    return replace(verdict, problems=(*verdict.problems, *origins, *differing))
 
 
 def _make_again(

@@ -117,9 +117,12 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
         if not (ID.fullmatch(token_id) and _is_token(entry)):
             problem = f"entry {token_id[:20]!r} of `added_tokens_decoder` is not an id with a token"
             raise TokenizerError(f"{label}: {CONFIG}", problem, DAMAGED)
-    for _, entry in sorted(entries, key=lambda item: int(item[0])):
-        flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
-        tokenizer.add_tokens([AddedToken(entry["content"], **flags)])  # ignored if it exists
+    ordered = (entry for _, entry in sorted(entries, key=lambda item: int(item[0])))
+    tokens = [
+        AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in FLAGS if flag in entry})
+        for entry in ordered
+    ]
+    tokenizer.add_tokens(tokens)  # at once, as each call takes all of them; known ones are ignored
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return Vocabulary(
         label,

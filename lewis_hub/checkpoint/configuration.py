@@ -18,18 +18,25 @@ LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"num_labels"): MAX_LABELS,
 }
 COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
+KERNELS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")  # may name a repo of code
+WITHOUT_KERNEL = "Remove it in a copy of the model: code of others is not run."
 DAMAGED = "The file is damaged: use an intact copy of the model."
 
 
 def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | None = None) -> None:
-    """Refuse a configuration of which a model could not be built in a reasonable time.
+    """Refuse a configuration of which a model could not be built in a reasonable time, or safely.
 
     `n_tensors` are those of the checkpoint, if they are known: each layer has some.
 
     Raises:
-        SourceError: a number of layers, experts or labels is too large; it names `where`.
+        SourceError: a number of layers, experts or labels is too large, or it names a kernel of the
+            Hub, whose code transformers would run; it names `where`.
     """
-    for key, number in _numbers(config):
+    for key, value in _values(config):
+        if KERNELS.fullmatch(key) and "/" in str(value):
+            problem = f"`{key}` of its config.json names code of the Hub, {str(value)[:100]}"
+            raise SourceError(where, problem, WITHOUT_KERNEL)
+        number = value if isinstance(value, int | float) else 0
         limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
         if number > limit:
             problem = f"`{key}` of its config.json is above the limit of {limit:,}"
@@ -42,9 +49,8 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
             raise SourceError(where, problem, DAMAGED)
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
+        yield key, value
         if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int | float):
-            yield key, value
+            yield from _values(value)

@@ -23,6 +23,7 @@ Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
 Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
 MAX_DIMENSIONS = 64
+MAX_NAME = 1000  # characters: some work on a name grows with the square of its length
 MAX_EMPTY = 1 << 20  # of a dimension of a tensor without values
 LARGE_HEADER_BYTES = 4 << 20  # larger ones are parsed one at a time, since each takes much memory
 LARGE_HEADER = threading.Lock()
@@ -242,6 +243,9 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
 def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHeader:
     if not name.isprintable():
         raise file.broken(f"its header names a tensor {name!r}, which cannot be printed")
+    if len(name) > MAX_NAME:
+        problem = f"its header names a tensor of {len(name):,} characters, {name[:40]!r} and so on"
+        raise file.broken(f"{problem}; at most {MAX_NAME:,} are read")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         problem = f"the entry of `{name}` must have exactly the keys dtype, shape and data_offsets"
         raise file.broken(problem)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
@@ -72,7 +72,7 @@ class AdapterConfig(BaseModel):
     r: PositiveInt = 8
     lora_alpha: float = Field(8, allow_inf_nan=False)
     rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.")
 EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
 NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")

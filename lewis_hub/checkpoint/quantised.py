@@ -364,7 +364,10 @@ def _scaled(
     if groups is not None and (groups.dtype != "I32" or groups.shape != weight.shape[-1:]):
         problem = f"{_describe(groups)}, expected I32 of {weight.shape[-1]} columns"
         raise _misfit(checkpoint, groups, problem)
-    return Scaled(weight, scale, shared, codes, zero, groups, parts["_shape"])
+    measure = parts["_shape"]
+    if measure and (measure.dtype not in ("I32", "I64") or measure.shape != (len(weight.shape),)):
+        raise _unfit(checkpoint, measure, weight)
+    return Scaled(weight, scale, shared, codes, zero, groups, measure)
 
 
 def _is_zero_of(zero: TensorHeader, scale: TensorHeader, n_rows: int, codes: Codes) -> bool:

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,10 @@ CLASSES = (  # a file of a module -> its key with names of classes
     *(("router_config.json", "types"), ("config.json", "types")),
     ("wordembedding_config.json", TOKENIZER),
 )
+# settings that a transformer hands on to transformers, among them paths, repos and kernels
+HANDED_ON, OTHER_TOKENIZER = ("_args", "_kwargs"), "tokenizer_name_or_path"
+WORD = re.compile(r"\w*", re.ASCII)
+ACTIVATIONS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
 
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -83,7 +88,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
 
 
 def _require_no_code(folder: Path) -> None:
-    """Refuse modules of other packages, which sentence-transformers would import, and pickles."""
+    """Refuse what leads sentence-transformers out of the folder: other code, models and pickles."""
+    _require_own_settings(folder)
     file = folder / "modules.json"
     for module in read_json(file.read_bytes()) if file.exists() else ():
         if not isinstance(module, Mapping):
@@ -100,6 +106,37 @@ def _require_no_code(folder: Path) -> None:
             problem = f"the weights of its module {place.name} are pickled"
             remedy = "Load it in sentence-transformers and save it again."
             raise EvaluationError(str(folder), problem, remedy)
+
+
+def _require_own_settings(folder: Path) -> None:
+    """Refuse settings by which transformers would load more than this folder, or call functions."""
+    for file in sorted(folder.rglob("*config.json")):
+        found = _read(file)
+        named = [text for key in ACTIVATIONS for text in _texts(found.get(key))]
+        inner = found.get("sentence_transformers")
+        named += _texts(inner.get("activation_fn")) if isinstance(inner, Mapping) else ()
+        # sentence-transformers calls what is in torch; it ignores other names
+        wrong = [text for text in named if text.startswith("torch.") and text[:9] != "torch.nn."]
+        if file.name.startswith("sentence_"):
+            wrong += _texts(found.get(OTHER_TOKENIZER))
+            handed = (value for key, value in found.items() if key.endswith(HANDED_ON))
+            wrong += (text for text in _texts([*handed]) if not WORD.fullmatch(text))
+        if wrong:
+            problem = f"its {file.relative_to(folder).as_posix()} names `{wrong[0][:100]}`, which "
+            problem += "is not in its folder"
+            remedy = "Only the files of the model are used: use another one."
+            raise EvaluationError(str(folder), problem, remedy)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a document, without the keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _named_classes(place: Path) -> Iterator[str]:

@@ -191,9 +191,9 @@ def mixture_config(
 def _explicit(label: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A dense model's configuration with the values that its architecture implies."""
     needed = ("intermediate_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
-    lacking = [key for key in needed if not isinstance(config.get(key), int)]
+    lacking = [key for key in needed if type(config.get(key)) is not int or config[key] < 1]
     if lacking:
-        problem = f"its config.json has no whole number `{lacking[0]}`"
+        problem = f"its config.json has no whole number above 0 as `{lacking[0]}`"
         raise MergeError(label, problem, "Mend it, or use another `base_model`.")
     n_heads = config["num_attention_heads"]
     implied = {"num_key_value_heads": n_heads, "head_dim": config["hidden_size"] // n_heads}

@@ -19,11 +19,11 @@ from lewis_hub.checkpoint.header import LowRank, TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.checkpoint.writer import OutputTensor
 from lewis_hub.display import Advance
-from lewis_hub.errors import MergeError
+from lewis_hub.errors import MERGE, MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.merge.adapter_settings import is_embedding
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan, TensorPlan
-from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fit, stored_factors
+from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fitted, stored_factors
 from lewis_hub.methods import registry
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _merged(
 ) -> MergedUpdate:
     n_experts = len(tensor.weights)
     factors = [
-        _factors(readers[shard.labels[number]], update) if (update := _update(header)) else None
+        _factors(readers, shard.labels[number], update) if (update := _update(header)) else None
         for number, header in zip(tensor.sources, tensor.inputs, strict=True)
     ][-n_experts:]
     n_ranks, error = sum(one[0].shape[1] for one in factors if one), 0.0
@@ -136,9 +136,10 @@ def _merged(
     if shard.method in SUMS:
         left, right = _side_by_side(shard, tensor, factors)
         if most < n_ranks or cut.error:
-            left, right, error = _cut(left @ right, most, cut.error)
+            left, right, error = _cut(left @ right, most, cut.error, tensor.output.name)
     else:
-        left, right, error = _cut(_by_entries(shard, tensor, factors), most, cut.error)
+        merged = _by_entries(shard, tensor, factors)
+        left, right, error = _cut(merged, most, cut.error, tensor.output.name)
     if is_embedding(tensor.inputs[0]):
         return MergedUpdate(tensor.output.name, right.T, left.T, error, is_transposed=False)
     transposed = _is_transposed(tensor)
@@ -152,8 +153,13 @@ def _is_transposed(tensor: TensorPlan) -> bool:
 Factors = tuple["Tensor", "Tensor"]  # B times the adapter's factor, and A
 
 
-def _factors(reader: Reader, update: LowRank) -> Factors:
-    return update.scale * read_tensor(reader, update.b), read_tensor(reader, update.a)
+def _factors(readers: Mapping[str, Reader], label: str, update: LowRank) -> Factors:
+    left, right = (read_tensor(readers[label], part) for part in (update.b, update.a))
+    left = update.scale * left
+    for part, values in ((update.b, left), (update.a, right)):
+        if not values.isfinite().all():
+            raise NonFiniteError(part.name, label, "Use another revision of it, or leave it out.")
+    return left, right
 
 
 def _side_by_side(
@@ -204,12 +210,12 @@ def _defined(
     return merge_by_definition(shard, replace(tensor, output=output), sources, moments)
 
 
-def _cut(merged: Tensor, most: int, error: float) -> tuple[Tensor, Tensor, float]:
+def _cut(merged: Tensor, most: int, error: float, name: str) -> tuple[Tensor, Tensor, float]:
     import torch
 
     if not merged.any():
         return merged[:, :1].clone(), merged[:1].clone(), 0.0
-    found = fit(merged, most, error, torch.float32)
+    found = fitted(merged, most, error, torch.float32, (name, MERGE))
     return found.left, found.right, found.error
 
 
@@ -222,6 +228,7 @@ def write_adapter(
 
     Raises:
         MergeError: there is no update.
+        NonFiniteError: a value does not fit into the dtype.
     """
     held: dict[str, Tensor] = {}
     fits: dict[str, Fit] = {}
@@ -230,6 +237,9 @@ def write_adapter(
     for update in updates:
         module, tensor = names.module(update.tensor), base.tensors[update.tensor]
         left, right = update.left.to(kind), update.right.to(kind)
+        if not (left.isfinite().all() and right.isfinite().all()):
+            remedy = f"It does not fit into {dtype}: choose another `dtype`, or lower the weights."
+            raise NonFiniteError(update.tensor, MERGE, remedy)
         held |= stored_factors(module, left, right, of=tensor)
         fits[module] = Fit(left.shape[1], update.error)
         is_transposed = is_transposed or update.is_transposed

@@ -144,6 +144,10 @@ def _require_mlps(settings: MixtureSettings) -> None:
     if not settings.routers:
         problem = f"{settings.base.label} has no tensor `model.layers.0.mlp.gate_proj.weight`"
         raise MergeError("base_model", problem, NO_DENSE)
+    numbers = {names.block(name) for name in settings.routers}
+    if numbers != {*range(len(numbers))}:
+        problem = f"the blocks of {settings.base.label} are not numbered from 0 on, without gaps"
+        raise MergeError("base_model", problem, NO_DENSE)
 
 
 def _projection(name: str) -> str | None:

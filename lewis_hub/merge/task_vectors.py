@@ -41,6 +41,7 @@ OVERSAMPLED = 10  # directions that are iterated in addition to those that are k
 N_ROUNDS = 6  # of the iteration; each sharpens the gap between singular values
 SEED = 0
 FIRST_RANK = 8
+MAX_SQUARES = 1e30  # of the entries of a matrix together; float32 ends at 3e38
 
 
 def relative_changes(
@@ -139,7 +140,8 @@ def extract(
             form = _form(header, base[0], settings) if change.any() else None
             if form == "low-rank":
                 most = settings.most or min(change.shape)
-                found = fit(change, most, settings.error, factor_dtypes[dtype])
+                of = (name, expert[0].label)
+                found = fitted(change, most, settings.error, factor_dtypes[dtype], of)
                 held |= stored_factors(module, found.left, found.right, of=header)
                 fits[module] = Fit(found.rank, found.error)
             elif form == "whole":
@@ -267,6 +269,21 @@ class SingularVectors(NamedTuple):
     left: Tensor  # (rows, rank)
     values: Tensor  # (rank,)
     right: Tensor  # (rank, columns)
+
+
+def fitted(
+    matrix: Tensor, most: int, error: float, dtype: torch.dtype, of: tuple[str, str]
+) -> LowRankFactors:
+    """Approximate the update `of` a tensor in a source, as `fit` does.
+
+    Raises:
+        MergeError: its values are so large that products of them exceed float32.
+    """
+    if not float(matrix.double().square().sum()) < MAX_SQUARES:
+        tensor, source = of
+        problem = f"the values of {tensor} are too large for a low-rank update"
+        raise MergeError(source, problem, "It is broken: use another revision of it.")
+    return fit(matrix, most, error, dtype)
 
 
 def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:

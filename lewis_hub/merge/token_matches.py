@@ -6,12 +6,18 @@ as `▁`, and a single byte as `<0xE2>`. Special tokens match by their text or b
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import TokenizerError
 from lewis_hub.tokenizer import (
     CONFIG,
@@ -24,9 +30,6 @@ from lewis_hub.tokenizer import (
     refused_by_library,
 )
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # GPT-2's alphabet: printable bytes of Latin-1 are themselves, all others follow from U+0100 on
 PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -35,8 +38,20 @@ BYTES = {chr(byte): byte for byte in PRINTED} | {chr(0x100 + i): b for i, b in e
 
 ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")  # the first role of a token counts
 ROLE_FILES = ("special_tokens_map.json", CONFIG)  # the last counts
-N_SPLIT = 4096  # texts that are split together
 MAX_SPLIT = 512  # bytes of a text that is split: a longer one takes long
+MAX_SPLIT_S, TEXTS_A_S = 30.0, 1000  # time to split texts, and texts that add a second to it
+# a program that reads a `tokenizer.json` and texts in hexadecimal, a line each
+ENCODE = """
+import json, sys
+from tokenizers import Tokenizer
+document, *texts = (bytes.fromhex(line).decode() for line in sys.stdin)
+tokenizer = Tokenizer.from_str(document)
+tokenizer.no_padding()
+tokenizer.no_truncation()
+for first in range(0, len(texts), 4096):
+    encoded = tokenizer.encode_batch(texts[first : first + 4096], add_special_tokens=False)
+    print(json.dumps([one.ids for one in encoded]))
+"""
 
 
 @dataclass(frozen=True)
@@ -140,37 +155,67 @@ def split(model: Spelled, texts: Sequence[bytes]) -> list[tuple[int, ...]]:
     So is a text of more than MAX_SPLIT bytes.
     A tokenizer may put a space before a text or change letters. If its tokens do not spell the text
     exactly, the text is split from left to right into the longest tokens.
+
+    Raises:
+        TokenizerError: the model has no `tokenizer.json`, or one that takes too long.
     """
-    document = model.vocabulary.document
+    document, label = model.vocabulary.document, model.vocabulary.label
     if document is None:
         problem = "it has no tokenizer.json, which is needed to split the donor's tokens"
         remedy = "Save its tokenizer with transformers' `AutoTokenizer` and `save_pretrained`, or "
-        raise TokenizerError(model.vocabulary.label, problem, f"{remedy}choose another --method.")
-    tokenizer = load_tokenizer(model.vocabulary.label, document)
+        raise TokenizerError(label, problem, f"{remedy}choose another --method.")
+    load_tokenizer(label, document)  # refuses one that makes texts very long
+    limit_s = MAX_SPLIT_S + len(texts) / TEXTS_A_S
+    until = time.monotonic() + limit_s
+    short = [text if len(text) <= MAX_SPLIT else b"" for text in texts]
+    plain = [text.decode("utf-8", "replace") for text in short]
+    # a tokenizer that puts a space before the text gets it without its own
+    bare = [text.removeprefix(" ") for text in plain]
     found: list[tuple[int, ...]] = []
-    for first in range(0, len(texts), N_SPLIT):
-        part = [t if len(t) <= MAX_SPLIT else b"" for t in texts[first : first + N_SPLIT]]
-        whole = _encoded(model, tokenizer, part, [text.decode("utf-8", "replace") for text in part])
-        # a tokenizer that puts a space before the text gets it without its own
-        bare = [text.decode("utf-8", "replace").removeprefix(" ") for text in part]
-        spaced = _encoded(model, tokenizer, part, bare)
-        pairs = zip(part, whole, spaced, strict=True)
-        found += [one or other or _longest(model, text) for text, one, other in pairs]
+    with _in_time(label, limit_s):
+        ids = _encoded(label, document, [*plain, *bare], limit_s)
+        for text, whole, spaced in zip(short, ids, ids[len(short) :], strict=False):
+            exact = _exact(model, text, whole) or _exact(model, text, spaced)
+            found.append(exact or _longest(model, text))
+            if time.monotonic() > until:
+                raise TimeoutError
     return found
+
+
+@contextmanager
+def _in_time(label: str, limit_s: float) -> Iterator[None]:
+    try:
+        yield
+    except (TimeoutError, subprocess.TimeoutExpired):
+        problem = f"it takes more than {limit_s:.0f} s to split the donor's tokens"
+        remedy = "Choose another --method."
+        raise TokenizerError(f"{label}: tokenizer.json", problem, remedy) from None
 
 
 def _encoded(
-    model: Spelled, tokenizer: Tokenizer, texts: Sequence[bytes], given: Sequence[str]
-) -> list[tuple[int, ...]]:
-    """The tokens of `given`; empty where they do not spell `texts`."""
-    with refused_by_library(model.vocabulary.label):
-        encoded = tokenizer.encode_batch(list(given), add_special_tokens=False)
-    found = []
-    for text, one in zip(texts, encoded, strict=True):
-        spelled = b"".join(model.texts.get(i, b"") for i in one.ids)
-        is_exact = spelled == text and model.texts.keys() >= set(one.ids)
-        found.append(tuple(one.ids) if is_exact else ())
-    return found
+    label: str, document: Mapping[str, Any], texts: Sequence[str], limit_s: float
+) -> list[list[int]]:
+    """The tokens of texts, by a process of its own: a regular expression can take for ever."""
+    given = "".join(f"{text.encode().hex()}\n" for text in (json.dumps(document), *texts))
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", ENCODE],
+        input=given.encode(),
+        capture_output=True,
+        timeout=limit_s,
+        check=False,
+    )
+    with refused_by_library(label):
+        if ended.returncode:
+            said = ended.stderr.decode("utf-8", "replace").strip()
+            raise ValueError(said.rpartition("\n")[2][:200])
+        lines = ended.stdout.splitlines()
+        return [ids for line in lines for ids in read_json(line, MAX_TABLE_BYTES)]
+
+
+def _exact(model: Spelled, text: bytes, ids: Sequence[int]) -> tuple[int, ...]:
+    """The tokens of a text; empty where they do not spell it."""
+    spelled = b"".join(model.texts.get(i, b"") for i in ids)
+    return tuple(ids) if spelled == text and model.texts.keys() >= set(ids) else ()
 
 
 def _longest(model: Spelled, text: bytes) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
@@ -47,5 +46,5 @@ def file_name(export: ExportFormat) -> str:
 
 def exports_in(recipe: Any) -> tuple[ExportFormat, ...]:
     """Return the formats in the plain recipe of a lock."""
-    asked: Iterable[str] = recipe.get("export") or ()
-    return tuple(one for one in FORMATS if one in set(asked))
+    asked = recipe.get("export")
+    return tuple(one for one in FORMATS if isinstance(asked, list | tuple) and one in asked)

@@ -67,7 +67,8 @@ def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as opened:
+            text = opened.read(4 * MAX_BYTES)  # which is refused, as it has no end
     except FileNotFoundError:
         remedy = "Name a recipe, or write one with `lewis-hub init`."
         raise RecipeError(str(path), "", "the file does not exist.", remedy) from None

@@ -271,7 +271,7 @@ def _draw(axes: Axes, column: Column, source: str, theme: Theme) -> AxesImage:
     )
     n_rows, n_columns = len(grid.components), len(grid.blocks)
     axes.set_yticks(range(n_rows), list(map(drawable, grid.components)))
-    step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 6 * s)
+    step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, 200) if n_columns <= 6 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
     axes.tick_params(length=0, labelsize=FONT - 1)

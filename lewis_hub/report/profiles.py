@@ -19,6 +19,8 @@ from lewis_hub.errors import ProfileError
 from lewis_hub.files import starts_like_path
 
 ORDINARY_PERCENTILE = 95
+MAX_COMPONENTS, MAX_BLOCKS = 500, 1000  # of a map; larger ones show nothing, and take gigabytes
+MAX_CELLS = 20_000
 STANDS_OUT = 2.5  # times the percentile: below it a colour scale still shows the other values
 
 
@@ -57,7 +59,7 @@ class Clip:
 
 
 def arrange(values: Mapping[str, float]) -> Grid | None:
-    """Arrange modules by component and block; None if no module is in a block.
+    """Arrange modules by component and block; None if none is in a block, or too many to draw.
 
     Args:
         values: module or tensor -> value, in the model's order. Modules that differ only in an
@@ -68,11 +70,12 @@ def arrange(values: Mapping[str, float]) -> Grid | None:
         block = names.block(module)
         if block is not None and not isnan(value):
             cells[_folded(names.component(module)), block][module] = value
-    if not cells:
-        return None
-    means = {place: _mean(modules.values()) for place, modules in cells.items()}
     components = tuple(dict.fromkeys(component for component, _ in cells))
     blocks = tuple(sorted({block for _, block in cells}))
+    is_drawable = len(components) <= MAX_COMPONENTS and len(blocks) <= MAX_BLOCKS
+    if not cells or not is_drawable or len(components) * len(blocks) > MAX_CELLS:
+        return None
+    means = {place: _mean(modules.values()) for place, modules in cells.items()}
     rows = tuple(
         tuple(means.get((component, block), nan) for block in blocks) for component in components
     )

@@ -19,7 +19,7 @@ from lewis_hub.workflow.fetch import download
 from lewis_hub.workflow.open import open_model
 from lewis_hub.workflow.publish import lock_in
 from lewis_hub.workflow.report import described
-from lewis_hub.workflow.republish import facts_of, restate
+from lewis_hub.workflow.republish import facts_of, require_stated, restate
 from lewis_hub.workflow.resolve import hub_api, resolve_one
 
 
@@ -31,6 +31,7 @@ def add_exports(
     Recipe, card and lock name the new files. A signature of the folder would not be valid any
     more, and is deleted.
     """
+    require_stated(found)
     asked = {*exports}
     new = [one for one in FORMATS if one in asked]
     written = write_exports(plan_of(folder), folder, folder, new, progress)

@@ -77,7 +77,16 @@ def _require_alike(models: list[OpenedSource]) -> None:
 
 
 def config_of(recipe: Recipe, settings: MixtureSettings, sources: MergeSources) -> dict[str, Any]:
-    """Return the mixture's `config.json`."""
+    """Return the mixture's `config.json`.
+
+    Raises:
+        MergeError: that of the base has no mixture, or does not tell the number of its blocks.
+    """
+    n_blocks = len({names.block(name) for name in settings.routers})
+    stated = sources.donor.config.get("num_hidden_layers")
+    if n_blocks not in (0, stated):
+        problem = f"its config.json has {stated} blocks, its weights have {n_blocks}"
+        raise MergeError(sources.donor.name, problem, "Use an intact copy of the model.")
     return mixture_config(
         settings.architecture,
         sources.donor.pinned,

@@ -41,6 +41,11 @@ RESCALED = (
     "count as task vectors. Use the unquantised model if there is one."
 )
 MODELOPT = "hf_quant_config.json"
+TYPES: Mapping[str, tuple[type, str]] = {  # of keys of a `config.json` that are read everywhere
+    "model_type": (str, "text"),
+    "text_config": (dict, "object"),
+    "vocab_size": (int, "whole number"),
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,13 @@ def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
     text = read_small(api, source, "config.json")
     if text is None:
         raise CheckFailedError((f"{source.name} has no config.json, so it cannot be loaded.",))
-    return _document(source, "config.json", text)
+    config = _document(source, "config.json", text)
+    for part in (config, config.get("text_config")):
+        for key, (kind, expected) in TYPES.items():
+            if isinstance(part, dict) and not isinstance(part.get(key), (kind, type(None))):
+                problem = f"{source.name}: `{key}` of its config.json is no {expected}."
+                raise CheckFailedError((problem,))
+    return config
 
 
 def _document(source: Source, path: str, text: bytes) -> Mapping[str, Any]:

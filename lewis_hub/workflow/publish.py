@@ -137,6 +137,17 @@ def lock_in(folder: Path) -> Lock | None:
         return None
 
 
+def complete_in(folder: Path) -> Lock | None:
+    """Return the lock of a folder that has all its files, by their sizes; otherwise None."""
+    found = lock_in(folder)
+    outputs = found.outputs.items() if found else ()
+    try:
+        is_whole = all((folder / path).stat().st_size == file.n_bytes for path, file in outputs)
+    except (OSError, ValueError):  # missing, or a name that no file can have
+        return None
+    return found if is_whole else None
+
+
 def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
     """Return the gate's verdict on the merge in the target repo; None if it was pushed by force."""
     content = read_small(api, previous.source, FILE) if previous else None

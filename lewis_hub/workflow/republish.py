@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.errors import MergeError, PublishError
+from pydantic import ValidationError
+
+from lewis_hub.errors import MergeError, OutputError, PublishError
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.files import write_whole
 from lewis_hub.hub.facts import ModelFacts, combined_licence
@@ -148,10 +150,23 @@ def _patch_card(card: Path, old: CardFacts, new: CardFacts) -> None:
     write_whole(card, patched(text, str(model_card(old)), str(model_card(new))))
 
 
+def require_stated(found: Lock) -> None:
+    """Refuse, before any work, a lock of others whose recipe cannot be stated in a card.
+
+    Raises:
+        LewisHubError: its method is unknown, or its `publish` is none.
+    """
+    _stating(facts_of(found), found.recipe)
+
+
 def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     """The facts with a recipe as it was run, and its `publish`."""
     publish = recipe.get("publish")
-    asked = Publishing.model_validate(publish) if publish else None
+    try:
+        asked = Publishing.model_validate(publish) if publish else None
+    except ValidationError as error:
+        problem = f"its `publish` cannot be read ({error.errors()[0]['msg']})"
+        raise OutputError(locks.FILE, problem, "Use the file that the merge wrote.") from None
     text = RecipeSnapshot(recipe, {}).to_yaml()
     named = replace(facts, title=recipe.get("name") or UNNAMED, recipe=text)
     return published_as(replace(named, exports=exports_in(recipe)), asked)

@@ -15,6 +15,7 @@ from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
+from lewis_hub.documents import MAX_TABLE_BYTES
 from lewis_hub.errors import (
     CalibrationError,
     CalibrationModelError,
@@ -25,7 +26,7 @@ from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_room, require_writable, write_whole
+from lewis_hub.files import require_inside, require_room, require_writable, write_whole
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
@@ -191,7 +192,8 @@ def extract_lora(
 
 def _has_tied_head(config: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
     """Whether a model with a head stores none: its head is tied to the embeddings."""
-    kinds = config.get("architectures") or ()
+    named = config.get("architectures")
+    kinds = map(str, named if isinstance(named, list) else ())
     has_head = any("ForCausalLM" in kind or "ForConditional" in kind for kind in kinds)
     is_stored = any(map(names.is_head, checkpoint.tensors))
     return has_head and not is_stored and ties(config) is not False
@@ -227,11 +229,12 @@ def read_profile(name: Path | str) -> ImportanceProfile:
     name = str(name)
     path = Path(name).expanduser()
     if path.is_file():
-        return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), name)
+        return ImportanceProfile.from_json(_text_in(path), name)
     if path.is_dir():
         found = next((path / p for p in (PROFILE, IN_A_MERGE) if (path / p).is_file()), None)
         if found:
-            return ImportanceProfile.from_json(found.read_text(encoding="utf-8"), str(found))
+            require_inside(path, found, SourceError)
+            return ImportanceProfile.from_json(_text_in(found), str(found))
         raise _without(name)
     api, reference = hub_api(), ModelReference.model_validate(name)
     source = resolve_model(api, reference.name, reference.revision)
@@ -240,6 +243,12 @@ def read_profile(name: Path | str) -> ImportanceProfile:
         raise _without(source.pinned)
     where = f"{source.pinned}: {IN_A_MERGE}"
     return ImportanceProfile.from_json(content.decode("utf-8", errors="replace"), where)
+
+
+def _text_in(file: Path) -> str:
+    """The text of a file, which is not JSON any more if it is beyond the limit."""
+    with file.open("rb") as opened:
+        return opened.read(MAX_TABLE_BYTES + 1).decode("utf-8", errors="replace")
 
 
 def _without(name: str) -> SourceError:

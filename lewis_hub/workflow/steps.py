@@ -24,7 +24,7 @@ from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Gate, Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
-from lewis_hub.workflow.publish import lock_in
+from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
 from lewis_hub.workflow.resolve import RecipeSnapshot
@@ -87,7 +87,7 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     None also where a change of `publish` changes more than where the merge is published: a licence
     is combined from the cards of the steps.
     """
-    found = lock_in(output)
+    found = complete_in(output)
     if found is None or _recorded(output) != (digest, found.digest):
         return None
     asked = recipe.publish

@@ -17,7 +17,7 @@ from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Reader, local_header, read_tensor
 from lewis_hub.display import Progress, to_html
 from lewis_hub.documents import read_json
-from lewis_hub.errors import NonFiniteError, PublishError
+from lewis_hub.errors import MERGE, NonFiniteError, PublishError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download
@@ -36,7 +36,7 @@ from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD
 from lewis_hub.workflow.merge import write_weights
 from lewis_hub.workflow.open import open_model
-from lewis_hub.workflow.publish import lock_in
+from lewis_hub.workflow.publish import complete_in
 from lewis_hub.workflow.report import has_chat_template, locked_outputs
 from lewis_hub.workflow.resolve import hub_api, resolve_one
 from lewis_hub.workflow.resources import Execution
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 LABEL = "new rows of the embeddings"
 MANY = 4  # shared tokens for each token of a combination, below which a note is shown
 BROKEN = "That model is broken: use another revision of it."
+TOO_LARGE = "New rows do not fit into its dtype: choose another --method or a smaller --k."
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def transplant_tokenizer(
     execution.require_usable()
     opened = [open_model(api, resolve_one(one, api)) for one in (model, donor)]
     job = compile_transplant(opened[0], opened[1], settings, execution.max_shard_bytes, api)
-    found = lock_in(output)
+    found = complete_in(output)
     if found and found.digest == job.planned.digest and not execution.replace:
         return Transplanted("unchanged", output, settings, job.origins)
     runner = execution.means(is_read_next=False).runner
@@ -181,6 +182,8 @@ def _make_tables(
             rows = combined.get(job.like(table).name) or by_pieces or WeightedRows.means({})
             stored = _read(files.reader(label), table, label)
             new = new_table(stored, job.origins, rows, tokens).to(torch_dtypes()[table.dtype])
+            if not new.isfinite().all():
+                raise NonFiniteError(table.name, MERGE, TOO_LARGE)
             file = folder / f"{number}.safetensors"
             write_tensors({table.name: new}, file)
             headers |= {header.name: header for header in local_header(LABEL, file)}

@@ -73,8 +73,7 @@ class TransplantJob:
     @property
     def shared(self) -> tuple[tuple[int, int], ...]:
         """The rows of a token in donor and model, of all tokens that have both."""
-        n_rows = self.donor.tables.n_rows
-        return tuple(pair for pair in self.matches.shared if pair[0] < n_rows)
+        return _shared(self.matches, self.donor)
 
     @property
     def changed(self) -> tuple[TensorHeader, ...]:
@@ -93,6 +92,10 @@ class TransplantJob:
         """The donor's matrices that are read, each once."""
         is_read = self.settings.method == "omp" and self.origins.approximated
         return tuple(dict.fromkeys(map(self.like, self.changed))) if is_read else ()
+
+
+def _shared(matches: TokenMatches, donor: TokenizedModel) -> tuple[tuple[int, int], ...]:
+    return tuple(pair for pair in matches.shared if pair[0] < donor.tables.n_rows)
 
 
 def compile_transplant(
@@ -122,6 +125,9 @@ def compile_transplant(
     others = [i for i in theirs.spelled.texts if i not in matches.rows]
     pieces = _pieces(ours.spelled, theirs.spelled, others) if settings.method == "subtoken" else {}
     near = [i for i in others if i < theirs.tables.n_rows] if settings.method == "omp" else pieces
+    if settings.method == "omp" and near and not _shared(matches, theirs):
+        problem = f"none of its tokens with a row is a token of {model.name}"
+        raise TokenizerError(donor.name, problem, "Choose another --method.")
     origins = row_origins(ours.spelled, theirs.spelled, matches, near)
     sidecars = SidecarSettings(
         model.pinned, None, tokenizer=_carried(ours, theirs, matches, origins.n_rows)

@@ -269,6 +269,33 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
     )
 
 
+def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
+    """Return what a lock states of the origin of a merge that its recipe, run again, contradicts.
+
+    The files of merges that a recipe makes on the way may be rounded differently, and those of
+    tasks lie elsewhere.
+    """
+    on_the_way = {part.get("name") for part in lock.recipe.get("intermediate") or ()}
+    facts: dict[str, list[Any]] = {
+        "sources": [
+            [(one.name, one.role, one.files) for one in each.inputs if one.name not in on_the_way]
+            for each in (lock, made)
+        ],
+        "calibration data": [
+            [one.files for one in each.calibration if not one.name.startswith("task ")]
+            for each in (lock, made)
+        ],
+        "method": [each.method for each in (lock, made)],
+        "guide": [each.guide for each in (lock, made)],
+        "seed": [each.seed for each in (lock, made)],
+    }
+    return tuple(
+        f"{LOCK}: its {what} is not what its recipe leads to."
+        for what, (stated, found) in facts.items()
+        if stated != found
+    )
+
+
 def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]:
     """Return the weight files of two folders whose tensors differ by rounding alone."""
     first, second = local_checkpoint("stored", stored), local_checkpoint("rebuilt", rebuilt)

@@ -32,6 +32,13 @@ def test_a_tensor_of_another_block_differs_in_the_first_number(name, expected):
     assert names.renumbered(name, 12) == expected
 
 
+def test_a_number_without_end_is_no_block():
+    name = f"model.layers.{'9' * 5000}.q.weight"  # Python converts at most 4300 digits
+
+    assert names.block(name) is names.stack(name) is None
+    assert names.renumbered(name, 1) == name
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.embed_tokens.weight", "transformer.wte.weight", "tok_embeddings.weight", "wpe.weight"],

@@ -101,6 +101,46 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        (
+            "sentence_bert_config.json",
+            {"model_kwargs": {"attn_implementation": "evil/kernel", "allow_all_kernels": True}},
+            "evil/kernel",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"tokenizer_args": {"tokenizer_file": "/tmp/tokenizer.json"}},
+            "/tmp/tokenizer.json",
+        ),
+        ("0_A/sentence_xlnet_config.json", {"tokenizer_name_or_path": "gpt2"}, "gpt2"),
+        (
+            "config.json",
+            {"sentence_transformers": {"activation_fn": "torch.distributed.run.main"}},
+            "torch.distributed.run.main",
+        ),
+        (
+            "config.json",
+            {"sbert_ce_default_activation_function": "torch.utils.collect_env.main"},
+            "torch.utils.collect_env.main",
+        ),
+    ],
+)
+def test_settings_lead_to_no_other_model_kernel_or_function(name, settings, named, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(settings))
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(caught.value) == (
+        f"{tmp_path}: its {name} names `{named}`, which is not in its folder.\n"
+        "Only the files of the model are used: use another one."
+    )
+
+
 def test_no_module_is_read_outside_of_the_model(tmp_path):
     model = tmp_path / "model"
     model.mkdir()

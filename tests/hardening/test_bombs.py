@@ -13,11 +13,24 @@ from pathlib import Path
 import pytest
 
 from hardening.fuzz import failure, limits
-from hardening.targets import FILE, SMALL, hostile_base, merge_a_folder, run_a_model, stored
+from hardening.targets import (
+    FILE,
+    SMALL,
+    hostile_base,
+    merge_a_folder,
+    read_tokenizers,
+    run_a_model,
+    stored,
+)
 from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import BrokenCheckpointError, SourceError, TokenizerError
+from lewis_hub.errors import (
+    BrokenCheckpointError,
+    CheckFailedError,
+    SourceError,
+    TokenizerError,
+)
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import load
@@ -75,6 +88,47 @@ def test_modules_without_number_are_refused_before_one_is_built(key):
         assert failure(run_a_model, {**SMALL[0], "config.json": config}) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("attn_implementation", "evil/kernel"),
+        ("_attn_implementation", {"": "eager", "text_config": "evil/kernel@main:f"}),
+        ("experts_implementation", "evil/kernel"),
+    ],
+)
+def test_a_kernel_of_the_hub_is_not_run(key, named, tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: named}))
+
+    with pytest.raises(SourceError) as caught:
+        load(base, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{base}: `{key}` of its config.json names code of the Hub, {named}.\n"
+        "Remove it in a copy of the model: code of others is not run."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("text_config", [1]),
+        ("text_config", "a"),
+        ("text_config", {"vocab_size": "390"}),
+        ("vocab_size", [390]),
+        ("model_type", ["llama"]),
+    ],
+)
+def test_a_configuration_of_other_types_is_one_message(key, value, tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: value}))
+
+    with pytest.raises(CheckFailedError, match=r"base: `\w+` of its config.json is no "):
+        pipeline.transplant_tokenizer(base, base, tmp_path / "out")
+
+
 def test_the_number_of_layers_is_told(tmp_path):
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -89,11 +143,31 @@ def test_the_number_of_layers_is_told(tmp_path):
     )
 
 
+def test_many_added_tokens_are_read_at_once():
+    """One by one they took minutes: each takes time for all before it."""
+    tokens = {str(390 + i): {"content": f"<t{i}>", "special": True} for i in range(20_000)}
+    document = {"a/base: tokenizer.json": SMALL[0]["tokenizer.json"]}
+    document["a/base: tokenizer_config.json"] = {"added_tokens_decoder": tokens}
+    with limits():
+        assert failure(read_tokenizers, document) is None
+
+
 def test_a_tensor_without_values_has_no_billions_of_rows():
     entry = {"dtype": "BF16", "shape": [10**9, 0], "data_offsets": [0, 0]}
 
     with pytest.raises(BrokenCheckpointError, match=r"shape \[1000000000, 0\], but no values"):
         stored({"header": {"model.embed_tokens.weight": entry}, "n_data": 0})
+
+
+@pytest.mark.parametrize(
+    "name", ["layers." + "9" * 5000 + ".q.weight", "a." * 100_000 + "weight", "q" * 1001]
+)
+def test_a_tensor_has_no_endless_name(name):
+    entry = {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}
+
+    with pytest.raises(BrokenCheckpointError, match=r"characters, .* and so on; at most 1,000 are"):
+        stored({"header": {name: entry}, "n_data": 2})
+    assert stored({"header": {name[:1000]: entry}, "n_data": 2})
 
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory():

@@ -198,6 +198,10 @@ BROKEN = {
         {"a.weight_g_idx": torch.zeros(31, dtype=torch.int32)},
         "`a.weight_g_idx` is I32 of shape [31], expected I32 of 32 columns",
     ),
+    "a shape in bytes": (
+        {"a.weight_shape": torch.tensor([8, 32, 1], dtype=torch.uint8)},
+        "`a.weight_shape` is U8 of shape [3], which does not fit a.weight of shape [8, 32]",
+    ),
 }
 
 

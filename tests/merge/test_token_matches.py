@@ -6,6 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lewis_hub.errors import TokenizerError
+from lewis_hub.merge import token_matches
 from lewis_hub.merge.token_matches import BYTES, match, read_roles, spell, split
 from lewis_hub.tokenizer import Vocabulary, read_vocabulary
 
@@ -217,3 +218,25 @@ def test_a_tokenizer_that_panics_is_refused():
 
     with pytest.raises(TokenizerError, match="the tokenizers library cannot use it .*retry-limit"):
         split(model, [b"a" * 30 + b"!"])
+
+
+def test_texts_that_take_too_long_to_split_are_refused(monkeypatch):
+    monkeypatch.setattr(token_matches, "MAX_SPLIT_S", 1.0)
+    slow = {"type": "Split", "pattern": {"Regex": r".*.*\p{Han}"}, "behavior": "Isolated"}
+    changed = {"type": "Replace", "pattern": {"Regex": "."}, "content": "~"}
+    texts = [b"%d" % i + b"ab" * 250 for i in range(200)]
+    for step in (
+        {"pre_tokenizer": {**slow, "invert": False}},
+        {"normalizer": changed},  # so that each text is split into the longest tokens
+    ):
+        document = {**byte_level().document, **step}
+        files = {"tokenizer.json": json.dumps(document).encode()}
+        model = spelled(read_vocabulary("slow", files))
+
+        with pytest.raises(TokenizerError) as caught:
+            split(model, texts)
+
+        assert str(caught.value) == (
+            "slow: tokenizer.json: it takes more than 1 s to split the donor's tokens.\n"
+            "Choose another --method."
+        )

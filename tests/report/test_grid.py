@@ -38,6 +38,15 @@ def test_nothing_in_a_block_gives_no_grid():
     assert arrange({"lm_head.weight": 1.0, "layers.0.q.weight": nan}) is None
 
 
+def test_too_many_components_or_blocks_to_draw_give_no_grid():
+    """They would take a cell for each pair: 10^8 for these tensors."""
+    assert arrange({f"layers.{i}.c{i}.weight": 1.0 for i in range(10_000)}) is None
+    assert arrange({f"layers.{i}.q.weight": 1.0 for i in range(1001)}) is None
+    grid = arrange({f"layers.{i}.q.weight": 1.0 for i in range(1000)})
+    assert grid
+    assert len(grid.blocks) == 1000
+
+
 def test_change_is_relative_to_the_base_in_percent():
     change = relative_change({"layers.0.q": 12.0, "layers.1.q": 9.0}, {"layers.0.q": 10.0})
 

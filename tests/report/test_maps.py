@@ -107,6 +107,10 @@ def test_without_the_base_the_experts_importance_is_shown(make_fake):
     assert (column.title, column.scale) == ("importance", "% of the component's mean")
 
 
+def test_a_model_of_a_thousand_blocks_is_drawn(make_fake, tmp_path):
+    assert draw_maps(make_fake(1000, experts=("zoo/math",)).profile, None, tmp_path)
+
+
 def test_a_profile_without_blocks_and_an_empty_schedule_give_no_picture(fake, tmp_path):
     flat = tuple(replace(one, modules={"lm_head": 1.0}) for one in fake.profile.sources)
 

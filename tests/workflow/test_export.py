@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,9 @@ from zoo_hub import put_zoo
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
+from lewis_hub.report.lock import Lock
 
 RECIPE = (
     "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
@@ -95,6 +98,21 @@ def test_the_command_adds_a_file_to_a_merge_and_its_lock_and_card(place):
     run("export", "merged")
     assert lock("merged")["recipe"]["export"] == ["gguf:f16", "gguf:q8_0"]
     assert run("verify", "merged")["problems"] == []
+
+
+@pytest.mark.parametrize("changes", [{"publish": "a/b"}, {"publish": {"repo": 5}}, {"export": 7}])
+def test_a_lock_of_others_is_one_message_before_the_export_or_has_no_effect(place, changes):
+    run("merge", "-o", "merged")
+    file = Path("merged/lewis/lock.json")
+    true = Lock.from_json(file.read_text())
+    file.write_text(replace(true, recipe={**true.recipe, **changes}).to_json())
+
+    if "export" in changes:  # an unreadable one counts as none
+        assert run("export", "merged")["output"] == "merged/model-F16.gguf"
+        return
+    with pytest.raises(OutputError, match="`publish` cannot be read"):
+        lewis_hub.export_model("merged", "gguf:f16", progress=False)
+    assert not Path("merged/model-F16.gguf").exists()
 
 
 def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):

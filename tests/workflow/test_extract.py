@@ -248,3 +248,15 @@ def test_a_task_vector_that_is_not_finite_is_refused(model, tmp_path):
 
     assert said.startswith("model.norm.weight")
     assert str(broken) in said
+
+
+def test_a_task_vector_whose_squares_exceed_float32_is_one_message(model, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    huge = model("huge", lambda t: t | {name: t[name].sign() * 1.5e38})
+
+    said = refusal(huge, "--base", BASE, "-o", tmp_path / "out")
+
+    assert said == (
+        f"{huge}: the values of {name} are too large for a low-rank update.\n"
+        "It is broken: use another revision of it."
+    )

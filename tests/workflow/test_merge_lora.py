@@ -188,3 +188,57 @@ def test_what_is_no_low_rank_update_is_refused(adapters):
     assert "it stores model.norm.weight whole, so its update depends on the base" in refused(
         adapters, "ties"
     )
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_no_adapter_of_nan_or_infinity_is_written(adapters, method):
+    file = adapters / "TWO" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"{PREFIX}{MODULES[1]}.lora_A.weight"
+    tensors[name][1, 2] = float("nan")
+    save_file(tensors, file)
+
+    with pytest.raises(LewisHubError) as caught:
+        lewis_hub.merge_loras(recipe(adapters, method, PLAIN), adapters / "out")
+
+    assert str(caught.value) == (
+        f"{name} holds NaN or infinity in {adapters / 'TWO'}.\n"
+        "Use another revision of it, or leave it out."
+    )
+    assert not (adapters / "out").exists()
+
+
+def test_an_adapter_that_float16_cannot_hold_is_refused(adapters):
+    text = PLAIN.replace("dtype: float32", "dtype: float16").replace("0.25", "1.0e+6")
+
+    with pytest.raises(LewisHubError) as caught:
+        lewis_hub.merge_loras(recipe(adapters, "task_arithmetic", text), adapters / "out")
+
+    assert str(caught.value) == (
+        f"{MODULES[1]}.weight holds NaN or infinity in the merged model.\n"
+        "It does not fit into F16: choose another `dtype`, or lower the weights."
+    )
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_a_factor_of_an_adapter_is_a_number(adapters, number):
+    file = adapters / "TWO" / "adapter_config.json"
+    told = json.loads(file.read_text()) | {"alpha_pattern": {"down_proj": "NUMBER"}}
+    file.write_text(json.dumps(told).replace('"NUMBER"', number))
+
+    with pytest.raises(LewisHubError, match="`alpha_pattern.down_proj` is not what PEFT writes"):
+        lewis_hub.merge_loras(recipe(adapters, "linear", PLAIN), adapters / "out")
+
+
+def test_an_update_whose_squares_exceed_float32_is_one_message(adapters):
+    file = adapters / "TWO" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{PREFIX}{MODULES[1]}.lora_A.weight"] *= 1e38
+    save_file(tensors, file)
+
+    with pytest.raises(LewisHubError) as caught:
+        lewis_hub.merge_loras(recipe(adapters, "ties"), adapters / "out")
+
+    assert str(caught.value).startswith(
+        f"the merged model: the values of {MODULES[1]}.weight are too large for a low-rank update."
+    )

@@ -320,3 +320,26 @@ def test_models_that_do_not_fit_are_refused_before_a_download(tmp_path):
     message = refused(MIXTURE + "architecture: qwen\n", tmp_path)
     assert "Qwen2-MoE has exactly one shared expert" in message
     assert "Name a model in `shared_experts`." in message
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "random"])
+def test_blocks_that_the_configuration_does_not_have_are_refused_before_a_measurement(
+    tmp_path, mode
+):
+    text = f"{MIXTURE}gate_mode: {mode}\n"
+    base = dense_model(tmp_path / "BASE", "llama", 1)
+    dense_model(tmp_path / "OTHER", "llama", 2)
+    config = json.loads((base / "config.json").read_text())
+    n_blocks = config["num_hidden_layers"]
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": n_blocks - 1}))
+
+    problem = f"its config.json has {n_blocks - 1} blocks, its weights have {n_blocks}"
+    assert f"{base}: {problem}" in refused(text, tmp_path)
+
+    (base / "config.json").write_text(json.dumps(config))
+    for folder in (base, tmp_path / "OTHER"):
+        tensors = load_file(folder / "model.safetensors")
+        moved = {n.replace(f"layers.{n_blocks - 1}.", "layers.70."): t for n, t in tensors.items()}
+        save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    problem = f"the blocks of {base} are not numbered from 0 on, without gaps"
+    assert problem in refused(text, tmp_path)

@@ -411,3 +411,49 @@ def test_a_lock_with_settings_of_other_types_is_one_message(api, tmp_path, chang
 
     with pytest.raises(OutputError, match="it is not the lock of a transplant"):
         lewis_hub.verify(tmp_path / "out", progress=False, rebuild=True)
+
+
+def test_rows_that_the_dtype_cannot_hold_are_refused(tmp_path, fast):
+    """The combination of a long row takes large factors; float16 ends at 65504."""
+    model = shutil.copytree(BASE, tmp_path / "model")
+    tensors = {n: t.half() for n, t in load_file(model / "model.safetensors").items()}
+    tensors[EMBEDDING] = tensors[EMBEDDING].sign() * 60_000
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    donor = planted(tmp_path / "donor", fast, tied=True)
+    rows = load_file(donor / "model.safetensors")
+    new = [i for i, ids in of_base(fast).items() if len(ids) != 1]
+    rows[EMBEDDING][new] *= 1000
+    save_file(rows, donor / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(LewisHubError) as caught:
+        transplant(model, donor, "-o", tmp_path / "out")
+
+    assert str(caught.value) == (
+        f"{EMBEDDING} holds NaN or infinity in the merged model.\n"
+        "New rows do not fit into its dtype: choose another --method or a smaller --k."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_donor_that_has_no_row_of_a_shared_token_is_refused(tmp_path, fast):
+    donor = llama(tmp_path / "donor", fast, tied=True)
+    shared = {i for i, ids in of_base(fast).items() if len(ids) == 1}
+    document = json.loads((donor / "tokenizer.json").read_text())
+    token = next(t for t, i in fast.vocab.items() if i in shared and t not in SPECIAL)
+    kept = {"<<<>>>": 0, token: 1}
+    document |= {"added_tokens": [], "model": document["model"] | {"vocab": kept, "merges": []}}
+    document["model"]["unk_token"] = None
+    (donor / "tokenizer.json").write_text(json.dumps(document))
+    (donor / "tokenizer_config.json").write_text("{}")
+    tensors = load_file(donor / "model.safetensors")
+    tensors[EMBEDDING] = tensors[EMBEDDING][:1].clone()
+    save_file(tensors, donor / "model.safetensors", {"format": "pt"})
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"vocab_size": 1}))
+
+    with pytest.raises(LewisHubError) as caught:
+        transplant(BASE, donor, "-o", tmp_path / "out")
+
+    assert str(caught.value) == (
+        f"{donor}: none of its tokens with a row is a token of {BASE}.\nChoose another --method."
+    )

@@ -25,6 +25,7 @@ from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
 from lewis_hub.workflow.verify import weight_files_within_tolerance
 
+OTHER = {"model.safetensors": f"sha256:{0:064}"}
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -103,6 +104,45 @@ def test_code_that_no_merge_makes_is_found_by_making_it_again(merged):
     of_config, of_code = told["problems"]
     assert of_config.startswith("config.json: made again it has sha256 ")
     assert of_code == "modeling_mine.py: the merge that was made again lacks it."
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("sources", lambda one: {"inputs": [replace(one.inputs[0], name="meta/good")]}),
+        (
+            "sources",
+            lambda one: {"inputs": [replace(source, files=OTHER) for source in one.inputs]},
+        ),
+        ("method", lambda _: {"method": "slerp"}),
+        ("guide", lambda _: {"guide": "lewis"}),
+        ("seed", lambda one: {"seed": one.seed + 1}),
+    ],
+)
+def test_an_origin_that_the_recipe_does_not_have_is_found_by_making_it_again(merged, what, changes):
+    """The weights are those of the recipe, but the lock claims other sources or settings."""
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    forged = replace(true, **changes(true))
+    (merged / "lewis/lock.json").write_text(forged.to_json())
+    (merged / "lewis/provenance.json").write_text(provenance(forged, NOW, NOW))
+
+    assert verify(merged)[0] == 0
+    code, told = verify(merged, "--rebuild")
+    assert (code, told["problems"]) == (
+        1,
+        [f"lewis/lock.json: its {what} is not what its recipe leads to."],
+    )
+
+
+def test_a_merge_that_lacks_a_file_is_not_taken_for_finished(merged):
+    recipe = lewis_hub.read_recipe(merged / "lewis" / "recipe.yaml")
+    weights = merged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+    for _ in range(2):
+        with pytest.raises(OutputError, match="it exists and holds something else than this merge"):
+            lewis_hub.merge_models(recipe, merged)
+        weights.unlink(missing_ok=True)
 
 
 @settings(deadline=None)
