@@ -171,7 +171,7 @@ def test_models_of_another_size_are_refused(models):
         (RECIPE, "`align` needs calibration data, but `one` has none."),
         (
             RECIPE.replace("dual_space", "{method: dual_space, weight_similarity: 1.5}"),
-            "Input should be less than or equal to 1",
+            "expected less than or equal to 1, found 1.5.",
         ),
     ],
 )
