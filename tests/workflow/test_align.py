@@ -102,6 +102,7 @@ def test_a_merge_with_its_own_permuted_copy_is_the_model_itself(models, monkeypa
     assert lewis_hub.verify(merged.output, rebuild=True).problems == ()
 
 
+@pytest.mark.slow
 def test_a_guide_measures_the_permuted_model(models):
     """Guided and aligned, the copy gives the bytes of the model that it was made from."""
     write_model(models / "expert", seed=5)
