@@ -120,12 +120,12 @@ def tune_recipe(
     output = Path(output)
     study.require_optuna()
     execution.require_usable()
-    space = search_space.space_of(recipe, asked.methods, asked.guides)
-    if recipe.evaluate is None and asked.objective == "answers":
-        raise scores_nothing()
     if any(one.align for one in recipe.models):
         problem = "`tune` merges models as they are, and this recipe aligns them first."
         raise RecipeError("recipe", "models", problem, "Tune without `align`.")
+    space = search_space.space_of(recipe, asked.methods, asked.guides)
+    if recipe.evaluate is None and asked.objective == "answers":
+        raise scores_nothing()
     require_writable(output)
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])

@@ -102,6 +102,7 @@ def test_a_merge_with_its_own_permuted_copy_is_the_model_itself(models, monkeypa
     assert lewis_hub.verify(merged.output, rebuild=True).problems == ()
 
 
+@pytest.mark.slow
 def test_a_guide_measures_the_permuted_model(models):
     """Guided and aligned, the copy gives the bytes of the model that it was made from."""
     write_model(models / "expert", seed=5)
@@ -171,7 +172,7 @@ def test_models_of_another_size_are_refused(models):
         (RECIPE, "`align` needs calibration data, but `one` has none."),
         (
             RECIPE.replace("dual_space", "{method: dual_space, weight_similarity: 1.5}"),
-            "Input should be less than or equal to 1",
+            "expected less than or equal to 1, found 1.5.",
         ),
     ],
 )
