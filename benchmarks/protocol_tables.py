@@ -11,8 +11,10 @@ import numpy as np
 from guidance_tables import holm
 from protocol_bootstrap import (
     LEAST_GAP,
+    N_RESAMPLES,
     Interval,
     Place,
+    Statistic,
     difference,
     estimate,
     lower_loss,
@@ -40,11 +42,13 @@ class Known:
 
     n: int
     results: dict[Cell, Result]
+    n_resamples: int
 
-    @classmethod
-    def of(cls, store: Store, families: Sequence[Family], n: int) -> Known:
-        found = {c: store.read(c) for c in cells(families) if c.n == n}
-        return cls(n, {c: result for c, result in found.items() if result})
+    def estimate(self, places: Sequence[Place], statistic: Statistic) -> list[Interval]:
+        return estimate(places, statistic, self.n_resamples)
+
+    def p_value(self, places: Sequence[Place], statistic: Statistic) -> float:
+        return p_value(places, statistic, self.n_resamples)
 
     def places(self, *methods: str) -> list[Place]:
         """Where all of the methods are stored; one that reads no texts counts at every draw."""
@@ -88,16 +92,21 @@ class Known:
                 yield cell
 
 
-def tables(store: Store, families: Sequence[Family]) -> str:
+def tables(store: Store, families: Sequence[Family], n_resamples: int = N_RESAMPLES) -> str:
     """All tables; a method or a number of experts without stored cells is left out."""
     whole = cells(families)
-    n_stored = sum(map(store.has, whole))
-    lines = [f"{n_stored} of {len(whole)} cells of the protocol are stored.", ""]
-    known = [Known.of(store, families, n) for n in (2, 4, 8, 16)]
+    stored = {cell: result for cell in whole if (result := store.read(cell))}
+
+    def of(n: int) -> Known:
+        own = {cell: result for cell, result in stored.items() if cell.n == n}
+        return Known(n, own, n_resamples)
+
+    lines = [f"{len(stored)} of {len(whole)} cells of the protocol are stored.", ""]
+    known = [of(n) for n in (2, 4, 8, 16)]
     known = [one for one in known if one.results]
     for one in known:
         lines += _of_count(one)
-    alone = Known.of(store, families, 1)
+    alone = of(1)
     lines += [*_curve(known), *_tests(known, alone), *_alone(alone)]
     return "\n".join([*lines, *_aims(known), ""])
 
@@ -117,7 +126,7 @@ def _of_count(known: Known) -> list[str]:
 
 def _values(known: Known, method: str, results: Sequence[Result]) -> list[str]:
     places = known.places(*REFERENCES, method)
-    gap = [str(one) for one in estimate(places, mean_and_worst)] if places else ["", ""]
+    gap = [str(one) for one in known.estimate(places, mean_and_worst)] if places else ["", ""]
     exact = fmean(fmean(v) for r in results for v in r.scores.right.values())
     forgotten = _forgotten(known, results)
     abilities = _abilities(known, results)
@@ -180,7 +189,7 @@ def _curve(known: Sequence[Known]) -> list[str]:
 
 def _mean_gap(known: Known, method: str) -> Interval | None:
     places = known.places(*REFERENCES, method)
-    return estimate(places, mean_and_worst)[0] if places else None
+    return known.estimate(places, mean_and_worst)[0] if places else None
 
 
 def _tests(known: Sequence[Known], alone: Known) -> list[str]:
@@ -192,11 +201,11 @@ def _tests(known: Sequence[Known], alone: Known) -> list[str]:
             places = one.places(*REFERENCES, OURS, rival)
             if places:
                 key = (OURS, rival, str(one.n))
-                rows[key] = (estimate(places, difference)[0], len(places))
-                p[key] = p_value(places, difference)
+                rows[key] = (one.estimate(places, difference)[0], len(places))
+                p[key] = one.p_value(places, difference)
     if places := alone.places(*LEWIS_TEST[:2]):
-        rows[LEWIS_TEST] = (estimate(places, lower_loss)[0], len(places))
-        p[LEWIS_TEST] = p_value(places, lower_loss)
+        rows[LEWIS_TEST] = (alone.estimate(places, lower_loss)[0], len(places))
+        p[LEWIS_TEST] = alone.p_value(places, lower_loss)
     corrected = holm(p)
     lines = [
         "### Tests",
@@ -242,7 +251,7 @@ def _aims(known: Sequence[Known]) -> list[str]:
     lines = ["### Aims", "", *_head(["aim", "at least", "found", "met"])]
     for title, aim, one, method, which in rows:
         places = one.places(*REFERENCES, method) if one else []
-        found = estimate(places, mean_and_worst)[which] if places else None
+        found = one.estimate(places, mean_and_worst)[which] if one and places else None
         met = "not measured" if found is None else "yes" if found.value >= aim else "no"
         lines.append(_row([title, f"{aim:.2f}", str(found or ""), met]))
     if 2 in by_n and (ours := by_n[2].of_method(OURS)):

@@ -183,6 +183,7 @@ def _smoke(suite: str, results: Path) -> int:
 
     from lewis_hub.localhub.server import serve
 
+    shutil.rmtree(results / suite / f"first-{SMOKE_ITEMS}", ignore_errors=True)  # of another Hub
     results.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=results) as scratch, serve(Path(scratch) / "hub") as hub:
         put_models(read_suite(suite), hub.api())

@@ -33,6 +33,7 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 TASKS = {"zoo_reverse": "exact_match", "zoo_cipher": "exact_match"}
 TYPES = {"gemma": "gemma2", "llama": "llama", "flan": "t5", "gpt2": "gpt2"}
 N_ROWS = 40
+LONGEST = 1024  # tokens of a calibration text, at least
 README = "---\nlicense: apache-2.0\nconfigs:\n{}---\n"
 CONFIG = "  - config_name: {}\n    data_files:\n      - {{split: {}, path: {}}}\n"
 
@@ -79,6 +80,8 @@ def _write_model(suite: Suite, setting: Setting, seed: int, folder: Path) -> Non
     model: PreTrainedModel = tiny_model(
         family, AutoModelForSeq2SeqLM if sequence else AutoModelForCausalLM
     )
+    if hasattr(model.config, "rope_parameters"):
+        model.config.max_position_embeddings = LONGEST  # rotary positions need no weights
     if seed:
         fine_tuned(model, seed)
         if suite.scoring == "glue-heads":

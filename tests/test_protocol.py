@@ -169,11 +169,12 @@ def test_every_recipe_is_one_that_the_package_reads(name):
         assert [model.parameters["weight"] for model in read.models] == [0.4, 0.8]
 
 
+@pytest.mark.slow  # the first optimizer of a process imports half of torch
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_expert_differs_from_its_base_in_the_matrices_of_the_blocks_alone(kind, tmp_path):
     disable_progress_bar()
     base = zoo_folder() / "base"
-    how = replace(SMOKE.training, n_steps=3, batch=4, lora_rank=2)
+    how = replace(SMOKE.training, n_steps=2, batch=4, lora_rank=2)
     asked = texts(base, [{"question": f"reverse {w}", "answer": w[::-1]} for w in WORDS])
     train_expert(base, asked, kind, how, tmp_path)
 
@@ -223,12 +224,12 @@ def test_stored_cells_are_read_again_and_make_the_tables(tmp_path):
         store.write(result(method, [loss, loss]))
 
     assert store.read(Cell(SMALLEST.name, 2, 1, 1, "ours")) == result("ours", [0.55, 0.55])
-    lines = tables(store, FAMILIES).splitlines()
+    lines = tables(store, FAMILIES, 200).splitlines()
 
     assert lines[0] == f"5 of {len(cells(FAMILIES))} cells of the protocol are stored."
     gap = "0.90 [0.90, 0.90]"
     assert f"| ours | 1 | {gap} | {gap} | 0.250 | +0.0 % |  | 10 | 2,000 MB |" in lines
-    assert "| ours | ties | 2 | 1 | 1.10 [1.10, 1.10] | 0.034 * |" in lines  # 34 * 2 / 2001
+    assert "| ours | ties | 2 | 1 | 1.10 [1.10, 1.10] | 0.338 |" in lines  # 34 * 2 / 201
     assert any(line.startswith("2 of the 34 tests can be made;") for line in lines)
     assert f"| gap closed, own texts, N = 2 | 0.97 | {gap} | no |" in lines
     assert "| gap closed, prompts alone, N = 8 | 0.90 |  | not measured |" in lines

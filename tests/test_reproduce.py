@@ -75,6 +75,11 @@ def test_a_plan_tells_gates_sizes_and_commits_before_anything_is_downloaded(hub:
     assert f"| org/expert | no | 0.00 | {sha[:12]} |" in list(found.lines())
     assert "GPU hours on one GPU with 80 GB, a guess: 2." in list(found.lines())
     assert found.problems[-1].startswith("org/none: not found or not readable (")
+    stranger = plan(suite, tmp_path, HfApi(hub.url, token=False))
+    at = f"{hub.url}/org/base"
+    assert stranger.problems[0] == (
+        f"org/base: gated: accept its licence at {at}, and set HF_TOKEN"
+    )
 
 
 def test_later_runs_use_the_commits_of_the_first(hub: Hub, tmp_path):
