@@ -17,8 +17,11 @@ from pathlib import Path
 
 import puzzles
 import torch
-from train_zoo import Stage, batches, muon, train, zoo_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from train_zoo import END, IGNORED, Stage, batches, muon, prompt, train, zoo_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lewis_hub
 
@@ -97,32 +100,49 @@ def load(folder: Path) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: Sequence[puzzles.Item]
-) -> float:
+def loss(model: LlamaForCausalLM, asked: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The mean negative log-likelihood of an answer's tokens, in nats."""
     total, n_tokens = 0.0, 0
-    for item in asked:
-        prompt = tokenizer(f"Question: {item.question}\nAnswer:")["input_ids"]
-        answer = tokenizer(f" {item.answer}<|end|>")["input_ids"]
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        found = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
-        total -= float(found.sum())
-        n_tokens += len(answer)
+    for ids, labels in asked:
+        logits = model(ids).logits[:, :-1].transpose(1, 2)
+        total += float(cross_entropy(logits, labels[:, 1:], reduction="sum"))
+        n_tokens += int((labels[:, 1:] != IGNORED).sum())
     return total / n_tokens
+
+
+def batched(split: str, size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of a split, padded on the right, which the causal mask hides."""
+    tokenizer, pairs = zoo_tokenizer(), []
+    for item in items(split):
+        asked, answer = (tokenizer(text)["input_ids"] for text in (prompt(item), answer_of(item)))
+        pairs.append((torch.tensor(asked + answer), torch.tensor([IGNORED] * len(asked) + answer)))
+    pairs.sort(key=lambda pair: len(pair[0]))
+    parts = [zip(*pairs[start : start + size], strict=True) for start in range(0, len(pairs), size)]
+    return [
+        (
+            pad_sequence(ids, batch_first=True),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        )
+        for ids, labels in map(tuple, parts)
+    ]
+
+
+def answer_of(item: puzzles.Item) -> str:
+    """The answer as the models were trained to give it."""
+    return f" {item.answer}{END}"
 
 
 def between(
     one: LlamaForCausalLM, two: LlamaForCausalLM, split: str, shares: Sequence[float] = SHARES
 ) -> dict[float, float]:
     """The loss of the average of two models, by the share of the second."""
-    tokenizer, asked = zoo_tokenizer(), list(items(split))
+    asked = batched(split)
     first, second = one.state_dict(), two.state_dict()
     mixed = LlamaForCausalLM(one.config).eval()
     found = {}
     for share in shares:
         mixed.load_state_dict({n: (1 - share) * first[n] + share * second[n] for n in first})
-        found[share] = loss(mixed, tokenizer, asked)
+        found[share] = loss(mixed, asked)
     return found
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -172,6 +173,10 @@ def main() -> None:
         for objective, samples in (("answers", 100), ("drift", 64)):
             search = lewis_hub.Search(n_trials=asked.trials, samples=samples, objective=objective)
             tuned[objective] = lewis_hub.tune_recipe(recipe, search, folder / objective)
+        profile = folder / "answers" / "importance.json"  # merges read it beside the recipe
+        if profile.exists():
+            (folder / "importance").mkdir(exist_ok=True)
+            shutil.copy(profile, folder / "importance")
         found = measure(tuned, items, folder)
     (folder / "trials.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(table(found))

@@ -1,7 +1,8 @@
-"""Forward passes of texts: through a whole model, or through one block of its decoder at a time.
+"""Forward passes of texts: through a whole model, or through one of its blocks at a time.
 
-A decoder's own loop runs once for each batch, with blocks that compute nothing, and shows what it
-calls each block with. After that a block needs its weights, the hidden states and those arguments.
+The own loop of a decoder, or encoder, runs once for each batch, with blocks that compute nothing,
+and shows what it calls each block with. After that a block needs its weights, the hidden states and
+those arguments.
 
 Both ways give equal bytes on any number of threads. torch gives each thread an equal share of a
 tensor and works on it by pairs of vectors; the rest of a share takes another path, on which an
@@ -28,6 +29,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from lewis_hub.calibration.hooks import ProductRecorder
 from lewis_hub.calibration.meta_model import MetaModel
@@ -42,6 +44,7 @@ PAIR = 32  # float32 numbers in two of a CPU's widest vectors, AVX-512
 SEVERAL = (tuple, list)  # types that a block may return, hidden states first; no subclasses
 
 RunModel = Callable[[TokenBatch], None]
+Further = Callable[[], tuple[Any, ...] | None]  # what blocks return after the hidden states
 
 
 def whole_shares(widths: Iterable[int], available: int) -> int:
@@ -110,11 +113,15 @@ def has_onednn() -> bool:
 
 
 def forward(
-    model: PreTrainedModel, batch: TokenBatch, products: ProductRecorder | None = None
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    products: ProductRecorder | None = None,
+    encoded: Tensor | None = None,
 ) -> None:
     """Run the blocks, if possible without the head, whose output is not needed.
 
-    A decoder after an encoder gets the same text, shifted to the right by one token.
+    A decoder after an encoder gets the same text, shifted to the right by one token. `encoded` is
+    the output of the encoder, which then does not run.
     """
     body = model.base_model
     accepted = inspect.signature(type(body).forward).parameters
@@ -126,6 +133,8 @@ def forward(
         shifted = ids.roll(1, dims=1)
         shifted[:, 0] = start
         options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+        if encoded is not None:
+            options["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
     options = {key: value for key, value in options.items() if key in accepted}
     # `products` is innermost, as it must see a Linear's own factors
     with torch.no_grad(), ByOneDNN(), products or nullcontext():
@@ -232,16 +241,50 @@ class NotAChainError(Exception):
 BlockCall = Callable[[nn.Module, Tensor], Any]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """How a batch gets to the blocks of a model, and what they return beside hidden states."""
+
+    model: MetaModel
+    batch: TokenBatch
+    run_model: RunModel  # runs the batch through the stack of blocks
+    further: Further  # None: they return hidden states alone
+    is_constant: bool  # whether `further` does not depend on hidden states
+
+    def enter(self) -> tuple[Tensor, list[BlockCall]]:
+        """The input of the first block, and what each block is called with."""
+        blocks = list(self.model.blocks)
+        return enter(
+            blocks, self.batch, self.run_model, self.further(), is_constant=self.is_constant
+        )
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """The output of the stack for the output of its last block."""
+        further = self.further()
+        returned = hidden if further is None else (hidden, *further)
+        with replaced_forwards(list(self.model.blocks), lambda _: lambda *_a, **_n: returned):
+            [output] = block_output(self.model.stack, partial(self.run_model, self.batch))
+        return _hidden_of([output[0]])
+
+
 @dataclass
 class BatchState:
     """A batch of texts before a block of a model."""
 
-    model: MetaModel
-    batch: TokenBatch
-    entered: Callable[[], tuple[Tensor, Sequence[BlockCall]]]  # runs it up to the first block
+    entry: Entry
     cache: ActivationCache  # holds the block's input, (n_texts, n_tokens, width), under `key`
     key: int
     number: int = 0  # of the block
+
+    @property
+    def model(self) -> MetaModel:
+        """The model."""
+        return self.entry.model
+
+    @property
+    def batch(self) -> TokenBatch:
+        """The texts."""
+        return self.entry.batch
 
     @property
     def block(self) -> nn.Module:
@@ -261,7 +304,7 @@ class BatchState:
     def run(self, products: ProductRecorder | None = None) -> Tensor:
         """The hidden states after the block; the texts stay before it."""
         with torch.no_grad(), _chain_errors(self.model):
-            call = self.entered()[1][self.number]
+            call = self.entry.enter()[1][self.number]
             with ByOneDNN(), products or nullcontext():
                 return _hidden_of(call(self.block, self.cache.read(self.key)))
 
@@ -270,27 +313,57 @@ class BatchState:
         self.cache.write(self.key, hidden)
         self.number += 1
 
+    def leave(self) -> None:
+        """Replace the hidden states after the last block by the output of the stack."""
+        with torch.no_grad(), _chain_errors(self.model):
+            self.cache.write(self.key, self.entry.leave(self.cache.read(self.key)))
+
 
 def enter_blocks(
-    model: MetaModel, groups: Sequence[Sequence[TokenBatch]], cache: ActivationCache
+    model: MetaModel,
+    groups: Sequence[Sequence[TokenBatch]],
+    cache: ActivationCache,
+    encoded: Sequence[Sequence[BatchState]] = (),
 ) -> list[list[BatchState]]:
     """Run all batches up to the first block; the model has the weights of all before it.
 
-    It is an OutputError if the disk has no room for the hidden states, and a NotByBlockError if the
-    decoder is not a chain of blocks.
+    `encoded` are the batches behind the encoder, for the decoder of an encoder-decoder. It is an
+    OutputError if the disk has no room for the hidden states, and a NotByBlockError if the decoder
+    is not a chain of blocks.
     """
-    run, blocks, first = partial(forward, model.model), list(model.blocks), groups[0][0]
+
+    def run_of(before: BatchState | None) -> RunModel:
+        if before is None:
+            return partial(forward, model.stack)
+        return lambda batch: forward(model.stack, batch, encoded=before.cache.read(before.key))
+
+    befores: Sequence[Sequence[BatchState | None]]
+    befores = encoded or [[None] * len(group) for group in groups]
+    blocks, first, run = list(model.blocks), groups[0][0], run_of(befores[0][0])
     with _chain_errors(model):
         rest = further_outputs(blocks, first, run)
+        is_constant = rest is not None and are_constant(blocks, first, run, rest)
 
-        def state(batch: TokenBatch) -> BatchState:
-            entered = partial(enter, blocks, batch, run, rest)
-            return BatchState(model, batch, entered, cache, cache.add(entered()[0]))
+        def state(batch: TokenBatch, before: BatchState | None) -> BatchState:
+            run = run_of(before)
+            further = _kept(further_outputs(blocks, batch, run), cache) if is_constant else None
+            entry = Entry(model, batch, run, further or (lambda: rest), is_constant)
+            return BatchState(entry, cache, cache.add(entry.enter()[0]))
 
-        token_bytes = enter(blocks, first, run, rest)[0].nbytes // first.input_ids.numel()
+        entered = enter(blocks, first, run, rest, is_constant=is_constant)
+        token_bytes = entered[0].nbytes // first.input_ids.numel()
         n_tokens = sum(batch.input_ids.numel() for group in groups for batch in group)
         cache.require_room(token_bytes * n_tokens)
-        return [[state(batch) for batch in group] for group in groups]
+        return [
+            [state(*one) for one in zip(group, before, strict=True)]
+            for group, before in zip(groups, befores, strict=True)
+        ]
+
+
+def _kept(further: tuple[Any, ...] | None, cache: ActivationCache) -> Further:
+    """A function that returns further outputs, whose tensors are in the cache."""
+    numbers = [cache.add(one) if isinstance(one, Tensor) else None for one in further or ()]
+    return lambda: tuple(None if number is None else cache.read(number) for number in numbers)
 
 
 @contextmanager
@@ -319,22 +392,50 @@ def further_outputs(
     return tuple(outputs[0][1:]) if type(outputs[0]) in SEVERAL else None
 
 
+def are_constant(
+    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel, further: tuple[Any, ...]
+) -> bool:
+    """Whether further outputs of the first block stay the same for other hidden states."""
+
+    def change(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if args:
+            return (args[0].flip(-1), *args[1:]), named
+        keyword = next(iter(named))  # a norm would undo a factor, not another order of features
+        return args, {**named, keyword: named[keyword].flip(-1)}
+
+    if not any(isinstance(one, Tensor) for one in further):
+        return False
+    with blocks[0].register_forward_pre_hook(change, with_kwargs=True):
+        others = further_outputs(blocks, batch, run) or ()
+    return len(others) == len(further) and all(
+        torch.equal(one, other) if isinstance(one, Tensor) else one is None
+        for one, other in zip(further, others, strict=True)
+    )
+
+
 def enter(
-    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel, rest: tuple[Any, ...] | None
+    blocks: Sequence[nn.Module],
+    batch: TokenBatch,
+    run: RunModel,
+    rest: tuple[Any, ...] | None,
+    *,
+    is_constant: bool = False,
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run a batch up to the first block, and record what each block is called with.
 
-    The decoder's blocks compute nothing here; all modules outside them have their weights. `rest`
+    The stack's blocks compute nothing here; all modules outside them have their weights. `rest`
     is from `further_outputs`. A NotAChainError says that a block is left out, called twice, called
-    with hidden states that the block before it did not return, or with further outputs of it.
+    with hidden states that the block before it did not return, or with further outputs of it,
+    unless these do not depend on hidden states (`is_constant`).
     """
     calls: list[BlockCall] = []
     hiddens: list[Tensor] = []
+    variable = () if is_constant else [one for one in rest or () if one is not None]
 
     def recorder(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             hidden, *others = (*args, *named.values())
-            leaks = any(one is value for one in rest or () if one is not None for value in others)
+            leaks = any(one is value for one in variable for value in others)
             if number != len(calls) or leaks or any(hidden is not one for one in hiddens):
                 raise NotAChainError
             calls.append(_block_call(args, named))

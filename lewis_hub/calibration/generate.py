@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ def _written(
     processors = [_Sampled(sampling, numbers, width)] if sampling else []
     model.generation_config = _settings()  # no penalties or limits of its own
     settings = _settings(max_new_tokens=max(room), eos_token_id=list(ends) or None)
-    generate: Callable[..., Tensor] = model.generate
+    generate = cast("Callable[..., Tensor]", model.generate)
     with torch.no_grad(), ByOneDNN():
         made = generate(
             input_ids=ids,

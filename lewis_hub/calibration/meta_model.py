@@ -70,9 +70,10 @@ def unknown_like(parameter: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model without weights, the list of its decoder's blocks at `path`, and its weights."""
+    """A model without weights, a list of its blocks at `path`, and its weights."""
 
     model: PreTrainedModel
+    stack: PreTrainedModel  # what runs the blocks: the model, or its encoder
     path: str
     blocks: nn.ModuleList
     weights: Weights
@@ -87,7 +88,7 @@ class MetaModel:
         return self.weights.checkpoint.label
 
     def walk(self) -> Generator[nn.Module, None, None]:
-        """Yield the blocks of the decoder in order, each with its weights until the next.
+        """Yield the blocks in order, each with its weights until the next.
 
         Modules of the body outside all lists of blocks, such as embeddings, keep theirs until the
         end. Close it.
@@ -111,10 +112,11 @@ class MetaModel:
         """Load the next part inside the context."""
         with refusals(self.name, "model"), quiet():
             self._put(next(parts))
+            self._tie(prefixes)
         try:
             yield
         finally:
-            for name, parameter in list(self.model.named_parameters()):
+            for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
                 if name.startswith(prefixes):
                     _replace(self.model, name, parameter, "meta")
 
@@ -129,6 +131,13 @@ class MetaModel:
         others = {name: tensor for name, tensor in part.items() if name not in self._plain}
         if others:
             convert_and_load_state_dict_in_model(self.model, others, self._loading)
+
+    def _tie(self, prefixes: tuple[str, ...]) -> None:
+        """Give parameters that share the values of a loaded one those values."""
+        for name, owner in self.model.all_tied_weights_keys.items():
+            if name.startswith(prefixes) and owner.startswith(prefixes):
+                path, _, last = name.rpartition(".")
+                setattr(self.model.get_submodule(path), last, self.model.get_parameter(owner))
 
 
 def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
@@ -145,18 +154,32 @@ def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
 
 
 def build_meta_model(weights: Weights, device: str) -> MetaModel:
-    """Build a model from its configuration and the headers of its files; no weight is read.
+    """Build a decoder from its configuration and the headers of its files; no weight is read.
 
     The dtypes are those of `load_model`. A NotByBlockError says that transformers cannot build it,
     that weights are not in the files, or that it is an encoder-decoder or shares weights between
     blocks.
     """
+    stacks = build_stacks(weights, device)
+    if len(stacks) > 1:
+        problem = "an encoder-decoder cannot be calibrated block by block"
+        raise NotByBlockError(weights.checkpoint.label, problem, weights.remedy)
+    return stacks[0]
+
+
+def build_stacks(weights: Weights, device: str) -> list[MetaModel]:
+    """Build a model, as `build_meta_model` does: its decoder, after its encoder if it has one."""
     checkpoint = weights.checkpoint
     try:
         with refusals(checkpoint.label, "model"), quiet():
             model, loading = _empty(weights, device)
-        path, blocks = _decoder(weights, model)
-        _refuse_shared(weights, model, path, blocks)
+        stacks: list[tuple[Any, Any]] = [(model, cast("Any", model).get_decoder())]
+        if model.config.is_encoder_decoder:
+            encoder = cast("Any", model).get_encoder()
+            stacks = [(encoder, encoder), *stacks]
+        lists = [(stack, *_blocks_in(weights, model, text)) for stack, text in stacks]
+        for _, path, blocks in lists:
+            _refuse_shared(weights, model, path, blocks)
         with refusals(checkpoint.label, "model"), quiet():
             targets, plain = _load_targets(model, checkpoint.tensors, loading)
             made = {targets[name] for name in plain}
@@ -164,7 +187,10 @@ def build_meta_model(weights: Weights, device: str) -> MetaModel:
             _check_complete(model, checkpoint.label, made, others, loading)
     except CalibrationModelError as error:
         raise NotByBlockError(error.where, error.problem, error.remedy) from error
-    return MetaModel(model, path, blocks, weights, targets, plain, loading, device)
+    return [
+        MetaModel(model, stack, path, blocks, weights, targets, plain, loading, device)
+        for stack, path, blocks in lists
+    ]
 
 
 def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
@@ -195,9 +221,10 @@ def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return told or next((FLOATS[dtype] for dtype in stored if dtype in FLOATS), torch.float32)
 
 
-def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that texts run through: the largest of the text decoder."""
-    text = cast("Any", model).get_decoder()
+def _blocks_in(
+    weights: Weights, model: PreTrainedModel, text: nn.Module
+) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that texts run through: the largest of the encoder or decoder `text`."""
     inside = next((path for path, module in model.named_modules() if module is text), "")
     every = block_lists(model)
     if not every:
@@ -212,9 +239,6 @@ def _refuse_shared(
 ) -> None:
     """Refuse blocks that cannot be loaded one after the other."""
     name = weights.checkpoint.label
-    if model.config.is_encoder_decoder:
-        problem = "an encoder-decoder cannot be calibrated block by block"
-        raise CalibrationModelError(name, problem, weights.remedy)
     seen: set[int] = set()
     for block in blocks:
         own = {id(parameter) for parameter in block.parameters()}

@@ -7,6 +7,8 @@ the input of o is computed. The last Linear of a block is fitted so that it comp
 difference between the outputs of the expert's block and the merged block that earlier matrices
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
+The blocks of an encoder are fitted before those of its decoder, which attend to the output of the
+merged encoder, and in the expert to that of the expert's encoder.
 
 In memory are one block of the merged model and of every expert, the moments of one level, and
 some inputs and outputs of the block's Linears (`block_runs.py`); on disk are the hidden states of
@@ -15,7 +17,7 @@ all texts, twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -45,7 +47,7 @@ from lewis_hub.calibration.forward import (
 )
 from lewis_hub.calibration.grams import InputSum
 from lewis_hub.calibration.hooks import OutOfStepError, require_finite
-from lewis_hub.calibration.meta_model import MetaModel, build_meta_model, weight_names
+from lewis_hub.calibration.meta_model import MetaModel, build_stacks, weight_names
 from lewis_hub.calibration.model import check_tokens_fit, linears
 from lewis_hub.calibration.passes import block_sums
 from lewis_hub.calibration.subject import Weights
@@ -108,6 +110,22 @@ class SequentialFit:
     widest: int  # the most inputs of one matrix
     grouping: Grouping  # unpadded_batches if a module has not a row for each token
     n_threads: int  # the number of matrices solved at a time
+    n_before: int  # the number of blocks of stacks before this one
+
+
+@dataclass(frozen=True)
+class Entered:
+    """All texts before the same block, or behind the last one."""
+
+    trial: BatchState  # a few tokens in the merged model
+    pairs: Pairs
+
+    @property
+    def states(self) -> Iterator[BatchState]:
+        """Those of all texts."""
+        yield self.trial
+        for pair in chain.from_iterable(self.pairs):
+            yield from (pair.own, pair.merged)
 
 
 def fit(  # noqa: PLR0913
@@ -131,67 +149,100 @@ def fit(  # noqa: PLR0913
         NotByBlockError: a model cannot be run block by block, or not beside the merged model.
         OutputError: the disk has no room for the hidden states.
     """
-    model = build_meta_model(merged, device)
-    experts = [build_meta_model(one.weights, device) for one in texts]
-    paths = {path for path, _ in linears("", model.blocks)}
+    stacks = build_stacks(merged, device)
+    experts = [build_stacks(one.weights, device) for one in texts]
     for expert, one in zip(experts, texts, strict=True):
-        check_tokens_fit(expert.model, expert.name, one.own)
-        if paths != {path for path, _ in linears("", expert.blocks)}:
-            raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
+        check_tokens_fit(expert[0].model, expert[0].name, one.own)
+        if _paths(stacks) != _paths(expert):
+            raise NotByBlockError(expert[0].name, UNLIKE, expert[0].weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
-    stored_as = weight_names(model.model)
-    job = SequentialFit(model, experts, stored_as, solve, folder, widest, batches, n_threads)
-    with deterministic_threads(module for _, module in linears(model.path, model.blocks)):
+    stored_as = weight_names(stacks[0].model)
+    jobs = []
+    for number, stack in enumerate(stacks):
+        beside = [expert[number] for expert in experts]
+        n_before = sum(len(one.blocks) for one in stacks[:number])
+        made = SequentialFit(
+            stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before
+        )
+        jobs.append(made)
+    modules = (module for one in stacks for _, module in linears(one.path, one.blocks))
+    with deterministic_threads(modules):
         try:
-            return _fit_blocks(job, texts, advance)
+            return _fit_stacks(jobs, texts, advance)
         except OutOfStepError:
-            return _fit_blocks(replace(job, grouping=unpadded_batches), texts, advance)
+            unpadded = [replace(job, grouping=unpadded_batches) for job in jobs]
+            return _fit_stacks(unpadded, texts, advance)
 
 
-def require_beside(merged: MetaModel, experts: Iterable[Checkpoint]) -> None:
+def _paths(stacks: Sequence[MetaModel]) -> set[str]:
+    return {path for one in stacks for path, _ in linears(one.path, one.blocks)}
+
+
+def require_beside(stacks: Sequence[MetaModel], experts: Iterable[Checkpoint]) -> None:
     """Refuse as `fit` does, by its headers, an expert that lacks a matrix of the merge's blocks."""
-    stored_as = weight_names(merged.model)
-    needed = [stored_as.get(f"{path}.weight") for path, _ in linears(merged.path, merged.blocks)]
+    stored_as = weight_names(stacks[0].model)
+    needed = [stored_as.get(f"{path}.weight") for path in _paths(stacks)]
     for expert in experts:
         if any(name and name not in expert.tensors for name in needed):
-            raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
+            raise NotByBlockError(expert.label, UNLIKE, stacks[0].weights.remedy)
 
 
-def _fit_blocks(job: SequentialFit, texts: Sequence[ExpertTexts], advance: Advance) -> list[Path]:
-    advance = shared(advance, len(job.merged.blocks))
-    files = []
-    with ExitStack() as opened:
-        cache = opened.enter_context(ActivationCache(job.folder))
-        walks = [opened.enter_context(closing(one.walk())) for one in (job.merged, *job.experts)]
-        for number, _ in enumerate(zip(*walks, strict=True)):
-            if number == 0:
-                trial, pairs = _enter(job, texts, cache)
-            runs = BlockRuns()
-            file = job.folder / FITTED[job.grouping].format(number)
-            if file.exists():
-                _put(job, trial, load_file(file))
-            elif found := _fit_block(job, trial, pairs, runs):
-                grams.write_tensors(found, file)
-            files += [file] if file.exists() else []
-            trial.move(trial.run())
-            for pair in chain.from_iterable(pairs):
-                runs.move(pair)
-                advance(pair.own.n_tokens)
+def _fit_stacks(
+    jobs: Sequence[SequentialFit], texts: Sequence[ExpertTexts], advance: Advance
+) -> list[Path]:
+    advance = shared(advance, sum(len(job.merged.blocks) for job in jobs))
+    files: list[Path] = []
+    before: Entered | None = None
+    with ActivationCache(jobs[0].folder) as cache:
+        for job in jobs:
+            with ExitStack() as opened:
+                models = (job.merged, *job.experts)
+                walks = [opened.enter_context(closing(one.walk())) for one in models]
+                for number, _ in enumerate(zip(*walks, strict=True)):
+                    if number == 0:
+                        entered = _enter(job, texts, cache, before)
+                    files += _fit_and_move(job, entered, number, advance)
+                    if job is not jobs[-1] and number == len(job.merged.blocks) - 1:
+                        for state in entered.states:
+                            state.leave()
+            before = entered
     return files
 
 
+def _fit_and_move(
+    job: SequentialFit, entered: Entered, number: int, advance: Advance
+) -> list[Path]:
+    """Fit a block, unless an earlier run did, and move all texts behind it; returns its file."""
+    runs, trial, pairs = BlockRuns(), entered.trial, entered.pairs
+    file = job.folder / FITTED[job.grouping].format(job.n_before + number)
+    if file.exists():
+        _put(job, trial, load_file(file))
+    elif found := _fit_block(job, trial, pairs, runs):
+        grams.write_tensors(found, file)
+    trial.move(trial.run())
+    for pair in chain.from_iterable(pairs):
+        runs.move(pair)
+        advance(pair.own.n_tokens)
+    return [file] if file.exists() else []
+
+
 def _enter(
-    job: SequentialFit, texts: Sequence[ExpertTexts], cache: ActivationCache
-) -> tuple[BatchState, Pairs]:
-    """A few tokens in the merged model; and for each expert all texts, in both models."""
+    job: SequentialFit, texts: Sequence[ExpertTexts], cache: ActivationCache, before: Entered | None
+) -> Entered:
+    """A few tokens in the merged model; and for each expert all texts, in both models.
+
+    `before` are the texts behind the encoder.
+    """
     trial = [first_tokens(texts[0].merged)]
     groups = [trial, *(list(job.grouping(one.merged)) for one in texts)]
-    [[first], *merged] = enter_blocks(job.merged, groups, cache)
+    encoded = before and [[before.trial], *([p.merged for p in own] for own in before.pairs)]
+    [[first], *merged] = enter_blocks(job.merged, groups, cache, encoded or ())
     pairs = []
-    for expert, one, states in zip(job.experts, texts, merged, strict=True):
-        [own] = enter_blocks(expert, [list(job.grouping(one.own))], cache)
-        pairs.append([BatchPair(*both) for both in zip(own, states, strict=True)])
-    return first, pairs
+    for place, (expert, one) in enumerate(zip(job.experts, texts, strict=True)):
+        encoded = before and [[pair.own for pair in before.pairs[place]]]
+        [own] = enter_blocks(expert, [list(job.grouping(one.own))], cache, encoded or ())
+        pairs.append([BatchPair(*both) for both in zip(own, merged[place], strict=True)])
+    return Entered(first, pairs)
 
 
 def _fit_block(

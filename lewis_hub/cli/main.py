@@ -122,10 +122,11 @@ def _run() -> int:
 
 def _require_endpoint() -> None:
     """Refuse an address in HF_ENDPOINT that huggingface_hub cannot even be imported with."""
-    asked = os.environ.get("HF_ENDPOINT")
+    asked = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        parts = urlsplit(asked or "https://huggingface.co")
+        parts = urlsplit(asked)
         is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        is_address = is_address and asked.split() == [asked]  # a password has no spaces
     except ValueError:
         is_address = False
     if not is_address:

@@ -23,7 +23,7 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
-from lewis_hub.hub.rows import commit_cache
+from lewis_hub.hub.rows import commit_cache, library
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -118,8 +118,7 @@ def at_commits(commits: Commits) -> Iterator[None]:
     replaced meanwhile. Each commit has its own cache: where a repo cannot be read, `datasets` takes
     any commit of it that is in the cache.
     """
-    import datasets
-
+    datasets = library()
     load: Any = datasets.load_dataset
 
     def load_at_commit(path: str, *args: Any, **kwargs: Any) -> Any:

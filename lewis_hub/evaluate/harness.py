@@ -27,6 +27,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import ADDRESS, EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
+from lewis_hub.hub.rows import library
 from lewis_hub.methods.numerics import torch_threads
 
 if TYPE_CHECKING:
@@ -314,6 +315,7 @@ def quiet_libraries() -> Iterator[None]:
 
     Everything is restored afterwards. Only calls into lm-eval run inside.
     """
+    library()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -136,6 +136,11 @@ class Change:
         same = all(self._equal(path, target.digests.get(path)) for path in self.digests)
         return same and not any(path in target.digests for path in self.stale)
 
+    def is_all_of(self, target: Target) -> bool:
+        """Whether a repo has no other file that is new or changed; a stranger may propose some."""
+        present, found = self.target.digests, target.digests
+        return all(path in self.digests or present.get(path) == found[path] for path in found)
+
     def _equal(self, path: str, present: str | None) -> bool:
         hashed = self.digests[path].startswith("sha256:") and path in self.files
         if present and present.startswith("git-sha1:") and hashed:
@@ -257,9 +262,9 @@ def _outputs_of_previous_merge(hub_repo: HubRepo, target: Target) -> set[str]:
 
 
 def _proposed(hub_repo: HubRepo, change: Change) -> PushedCommit | None:
-    """The open pull request with exactly this change."""
+    """The open pull request with exactly this change, whoever opened it."""
     for url, proposed in open_pull_requests(hub_repo):
-        if change.done_in(proposed):
+        if change.done_in(proposed) and change.is_all_of(proposed):
             return PushedCommit(str(proposed.head), url)
     return None
 

@@ -57,8 +57,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     Raises:
         SourceError: no such configuration or split, no readable data files, or no rows.
     """
-    import datasets
-
+    datasets = library()
     require_own_files(api, source)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
@@ -68,6 +67,17 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
     return Rows(source.pinned, tuple(table.column_names), table)
+
+
+def library() -> Any:
+    """`datasets`, which tells only the Hub the names of what it loads.
+
+    It would count downloads at another host, those of a private Hub too.
+    """
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    return datasets
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,7 @@ def describe_dataset(
     Raises:
         SourceError: no such configuration or split, or no data files.
     """
-    import datasets
-
+    datasets = library()
     require_own_files(api, source)
     datasets.logging.set_verbosity(logging.CRITICAL)
     call = _dataset_call(source, config, split)

@@ -37,8 +37,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Author:
+    name: str | None = None  # of a user who is deleted
+
+
+@dataclass(frozen=True)
 class _PullRequest:
     num: int
+    author: _Author = field(default_factory=_Author)
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,6 @@ class _PullRequests:
     discussions: list[_PullRequest]
     start: int
     count: int  # on all pages
-
-
-@dataclass(frozen=True)
-class _Named:
-    name: str
 
 
 @dataclass(frozen=True)
@@ -123,36 +129,49 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
         return Target(hub_repo.name, listed_sha(info.sha), digests)
 
 
-def open_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
-    """The address of each of the newest open pull requests, and the state of the repo with it."""
+def open_pull_requests(
+    hub_repo: HubRepo, author: str | None = None
+) -> Iterator[tuple[str, Target]]:
+    """The address of each of the newest open pull requests, and the state of the repo with it.
+
+    Anybody can open one: of a pull request that was not compared file by file, ask its `author`.
+    """
     n_found = 0
     for page in range(MAX_PULL_REQUESTS):
-        numbers, is_last = _pull_requests(hub_repo, page)
-        for number in numbers[: MAX_PULL_REQUESTS - n_found]:
-            yield f"{hub_repo.url}/discussions/{number}", read_target(hub_repo, f"refs/pr/{number}")
-        n_found += len(numbers)
-        if is_last or not numbers or n_found >= MAX_PULL_REQUESTS:
+        listed = _pull_requests(hub_repo, page)
+        for one in listed.discussions[: MAX_PULL_REQUESTS - n_found]:
+            if author in (None, one.author.name):
+                url = f"{hub_repo.url}/discussions/{one.num}"
+                yield url, read_target(hub_repo, f"refs/pr/{one.num}")
+        n_found += len(listed.discussions)
+        is_last = listed.start + len(listed.discussions) >= listed.count
+        if is_last or not listed.discussions or n_found >= MAX_PULL_REQUESTS:
             return
 
 
-def _pull_requests(hub_repo: HubRepo, page: int) -> tuple[list[int], bool]:
-    """The numbers of open pull requests on a page of the list, and whether it is the last page.
+def own_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
+    """Those of the token's user; none without a user, as with trusted publishing."""
+    if hub_repo.token is None or os.environ.get("HF_OIDC_RESOURCE"):
+        return iter(())
+    return open_pull_requests(hub_repo, account(hub_repo).name)
+
+
+def _pull_requests(hub_repo: HubRepo, page: int) -> _PullRequests:
+    """A page of the list of open pull requests, the newest first.
 
     huggingface_hub's own loop over the pages does not end if the Hub always says that there are
     more.
     """
     api = hub_repo.api
     url = f"{api.endpoint}/api/models/{hub_repo.name}/discussions"
-    asked = {"type": "pull_request", "status": "open", "p": page}
+    asked: dict[str, str | int] = {"type": "pull_request", "status": "open", "p": page}
 
     def ask() -> httpx2.Response:
         answer = get_session().get(url, headers=build_hf_headers(token=api.token), params=asked)
         hf_raise_for_status(answer)
         return answer
 
-    listed = read_answer(hub_repo, DISCUSSIONS, call_hub(hub_repo, lambda: ask().json()))
-    numbers = [one.num for one in listed.discussions]
-    return numbers, listed.start + len(numbers) >= listed.count
+    return read_answer(hub_repo, DISCUSSIONS, call_hub(hub_repo, lambda: ask().json()))
 
 
 def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:

@@ -38,7 +38,7 @@ from lewis_hub.merge.symmetries import (
 )
 from lewis_hub.methods.numerics import torch_threads
 
-MAX_SWEEPS = 20  # over all groups; it ended after far fewer wherever it was tried
+MAX_SWEEPS = 20  # over all groups
 HELD_BYTES = 1 << 30  # of correlations in memory; more are computed again in each sweep
 LEAST_GAIN = 1e-6  # of the mean similarity, for another sweep
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,11 +85,6 @@ class DriftTexts:
         return n_predicted(self.tokens) * _bytes_of_prediction(self.n_vocabulary, self.n_kept)
 
 
-def n_vocabulary(config: Mapping[str, Any]) -> int:
-    """The number of tokens that a model of this `config.json` predicts."""
-    return int((config.get("text_config") or config)["vocab_size"])
-
-
 def n_predicted(tokens: CalibrationTokens) -> int:
     """The number of tokens that are predicted: of each text all but the first."""
     return tokens.n_tokens - len(tokens.ids)
@@ -125,7 +120,9 @@ def by_drift(texts: Sequence[DriftTexts]) -> Objective:
     parts = tuple(partial(_measure, texts, number) for number in range(n_parts))
     digest = hashlib.sha256("\n".join([METRIC, *(one.digest for one in texts)]).encode())
     n_texts = sum(len(one.tokens.ids) for one in texts)
-    return Objective(METRIC, True, parts, n_texts, digest.hexdigest())  # noqa: FBT003
+    return Objective(
+        METRIC, lower_is_better=True, parts=parts, n_items=n_texts, digest=digest.hexdigest()
+    )
 
 
 def _measure(texts: Sequence[DriftTexts], number: int, lm: Any, advance: Advance) -> list[Share]:

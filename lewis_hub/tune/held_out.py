@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
+from lewis_hub.evaluate.backends import POSITIONS
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.tune.objective import Search
 from lewis_hub.workflow.examine import Examined
+from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.resolve import merged_entries
 from lewis_hub.workflow.texts import (
     Drawn,
@@ -78,11 +81,36 @@ def model_problems(examined: Examined) -> Iterator[str]:
             f"{named}: its tokens have other ids than those of {donor.name}, but drift compares "
             "predictions token by token. Search by `--objective answers`."
         )
+    if n_vocabulary(donor.config) is None:
+        yield f"{donor.name}: its config.json has no `vocab_size`. Search by `--objective answers`."
     if donor.config.get("is_encoder_decoder"):
         yield (
             f"{donor.name} is an encoder-decoder, but drift is measured on texts that a decoder "
             "continues. Search by `--objective answers`."
         )
+
+
+def n_vocabulary(config: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens that a model of this `config.json` predicts, if it says so."""
+    return _config_value(config, "vocab_size")
+
+
+def length_problems(donor: OpenedSource, known: HeldOut) -> Iterator[str]:
+    """Yield the calibrations with a text that is longer than the models read."""
+    n_positions = next(filter(None, (_config_value(donor.config, key) for key in POSITIONS)), None)
+    for calibration, tokens in known.held_out.items():
+        longest = max(map(len, tokens.ids), default=0)
+        if longest > (n_positions or 0) > 0:
+            yield (
+                f"calibration on {calibration.data}: a text has {longest} tokens, but "
+                f"{donor.name} has {n_positions} positions. Set `max_tokens: {n_positions}`, or "
+                "less."
+            )
+
+
+def _config_value(config: Mapping[str, Any], key: str) -> int | None:
+    value = (config.get("text_config") or config).get(key, config.get(key))
+    return value if isinstance(value, int) else None
 
 
 def hold_out(

@@ -10,13 +10,15 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import RecipeError, SearchRefusedError
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.tune.drift import DriftTexts, by_drift, drift_texts, n_vocabulary
+from lewis_hub.tune.drift import DriftTexts, by_drift, drift_texts
 from lewis_hub.tune.held_out import (
     N_TEXTS,
     calibrations_for_drift,
     hold_out,
+    length_problems,
     missing_problems,
     model_problems,
+    n_vocabulary,
     option_problems,
 )
 from lewis_hub.tune.objective import (
@@ -87,12 +89,14 @@ def held_out_texts(
     problems += model_problems(search.examined)
     n_texts = search.asked.samples or N_TEXTS
     known = hold_out(settings, n_texts, tasks, api, progress)
-    if problems := [*problems, *known.problems]:
+    problems += known.problems
+    problems += length_problems(job.sources.donor, known)
+    if problems:
         raise SearchRefusedError(tuple(problems))
     texts = drift_texts(
         experts,
         [(one, known.held_out[one]) for one in calibrations],
-        n_vocabulary(job.sources.donor.config),
+        n_vocabulary(job.sources.donor.config) or 0,
         job.workload.loading.device,
         search.output,
     )

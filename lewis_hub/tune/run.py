@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import TextTable, to_html
+from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,

@@ -24,7 +24,7 @@ from lewis_hub.hub.failures import HubRepo, address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_pull_requests, open_target, read_target
+from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
@@ -178,11 +178,14 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 def _commit_with(
     planned: Lock, asked: Publishing, main: PreviousMerge | None, api: HfApi
 ) -> PushedCommit | None:
-    """Return the commit that holds a planned merge, on main or in an open pull request."""
+    """Return the commit that holds a planned merge, on main or in an open pull request of ours.
+
+    A lock states the digests of the files beside it, so it says nothing of a stranger's.
+    """
     if main and main.holds(planned):
         return PushedCommit(main.source.commit_sha)
     if asked.landing == "pull-request":
-        for url, target in open_pull_requests(HubRepo.to_publish(api, asked.repo)):
+        for url, target in own_pull_requests(HubRepo.to_publish(api, asked.repo)):
             proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
                 return PushedCommit(proposed.source.commit_sha, url)

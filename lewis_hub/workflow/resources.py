@@ -173,7 +173,7 @@ class Measurement:
         n_measured = sum(n_tokens.values())
         n_fitted = 2 * sum(n_tokens[c] for c in self.calibrations) if self.in_sequence else 0
         sizes = [
-            states_bytes(checkpoint, max(n_fitted, n_measured))
+            states_bytes(checkpoint, max(_n_stacks(checkpoint) * n_fitted, n_measured))
             for checkpoint in checkpoints
             if self.in_sequence or loading.goes_by_block(checkpoint, n_measured)
         ]
@@ -230,6 +230,13 @@ def blocks_bytes(checkpoint: Checkpoint) -> int:
         elif not names.is_head(name):
             outside += WIDTH * tensor.n_elements
     return outside + 2 * max(blocks.values(), default=0)
+
+
+def _n_stacks(checkpoint: Checkpoint) -> int:
+    """2 for an encoder-decoder: the encoder's output stays beside the decoder's hidden states."""
+    stacks = (names.stack(name) or "" for name in checkpoint.tensors)
+    parts = {part for stack in stacks for part in stack.split(".")}
+    return 2 if {"encoder", "decoder"} <= parts else 1
 
 
 def states_bytes(checkpoint: Checkpoint, n_tokens: int) -> int:

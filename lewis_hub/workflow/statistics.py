@@ -186,12 +186,11 @@ def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
     """Refuse an architecture that cannot be fitted in sequence, before weights are downloaded.
 
     Raises:
-        NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
-            matrices of its blocks.
+        NotByBlockError: its blocks share weights, or an expert lacks matrices of its blocks.
     """
     if settings is None or not settings.moments.in_sequence:
         return
-    from lewis_hub.calibration.meta_model import build_meta_model
+    from lewis_hub.calibration.meta_model import build_stacks
     from lewis_hub.calibration.sequential import require_beside
 
     donor = settings.sources.donor
@@ -200,7 +199,7 @@ def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
         yield from ()
 
     folder = small_files(api, donor.source)
-    made = build_meta_model(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
+    made = build_stacks(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
     require_beside(made, (expert.checkpoint for expert in settings.sources.experts))
 
 

@@ -126,6 +126,9 @@ def leave(request: gr.Request) -> None:
 
 
 def _session(request: gr.Request) -> str:
+    """The tab that a request comes from; a page of another site has none."""
+    if not sessions.is_own_page(request.headers):
+        raise gr.Error("This is only for this Space's own page.")
     return str(request.session_hash)
 
 

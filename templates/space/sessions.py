@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 MAX_MINUTES = float(os.environ.get("MAX_MINUTES", "30"))  # of a step
 ROOT = Path(tempfile.mkdtemp(prefix="lewis-hub-space-"))
@@ -33,6 +34,17 @@ PASSED_ON = (
 RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
 CLOSED: set[Path] = set()  # the folders of closed tabs
 Event = Mapping[str, Any]
+
+
+def is_own_page(headers: Mapping[str, str]) -> bool:
+    """Whether a request comes from this Space's own page, or from no browser.
+
+    Gradio lets every site send requests with the login of its visitors, and read the answers.
+    """
+    if site := headers.get("sec-fetch-site"):
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == headers.get("host")
 
 
 def folder_of(session: str) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lewis_hub.calibration import forward
-from lewis_hub.calibration.forward import NotAChainError, enter
+from lewis_hub.calibration.forward import NotAChainError, are_constant, enter, further_outputs
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest, read_grams, sum_of_squares
 from lewis_hub.calibration.measure import gather_grams, measure_inputs
 from lewis_hub.calibration.meta_model import build_meta_model
@@ -275,6 +275,44 @@ def test_what_a_block_returns_beside_the_hidden_states_must_not_go_to_the_next()
 
     with pytest.raises(NotAChainError):
         enter(list(blocks), TokenBatch(ids, ids), run, (bias,))
+
+
+class Biased(nn.Module):
+    """A block that also returns a bias, the one that it is given or its own."""
+
+    def __init__(self, *, depends: bool) -> None:
+        super().__init__()
+        self.own = nn.Linear(2, 2)
+        self.depends = depends
+
+    def forward(self, x, bias=None):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        if bias is None:
+            bias = x if self.depends else torch.arange(2.0)
+        return self.own(x) + bias, bias
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_a_bias_of_the_first_block_is_for_all_unless_it_depends_on_the_hidden_states(depends):
+    blocks = nn.ModuleList(Biased(depends=depends) for _ in range(3))
+    ids, x = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[[1.0, 2.0], [3.0, 5.0]]])
+    batch, returned = TokenBatch(ids, ids), []
+
+    def run(_: TokenBatch) -> None:
+        hidden, bias = x, None
+        for block in blocks:
+            hidden, bias = block(hidden, bias)
+        returned[:] = [hidden]
+
+    rest = further_outputs(blocks, batch, run)
+
+    assert are_constant(blocks, batch, run, rest) is not depends
+    if not depends:
+        hidden, calls = enter(list(blocks), batch, run, rest, is_constant=True)
+        for call, block in zip(calls, blocks, strict=True):
+            hidden, _ = call(block, hidden)
+        run(batch)
+        assert torch.equal(hidden, returned[0])
 
 
 def test_each_block_keeps_what_it_was_called_with():

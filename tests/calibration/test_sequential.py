@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.calibration import block_runs, meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
@@ -31,6 +32,25 @@ LEVELS = {  # of each block, in the order in which they run; mamba takes dt_proj
     "mamba": [["mixer.in_proj"], ["mixer.x_proj"], ["mixer.out_proj"]],
 }
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "mamba": "backbone.layers"}
+ATTENTION, MLP = "layer.{}.{}Attention.{}", "layer.{}.DenseReluDense.{}"
+T5 = {  # as FLAN-T5; cross-attention takes k and v from the encoder's output
+    "encoder.block": [
+        [ATTENTION.format(0, "Self", name) for name in "qkv"],
+        [ATTENTION.format(0, "Self", "o")],
+        [MLP.format(1, "wi_0"), MLP.format(1, "wi_1")],
+        [MLP.format(1, "wo")],
+    ],
+    "decoder.block": [
+        [ATTENTION.format(0, "Self", name) for name in "qkv"],
+        [ATTENTION.format(0, "Self", "o")],
+        [ATTENTION.format(1, "EncDec", "q")],
+        [ATTENTION.format(1, "EncDec", name) for name in "kv"],
+        [ATTENTION.format(1, "EncDec", "o")],
+        [MLP.format(2, "wi_0"), MLP.format(2, "wi_1")],
+        [MLP.format(2, "wo")],
+    ],
+}
+STACKS = {name: {BLOCKS[name]: levels} for name, levels in LEVELS.items()} | {"t5": T5}
 TEXTS = [
     [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
     [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
@@ -42,8 +62,9 @@ def models(tmp_path):
     """A base, two experts and their average, and where the last three lie."""
 
     def make(architecture):
-        found = [tiny_model(architecture, seed) for seed in range(3)]
-        average = tiny_model(architecture)
+        build = tiny_t5 if architecture == "t5" else partial(tiny_model, architecture)
+        found = [build(seed) for seed in range(3)]
+        average = build(0)
         with torch.no_grad():
             for name, parameter in average.named_parameters():
                 pair = [dict(one.named_parameters())[name] for one in found[1:]]
@@ -57,15 +78,32 @@ def models(tmp_path):
     return make
 
 
+def tiny_t5(seed):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = T5Config(
+        **small, vocab_size=97, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
+    )
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def read(model, ids):
+    """Run a text through a model; a decoder behind an encoder gets it a token later."""
+    given = {"input_ids": torch.tensor([ids])}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.tensor([[0, *ids[:-1]]])
+    with torch.no_grad():
+        model(**given)
+
+
 def rows(model, path, texts):
     """What a module is handed, text by text, in float64."""
     seen = []
     handle = model.get_submodule(path).register_forward_pre_hook(
         lambda _, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
     )
-    with torch.no_grad():
-        for ids in texts:
-            model(input_ids=torch.tensor([ids]))
+    for ids in texts:
+        read(model, ids)
     handle.remove()
     return torch.cat(seen)
 
@@ -85,9 +123,8 @@ def beside(model, block, path, texts):
             lambda _, _given, found: keep(returned, found[0] if type(found) is tuple else found)
         ),
     ]
-    with torch.no_grad():
-        for ids in texts:
-            model(input_ids=torch.tensor([ids]))
+    for ids in texts:
+        read(model, ids)
     for handle in handles:
         handle.remove()
     return torch.cat(returned) - torch.cat(added)
@@ -103,16 +140,20 @@ def naive(architecture, models, alpha):
     """Whole models, one module after the other, by the normal equations in float64."""
     base, *experts, merged = models
     found = {}
-    for number in range(len(merged.get_submodule(BLOCKS[architecture]))):
-        for level in LEVELS[architecture]:
-            paths = [f"{BLOCKS[architecture]}.{number}.{name}" for name in level]
+    blocks = [
+        (f"{path}.{number}", levels)
+        for path, levels in STACKS[architecture].items()
+        for number in range(len(merged.get_submodule(path)))
+    ]
+    for block, levels in blocks:
+        for level in levels:
+            paths = [f"{block}.{name}" for name in level]
             pairs = [
                 (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
                 for expert, texts in zip(experts, TEXTS, strict=True)
             ]
-            gaps, last = [], level is LEVELS[architecture][-1]
+            gaps, last = [], level is levels[-1]
             if last:
-                block = f"{BLOCKS[architecture]}.{number}"
                 gaps = [
                     beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
                     for expert, texts in zip(experts, TEXTS, strict=True)
@@ -180,7 +221,7 @@ def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("architecture", LEVELS)
+@pytest.mark.parametrize("architecture", STACKS)
 def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_path, architecture):
     made, folders = models(architecture)
 
@@ -234,6 +275,24 @@ def test_matrices_are_asked_for_in_the_order_in_which_they_run(models, tmp_path)
     assert sum(told) == sum(len(ids) for own in TEXTS for ids in own)
 
 
+def test_an_encoder_decoder_whose_fit_was_interrupted_comes_out_the_same(models, tmp_path):
+    made, folders = models("t5")
+    told = []
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole", advance=told.append)
+    part, asked = tmp_path / "part", []
+    part.mkdir()
+    for number in range(3):  # of two blocks of each stack
+        name = f"{number}.safetensors"
+        save_file(load_file(tmp_path / "whole" / name), part / name)
+
+    found = run(folders, solver(made, 0.5, asked), part)
+
+    assert {name[: len("decoder.block.1")] for name in asked} == {"decoder.block.1"}
+    assert sum(told) == sum(len(ids) for own in TEXTS for ids in own)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_blocks_that_are_there_are_taken_and_the_rest_comes_out_the_same(models, tmp_path):
     made, folders = models("llama")
     whole = run(folders, solver(made, 0.5), tmp_path / "whole")
@@ -248,8 +307,9 @@ def test_blocks_that_are_there_are_taken_and_the_rest_comes_out_the_same(models,
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
-def test_experts_that_are_the_merge_stay_as_they_are(models, tmp_path):
-    made, folders = models("llama")
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_experts_that_are_the_merge_stay_as_they_are(models, tmp_path, architecture):
+    made, folders = models(architecture)
     same = [made[0], made[1], made[1]]
 
     found = run([folders[0]] * 3, solver(same, 0.5), tmp_path / "fitted", [TEXTS[0]] * 2)
@@ -350,14 +410,14 @@ def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_p
     deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
     monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
     made, folders = models("llama")
-    empty = meta_model.build_meta_model
+    empty = meta_model.build_stacks
 
     def built(weights, device):
         found = empty(weights, device)
-        every_other_block_routes(found.model)
+        every_other_block_routes(found[0].model)
         return found
 
-    monkeypatch.setattr(sequential, "build_meta_model", built)
+    monkeypatch.setattr(sequential, "build_stacks", built)
     whole = run(folders, solver(made, 0.5), tmp_path / "whole")
     part = tmp_path / "part"
 

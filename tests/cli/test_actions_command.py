@@ -1,5 +1,6 @@
 """What the steps of a workflow ask lewis-hub: what to do, and what to show."""
 
+import hashlib
 import json
 import shutil
 from collections import namedtuple
@@ -105,6 +106,28 @@ def test_an_open_pull_request_with_the_merge_counts_if_the_recipe_asks_for_one(h
     assert run("merge", "--push", "-q").exit_code == 0
 
     assert preflight()[1] == "way=unchanged\n"
+
+
+def test_a_stranger_s_pull_request_with_the_same_lock_does_not_count(hub, place):
+    hub.api().create_repo("lewis/again")
+    hub.add_token("hf_stranger", "stranger", "write")
+    write(hub, landing="pull-request")
+    assert run("merge", "-q", "-o", "made").exit_code == 0
+    made, poison = Path("made"), b"other weights" * 100
+    lock = json.loads((made / "lewis/lock.json").read_text())
+    digest = {"sha256": hashlib.sha256(poison).hexdigest(), "size": len(poison)}
+    lock["outputs"]["model.safetensors"] |= digest
+    (made / "lewis/lock.json").write_text(json.dumps(lock))
+    (made / "model.safetensors").write_bytes(poison)
+    hub.api("hf_stranger").upload_folder(
+        repo_id="lewis/again", folder_path=made, create_pr=True, commit_message="Merge"
+    )
+
+    assert preflight()[1] == "way=merge\n"
+    pushed = json.loads(run("merge", "--push", "--json").stdout)
+
+    assert pushed["pull_request"] == f"{hub.url}/lewis/again/discussions/2"
+    assert pushed["status"] == "merged"
 
 
 def test_measurements_of_the_target_s_merge_are_reused(hub, place):

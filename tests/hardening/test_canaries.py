@@ -30,6 +30,7 @@ FAILURES = {
     "a bad recipe": ({}, RECIPE + "nonsense: 1\n", None),
     "no server": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@127.0.0.1:9"}, RECIPE, None),
     "a password that is refused": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@HOST"}, RECIPE, None),
+    "a password with a space": ({"HF_ENDPOINT": f"http://me:a {PASSWORD}@HOST"}, RECIPE, None),
     "an address that is none": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@:x"}, RECIPE, None),
 }
 

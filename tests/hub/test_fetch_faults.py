@@ -261,7 +261,7 @@ def test_a_list_that_names_no_files_is_one_message(listed):
     "page",
     [
         {"discussions": [], "count": 10, "start": 0},
-        {"discussions": [{"num": 1}] * 50, "count": 10**9, "start": 0},
+        {"discussions": [{"num": 1}, {"num": 2, "author": {}}] * 25, "count": 10**9, "start": 0},
     ],
 )
 def test_a_list_of_pull_requests_that_never_ends_is_left(page, monkeypatch):

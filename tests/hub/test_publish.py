@@ -273,6 +273,19 @@ def test_a_tag_on_a_pull_request_is_refused(api, folder):
     )
 
 
+def test_a_stranger_s_pull_request_with_a_file_more_is_another_one(api, folder, hub):
+    hub.add_token("hf_stranger", "stranger", "write")
+    api.create_repo(REPO)
+    more = write(folder.with_name("more"), {**FILES, "modeling.py": b"import os"})
+    proposal = Publication("Second", landing="pull-request")
+    publish(hub.api("hf_stranger"), more, REPO, proposal, lambda _: None)
+
+    published = publish(api, folder, REPO, proposal, lambda _: None)
+
+    assert published.url == f"{hub.url}/{REPO}/discussions/2"
+    assert "modeling.py" not in content(api, "refs/pr/2")
+
+
 def test_only_the_newest_pull_requests_are_compared(hub, api, monkeypatch):
     monkeypatch.setattr(target, "MAX_PULL_REQUESTS", 3)
     api.create_repo(REPO)

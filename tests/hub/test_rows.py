@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import socket
 
+import datasets
 import pytest
 
 from lewis_hub.errors import SourceError
+from lewis_hub.evaluate.benchmarks import at_commits
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
 
@@ -142,6 +145,24 @@ def test_a_repo_gives_the_rows_of_its_pinned_commit(hub, api, push):
 
     assert load(api, "tests/sums", revision=sha).rows([4]) == [ROWS[4]]
     assert len(load(api, "tests/sums")) == 1
+
+
+def test_no_other_host_is_told_the_name_of_a_dataset(api, push, monkeypatch):
+    push("tests/secret", {"train.jsonl": b'{"text": "a"}\n'}, "dataset", private=True)
+    asked, look_up = set(), socket.getaddrinfo
+
+    def noted(host, *args, **options):
+        asked.add(host)
+        return look_up(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", noted)
+    source = resolve_dataset(api, "tests/secret")
+    assert describe_dataset(api, source, None, "train").splits == ("train",)
+    assert len(load_rows(api, source, None, "train")) == 1
+    with at_commits({("tests/secret", None): source.commit_sha}):
+        assert len(datasets.load_dataset("tests/secret", split="train", token=api.token)) == 1
+
+    assert asked <= {"127.0.0.1"}
 
 
 def test_a_commit_without_rows_never_gives_those_of_another(hub, api, push):

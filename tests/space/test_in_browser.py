@@ -4,7 +4,9 @@ LEWIS_HUB_SPACE names a Python that has the extra `space`; without it, this Pyth
 """
 
 import importlib.util
+import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from zoo_hub import put_zoo
 
@@ -178,6 +181,48 @@ def test_a_folder_of_the_machine_in_a_pasted_recipe_is_refused(hub, tmp_path):
             show(page, tab, button)
             page.click(button)
             says(page, shown, f"`{tmp_path}` is not a repository of the Hub")
+
+
+def test_a_page_of_another_site_gets_nothing_with_the_login_of_its_visitor(hub, tmp_path):
+    put_zoo(hub)
+    hub.add_token(SIGNED_IN, hub.user, "write", ("*",))
+    hub.api().update_repo_settings("zoo/base", private=True)
+    recipe = "{base_model: zoo/base, models: [zoo/expert-cipher], merge_method: linear}"
+    own = {"Host": "me.hf.space", "Origin": "https://me.hf.space", "Sec-Fetch-Site": "same-origin"}
+    other = {**own, "Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+
+    with running(hub, tmp_path, HF_TOKEN=hub.write_token) as address:
+        cookie = login(address)
+        seen, refused = (
+            result_of(address, "check", [recipe], {**headers, "Cookie": cookie})
+            for headers in (own, other)
+        )
+
+    assert "zoo/base" in json.dumps(seen)
+    assert "only for this Space" in json.dumps(refused)
+    assert "zoo/base" not in json.dumps(refused)
+
+
+def login(address):
+    """The cookie of a user who is signed in; browsers keep it for encrypted addresses only."""
+    answer = httpx2.get(f"{address}login/callback", headers={"Host": "me.hf.space"})
+    return answer.headers["set-cookie"].partition(";")[0]
+
+
+def result_of(address, name, values, headers):
+    """What a function of the page answers to a request that a browser would send."""
+    functions = httpx2.get(f"{address}config").json()["dependencies"]
+    (number,) = (one["id"] for one in functions if one["api_name"] == name)
+    asked = {"data": values, "fn_index": number, "session_hash": secrets.token_hex(8)}
+    join = f"{address}gradio_api/queue/join"
+    httpx2.post(join, json=asked, headers=headers).raise_for_status()
+    data = f"{address}gradio_api/queue/data?session_hash={asked['session_hash']}"
+    with httpx2.stream("GET", data, headers=headers, timeout=120) as answer:
+        for line in answer.iter_lines():
+            message = json.loads(line.removeprefix("data: ")) if line else {}
+            if message.get("msg") == "process_completed":
+                return message["output"]
+    raise AssertionError("the stream ended")
 
 
 def test_without_a_login_nobody_signs_in_and_nothing_of_another_site_is_loaded(hub, tmp_path):

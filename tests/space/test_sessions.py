@@ -111,6 +111,23 @@ def test_closing_a_tab_ends_its_process_and_deletes_its_folder(api, session):
     assert sessions.RUNNING == []
 
 
+@pytest.mark.parametrize(
+    ("headers", "is_own"),
+    [
+        ({"sec-fetch-site": "same-origin"}, True),
+        ({"sec-fetch-site": "none"}, True),
+        ({"sec-fetch-site": "same-site", "origin": "https://other.hf.space"}, False),
+        ({"sec-fetch-site": "cross-site", "origin": "https://me.hf.space"}, False),
+        ({"origin": "https://me.hf.space"}, True),
+        ({"origin": "https://me.hf.space.evil.example"}, False),
+        ({"origin": "null"}, False),
+        ({}, True),
+    ],
+)
+def test_only_the_space_s_own_page_has_a_tab(headers, is_own):
+    assert sessions.is_own_page({"host": "me.hf.space", **headers}) is is_own
+
+
 def test_a_step_that_waits_for_its_turn_does_not_run_after_its_tab_is_closed(api):
     waiting = sessions.run("check", "closed", {"recipe": RECIPE})
 

@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.tune.held_out import (
+    HeldOut,
     calibrations_for_drift,
+    length_problems,
     missing_problems,
     model_problems,
     option_problems,
@@ -17,7 +20,7 @@ TEXTS = "{dataset: o/data, text: '{question}'}"
 
 
 def examined(translation=None, alignment=None, config=None):
-    donor = SimpleNamespace(name="o/base", config=config or {})
+    donor = SimpleNamespace(name="o/base", config={"vocab_size": 97} | (config or {}))
     experts = (SimpleNamespace(name="o/one", translation=translation),)
     sources = SimpleNamespace(donor=donor, experts=experts)
     return SimpleNamespace(sources=sources, tokens=SimpleNamespace(alignment=alignment))
@@ -44,15 +47,32 @@ def test_options_that_choose_how_answers_are_scored_are_refused_together():
     [
         ({"translation": object()}, "o/one: its tokens have other ids than those of o/base"),
         ({"alignment": object()}, "the merge: its tokens have other ids than those of o/base"),
+        ({"config": {"vocab_size": None}}, "o/base: its config.json has no `vocab_size`"),
         ({"config": {"is_encoder_decoder": True}}, "o/base is an encoder-decoder"),
     ],
 )
 def test_models_whose_predictions_cannot_be_compared_are_refused(known, named):
     (problem,) = model_problems(examined(**known))
 
-    assert problem.startswith(f"{named}, but drift ")
+    assert problem.startswith(named)
     assert problem.endswith("Search by `--objective answers`.")
     assert [*model_problems(examined())] == []
+
+
+def test_texts_that_are_longer_than_the_models_read_are_refused():
+    (calibration,) = calibrations_for_drift(
+        parsed("{model: o/one}", f"guide: {{calibration: {TEXTS}}}")
+    )
+    tokens = CalibrationTokens(((1, 2), tuple(range(65))), (0, 1), 2, 0, 0, "o/base")
+    known = HeldOut({}, {calibration: tokens}, ())
+    donor = examined(config={"max_position_embeddings": 64}).sources.donor
+    unlimited = examined(config={"max_position_embeddings": -1}).sources.donor
+
+    assert [*length_problems(donor, known)] == [
+        "calibration on o/data: a text has 65 tokens, but o/base has 64 positions. "
+        "Set `max_tokens: 64`, or less."
+    ]
+    assert [*length_problems(unlimited, known)] == []
 
 
 def test_each_expert_has_its_own_texts_or_those_of_the_guide_and_all_without_are_told():

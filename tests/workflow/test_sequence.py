@@ -22,7 +22,14 @@ from statistical_merges import (
     write_adapter,
     zoo_weights,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
@@ -255,30 +262,52 @@ def test_an_expert_of_fewer_blocks_cannot_go_beside_the_merge(api, tmp_path):
     )
 
 
-def test_an_encoder_decoder_is_refused_before_a_download(tmp_path):
-    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=259, decoder_start_token_id=0, **small)
+def of_three(tmp_path, build):
+    """A recipe, without its method, for two experts of a base that has the demo's tokenizer."""
     for seed, name in enumerate(("base", "one", "two")):
         torch.manual_seed(seed)
-        T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+        build().save_pretrained(tmp_path / name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             copy(zoo_folder() / "base" / file, tmp_path / name / file)
     (tmp_path / "texts.jsonl").write_text('{"text": "abc"}\n')
     data = f"calibration: {{dataset: {tmp_path}/texts.jsonl, text: '{{text}}', samples: 1}}\n"
     text = f"base_model: {tmp_path}/base\n"
     text += f"models: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
+    return f"{text}{data}"
+
+
+def test_blocks_that_share_weights_are_refused_before_a_download(tmp_path):
+    small = {"vocab_size": 259, "hidden_size": 16, "num_attention_heads": 4, "n_mamba_heads": 2}
+    small |= {"num_hidden_layers": 4, "num_mem_blocks": 1, "mamba_d_state": 4, "chunk_size": 4}
+    kinds = {"layers_block_type": ["mamba", "hybrid"] * 2, "intermediate_size": 24}
+    text = of_three(tmp_path, lambda: Zamba2ForCausalLM(Zamba2Config(**small, **kinds)))
 
     with pytest.raises(NotByBlockError) as caught:
-        merge(tmp_path / "out", f"{text}{data}{METHOD}")
+        merge(tmp_path / "out", f"{text}{METHOD}")
 
-    (problem,) = lewis_hub.check(recipe(f"{text}{data}{METHOD}")).problems
+    (problem,) = lewis_hub.check(recipe(f"{text}{METHOD}")).problems
     assert problem == str(caught.value).replace("\n", " ")
     assert str(caught.value) == (
-        f"{tmp_path}/base: an encoder-decoder cannot be calibrated block by block.\n"
+        f"{tmp_path}/base: its blocks share weights, so it cannot be calibrated block by block.\n"
         "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
     )
     assert not list(tmp_path.glob("out*"))
-    merge(tmp_path / "out", f"{text}{data}merge_method: regmean\n")
+
+
+def test_all_matrices_of_an_encoder_decoder_are_fitted(tmp_path):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=259, decoder_start_token_id=0, **small)
+    text = of_three(tmp_path, lambda: T5ForConditionalGeneration(config))
+
+    assert lewis_hub.check(recipe(f"{text}{METHOD}")).problems == ()
+    merge(tmp_path / "out", f"{text}{METHOD}")
+
+    made, one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "one", "two"))
+    average = {name: (one[name] + two[name]) / 2 for name in made}
+    changed = {n for n in made if not torch.allclose(made[n], average[n], rtol=1e-5, atol=1e-6)}
+    matrices = {name for name in made if ".block." in name and made[name].dim() == 2}
+    assert changed == {name for name in matrices if "relative_attention_bias" not in name}
+    merge(tmp_path / "own", f"{text}merge_method: regmean\n")
 
 
 def test_no_other_word_is_taken_for_inputs(api):
