@@ -298,7 +298,8 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         if recipe.calibration_of(entry) is None:
             problem = f"{option} needs calibration data, but `{entry.model}` has none."
             remedy = "Add `calibration` to this model, or to the recipe for all models without: "
-            remedy += "some of the expert's own training texts, in the benchmark's prompt format."
+            remedy += "some of the expert's own training texts, in the benchmark's prompt format. "
+            remedy += "To prompts without answers it writes them itself: `answers: model`."
             yield ("models",), problem, remedy
 
 

@@ -63,7 +63,7 @@ def test_greedy_answers_are_those_of_a_naive_loop(architecture):
 
 
 def test_a_batch_needs_no_positions_that_a_model_does_not_have():
-    model, prompts = tiny_model("gpt2"), prompts_of(((5,) * 40, (7,) * 39, (3,) * 25), limit=64)
+    model, prompts = tiny_model("gpt2"), prompts_of(((5,) * 60, (7,) * 59, (3,) * 50), limit=64)
 
     found = texts_of(model, prompts)
 
