@@ -42,6 +42,7 @@ from lewis_hub.hub.source import (
     cache_folder,
     cache_root,
     digest_like,
+    local_reading,
 )
 
 # folders of sentence-transformers, named in `modules.json`
@@ -507,9 +508,9 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
     if start == stop:
         return b""
     local = source.place / path
-    if local.exists():
+    if source.folder or local.exists():
         require_inside(source.place, local, SourceError)
-        with local.open("rb", buffering=0) as stored:
+        with local_reading(source.pinned), local.open("rb", buffering=0) as stored:
             stored.seek(start)
             return stored.read(stop - start)
     hub_repo = HubRepo.of(api, source)

@@ -26,6 +26,7 @@ from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
     ADAPTERS,
+    RESTORE,
     Access,
     RepoType,
     Source,
@@ -34,6 +35,7 @@ from lewis_hub.hub.source import (
     digest_like,
     listed_file,
     listed_sha,
+    local_reading,
     remember_revision,
 )
 
@@ -47,7 +49,6 @@ SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-RESTORE = "Restore it, then run again."
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ALLOW = (
     "\nWith `--allow-pickle` torch reads it without running its code, but a flaw in that reader "
@@ -188,7 +189,8 @@ def _local_path(name: str, revision: str | None) -> Path | None:
 def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
     if not path.is_dir():
         raise SourceError(name, "this is a file, not a folder", "Name the folder it is in.")
-    files = _hashed(visible_files(path, SourceError), path)
+    with local_reading(name):
+        files = _hashed(visible_files(path, SourceError), path)
     if not files:
         raise SourceError(name, "the folder is empty", "Check the path.")
     return Source(name, repo_type, None, _content_sha(files), files, path)

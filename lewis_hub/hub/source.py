@@ -20,6 +20,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.file_download import repo_folder_name
 
+from lewis_hub.errors import SourceError
+
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
@@ -34,7 +36,22 @@ LICENCES = tuple(  # texts that many licences want to be passed on
 )
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
+RESTORE = "Restore it, then run again."
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
+
+
+@contextmanager
+def local_reading(name: str) -> Iterator[None]:
+    """Inside the block files of a local source are read, which others may remove or replace.
+
+    Raises:
+        SourceError: a file is not there any more, or is a folder.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        problem = f"`{Path(error.filename or name).name}` changed while it was read"
+        raise SourceError(name, problem, RESTORE) from None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from effort import SEED, times
+from huggingface_hub import HfApi
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import SourceError
+from lewis_hub.hub.fetch import read_range
+from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
 
 TESTS = Path(__file__).parents[1]
@@ -75,3 +78,29 @@ def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_aga
         f"{base}: `model.safetensors` changed while it was read.\nRestore it, then run again."
     )
     assert again.read_bytes() == clean.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("becomes", "problem"),
+    [
+        ("a folder", "`model.safetensors` changed while it was read.\nRestore it, then run again."),
+        (
+            "nothing",
+            "`model.safetensors` is a link to outside of the folder, or to nothing.\n"
+            "Put the file itself in its place.",
+        ),
+    ],
+)
+def test_a_local_file_that_is_gone_is_one_message_and_not_asked_for_on_the_hub(
+    tmp_path, becomes, problem
+):
+    folder = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    source = resolve_model(HfApi(endpoint="http://127.0.0.1:9"), str(folder))
+    (folder / "model.safetensors").unlink()
+    if becomes == "a folder":
+        (folder / "model.safetensors").mkdir()
+
+    with pytest.raises(SourceError) as caught:
+        read_range(HfApi(endpoint="http://127.0.0.1:9"), source, "model.safetensors", 0, 8)
+
+    assert str(caught.value).endswith(f": {problem}")

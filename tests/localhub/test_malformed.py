@@ -109,6 +109,14 @@ MALFORMED = {
         f"{LFS}/batch",
         b'{"objects": [{"oid": "a", "size": NaN}]}',
     ),
+    "a Job with an infinite image": (
+        "/api/scheduled-jobs/acme",
+        b'{"schedule": {}, "jobSpec": {"dockerImage": Infinity, "command": ["true"]}}',
+    ),
+    "a Job with a number beyond all": (
+        "/api/scheduled-jobs/acme",
+        b'{"schedule": {}, "jobSpec": {"dockerImage": 1e999, "command": ["true"]}}',
+    ),
     "an object without size": (f"{LFS}/verify", b'{"oid": "a"}'),
     "no subject": (
         "/oauth/token",
