@@ -160,10 +160,10 @@ class Bench:
         """Uniform densities of the mean that LEWIS has in the same cell."""
         guided = self._stored(replace(cell, method="lewis_alone"))
         mean = guided.chosen["mean_density"]
-        told = recipe(METHODS[cell.method], given, {})
+        told = recipe(replace(METHODS[cell.method], texts="none"), given, {})
         told["guide"] = {"name": "uniform", "gamma": mean, "epsilon": mean}
         with self._merged(told, made) as (folder, cost):
-            return {"mean_density": _mean_density(folder)}, cost, self.scorer.of(folder, tasks)
+            return {"mean_density": mean}, cost, self.scorer.of(folder, tasks)
 
     def _gradient(self, cell: Cell, given: Inputs, tasks: Sequence[str], made: Path) -> Found:
         """Train task arithmetic's merge on the calibration texts for a multiple of our time."""
