@@ -45,7 +45,6 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe.read import parse_recipe
 
 SMALLEST = FAMILIES[0]
-NEEDS_A_LATER_VERSION = ("prompts_alone", "no_data")
 
 
 def place(losses, family="a", tasks=1, texts=1) -> Place:
@@ -151,8 +150,6 @@ def test_no_question_is_in_two_splits_and_calibration_draws_from_training_items(
 
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.merge])
 def test_every_recipe_is_one_that_the_package_reads(name):
-    if name in NEEDS_A_LATER_VERSION:
-        pytest.skip("its calibration texts are written by the experts")
     given = Inputs(
         Path("/base"), [Path("/a"), Path("/b")], [Path("/a.jsonl"), Path("/b.jsonl")], 64
     )
@@ -162,7 +159,7 @@ def test_every_recipe_is_one_that_the_package_reads(name):
 
     assert read.merge_method == method.merge
     has_texts = [model.calibration is not None for model in read.models]
-    assert has_texts == [method.texts == "own"] * 2
+    assert has_texts == [method.texts in ("own", "prompts", "sampled")] * 2
     if name == "wudi_ridge":  # its anchor is task arithmetic by the mean of the best weights
         assert read.parameters["anchor_scale"] == pytest.approx(0.6)
     if name == "task_arithmetic":

@@ -9,6 +9,7 @@ import difflib
 import json
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as opened:
-            text = opened.read(4 * MAX_BYTES)  # which is refused, as it has no end
+        with TextIOWrapper(path.open("rb"), encoding="utf-8") as opened:
+            text = opened.read(4 * MAX_BYTES)  # what is longer may have no end, and is refused
     except FileNotFoundError:
         remedy = "Name a recipe, or write one with `lewis-hub init`."
         raise RecipeError(str(path), "", "the file does not exist.", remedy) from None

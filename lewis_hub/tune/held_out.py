@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,10 @@ from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.backends import POSITIONS
-from lewis_hub.recipe.schema import Calibration, Recipe
+from lewis_hub.recipe.schema import Calibration, ModelEntry
 from lewis_hub.tune.objective import Search
 from lewis_hub.workflow.examine import Examined
 from lewis_hub.workflow.open import OpenedSource
-from lewis_hub.workflow.resolve import merged_entries
 from lewis_hub.workflow.texts import (
     Drawn,
     ScoredTasks,
@@ -48,16 +47,11 @@ def option_problems(asked: Search) -> Iterator[str]:
         )
 
 
-def calibrations_for_drift(recipe: Recipe) -> tuple[Calibration | None, ...]:
-    """Return the calibration of each expert, whether or not the merge is fitted on texts."""
-    return tuple(recipe.calibration_of(entry) for entry in merged_entries(recipe))
-
-
-def missing_problems(recipe: Recipe) -> Iterator[str]:
-    """Yield the experts without calibration data."""
-    for entry, calibration in zip(
-        merged_entries(recipe), calibrations_for_drift(recipe), strict=True
-    ):
+def missing_problems(
+    declared: Iterable[tuple[ModelEntry, Calibration | None]],
+) -> Iterator[str]:
+    """Yield the experts without calibration data of their own."""
+    for entry, calibration in declared:
         if calibration is None:
             yield (
                 f"`{entry.model}` has no calibration data to measure drift on. Add `calibration` "

@@ -13,7 +13,6 @@ from lewis_hub.recipe.schema import Recipe
 from lewis_hub.tune.drift import DriftTexts, by_drift, drift_texts
 from lewis_hub.tune.held_out import (
     N_TEXTS,
-    calibrations_for_drift,
     hold_out,
     length_problems,
     missing_problems,
@@ -31,6 +30,7 @@ from lewis_hub.tune.objective import (
     choose_split,
     draw_items,
 )
+from lewis_hub.tune.space import declared_calibrations
 from lewis_hub.workflow.examine import Examined
 from lewis_hub.workflow.job import MergeJob
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
@@ -82,10 +82,10 @@ def held_out_texts(
         SearchRefusedError: everything that prevents the search.
     """
     job, experts = search.job, search.job.sources.experts
-    declared = calibrations_for_drift(search.recipe)
-    calibrations = tuple(filter(None, declared))
+    declared = declared_calibrations(search.recipe)
+    calibrations = tuple(one for _, one in declared if one)
     settings = replace(job.texts, calibrations=calibrations)
-    problems = [*option_problems(search.asked), *missing_problems(search.recipe)]
+    problems = [*option_problems(search.asked), *missing_problems(declared)]
     problems += model_problems(search.examined)
     n_texts = search.asked.samples or N_TEXTS
     known = hold_out(settings, n_texts, tasks, api, progress)

@@ -34,7 +34,6 @@ from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
 from lewis_hub.tune.drift import DriftTexts, n_predicted, predict
-from lewis_hub.tune.held_out import calibrations_for_drift
 from lewis_hub.tune.material import DriftSearch, held_out_texts, items_of_tasks, scores_nothing
 from lewis_hub.tune.objective import Objective, Search, TuningItems
 from lewis_hub.tune.space import Space, axes
@@ -130,8 +129,8 @@ def tune_recipe(
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
     examined = examine_sources(measured, execution, api, progress)
-    declared = calibrations_for_drift(recipe) if asked.objective == "drift" else ()
-    examined = _with_data_of([*corners, recipe], filter(None, declared), examined, api)
+    declared = search_space.declared_calibrations(recipe) if asked.objective == "drift" else ()
+    examined = _with_data_of([*corners, recipe], (one for _, one in declared if one), examined, api)
     jobs = [compile_job(one, execution, examined, api) for one in corners]
     _require_mergeable(jobs, api)
     job = jobs[corners.index(measured)]

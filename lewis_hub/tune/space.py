@@ -15,9 +15,9 @@ from lewis_hub.merge.settings import DEFAULTS
 from lewis_hub.methods import registry
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.schema import Guide, Parameters, Recipe
+from lewis_hub.recipe.schema import Calibration, Guide, ModelEntry, Parameters, Recipe
 from lewis_hub.workflow.check import guide_refusals
-from lewis_hub.workflow.resolve import needs_moments, rules
+from lewis_hub.workflow.resolve import merged_entries, needs_moments, rules
 
 # Ranges of numbers by name; other numbers are not searched.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -30,6 +30,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "select_topk": (0.05, 1.0),
     "off_diagonal": (0.0, 1.0),
 }
+UNSEARCHED = {"affine"}  # it fits other tensors too, and needs `inputs: merged`
 GAMMA, EPSILON = "guide.gamma", "guide.epsilon"
 USUAL = {GAMMA: 0.3, EPSILON: 0.8}  # values of the paper
 METHOD, GUIDE = "merge_method", "guide.name"
@@ -102,6 +103,13 @@ def _guide_name(space: Space, chosen: Values) -> str:
     return str(chosen.get(GUIDE, space.guides[0]))
 
 
+def declared_calibrations(
+    recipe: Recipe,
+) -> tuple[tuple[ModelEntry, Calibration | None], ...]:
+    """Return each expert with its calibration, whether or not the merge is fitted on texts."""
+    return tuple((entry, recipe.calibration_of(entry)) for entry in merged_entries(recipe))
+
+
 def _takes_guide(recipe: Recipe, method: Method) -> bool:
     apply_to = (recipe.guide or Guide()).apply_to
     return not guide_refusals(apply_to, method, is_stack=False)
@@ -157,7 +165,7 @@ def _of_parameters(recipe: Recipe, method: Method, *, has_density: bool) -> Iter
     asked: dict[str, Any] = {
         name: DEFAULTS[name] for name in method.settings if name not in skipped | own
     }
-    asked |= method.options
+    asked |= {name: value for name, value in method.options.items() if name not in UNSEARCHED}
     for name, default in asked.items():
         value = recipe.parameters.get(name, default)
         if isinstance(value, bool):

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.subject import FEWER, CalibrationSet
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError
 from lewis_hub.files import require_room, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel
 from lewis_hub.merge.symmetries import Units, permute, units_of
-from lewis_hub.recipe.schema import Align, Recipe
+from lewis_hub.recipe.schema import Align, ModelEntry
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
-from lewis_hub.workflow.resolve import merged_entries
 from lewis_hub.workflow.resources import Loading
 from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
@@ -42,9 +42,11 @@ class AlignmentSettings:
     asked: tuple[Align | None, ...]  # of each expert; None: it is merged as it is
 
 
-def alignment_settings(recipe: Recipe, sources: MergeSources) -> AlignmentSettings | None:
-    """Return how the models of a recipe are aligned; None if none is."""
-    asked = tuple(entry.align for entry in merged_entries(recipe))
+def alignment_settings(
+    entries: Sequence[ModelEntry], sources: MergeSources
+) -> AlignmentSettings | None:
+    """Return how the models of a recipe that are merged are aligned; None if none is."""
+    asked = tuple(entry.align for entry in entries)
     if not any(asked):
         return None
     return AlignmentSettings(sources.donor, sources.experts, asked)
@@ -129,7 +131,7 @@ def _align_one(
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     kept = loader.scratch / FOLDER / f"{name}.json"
     if kept.exists():
-        return AlignedModel.from_document(json.loads(kept.read_text(encoding="utf-8")))
+        return AlignedModel.from_document(read_json(kept.read_bytes(), MAX_TABLE_BYTES))
     from lewis_hub.merge.matching import match  # torch and scipy: only here
 
     units = units_of(reference.checkpoint, reference.config)

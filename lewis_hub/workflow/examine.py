@@ -115,7 +115,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         except MergeError as error:
             problems.append(str(error))
         if sources.are_read:
-            aligned = alignment_settings(recipe, sources)
+            aligned = alignment_settings(merged_entries(recipe), sources)
             problems += alignment_problems(aligned, tokens, execution.loading)
         problems += _licence_problems(recipe, facts.values())
         problems += _refusals(recipe, execution, inputs, sources, measurement, api)

@@ -211,7 +211,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         ),
         guide=_guide_settings(recipe, sources, measurement, plan),
         statistics=statistics,
-        alignment=alignment_settings(recipe, sources) if sources.are_read else None,
+        alignment=alignment_settings(resolve.merged_entries(recipe), sources)
+        if sources.are_read
+        else None,
         routers=router_settings(recipe, mixture, sources) if mixture else None,
         plan=plan,
         sidecars=sidecars,

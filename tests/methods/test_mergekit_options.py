@@ -119,7 +119,7 @@ READ = {  # field -> ways to write it
     ],
     "tokenizer.pad_to_multiple_of": [f"{MODELS}tokenizer: {{pad_to_multiple_of: 8}}\n"],
 }
-WEIGHED = {"model": "a/c", "parameters": {"weight": 0.5}, "calibration": None}
+WEIGHED = {"model": "a/c", "parameters": {"weight": 0.5}, "calibration": None, "align": None}
 FIRST, SECOND = ({"model": m, "layer_range": (0, 2), "parameters": {}} for m in ("a/b", "a/c"))
 ONE_TOKEN = {"kind": "model_token", "model": "a/c", "token": None, "token_id": None}
 MEANT = {  # field -> what each of these ways means; of several models, slices, sources the last

@@ -8,13 +8,13 @@ from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.tune.held_out import (
     HeldOut,
-    calibrations_for_drift,
     length_problems,
     missing_problems,
     model_problems,
     option_problems,
 )
 from lewis_hub.tune.objective import Search
+from lewis_hub.tune.space import declared_calibrations
 
 TEXTS = "{dataset: o/data, text: '{question}'}"
 
@@ -60,7 +60,7 @@ def test_models_whose_predictions_cannot_be_compared_are_refused(known, named):
 
 
 def test_texts_that_are_longer_than_the_models_read_are_refused():
-    (calibration,) = calibrations_for_drift(
+    ((_, calibration),) = declared_calibrations(
         parsed("{model: o/one}", f"guide: {{calibration: {TEXTS}}}")
     )
     tokens = CalibrationTokens(((1, 2), tuple(range(65))), (0, 1), 2, 0, 0, "o/base")
@@ -79,9 +79,12 @@ def test_each_expert_has_its_own_texts_or_those_of_the_guide_and_all_without_are
     lacking = parsed("{model: o/one}, {model: o/two}, {model: o/three, calibration: " + TEXTS + "}")
     guided = parsed("{model: o/one}", f"guide: {{calibration: {TEXTS}}}")
 
-    assert [problem.partition(" has ")[0] for problem in missing_problems(lacking)] == [
+    assert [
+        problem.partition(" has ")[0]
+        for problem in missing_problems(declared_calibrations(lacking))
+    ] == [
         "`o/one`",
         "`o/two`",
     ]
-    assert [*missing_problems(guided)] == []
-    assert calibrations_for_drift(guided) == (guided.guide.calibration,)
+    assert [*missing_problems(declared_calibrations(guided))] == []
+    assert [one for _, one in declared_calibrations(guided)] == [guided.guide.calibration]
