@@ -16,6 +16,7 @@ from hardening.fuzz import failure, limits
 from hardening.targets import (
     FILE,
     SMALL,
+    TARGETS,
     hostile_base,
     merge_a_folder,
     read_tokenizers,
@@ -51,6 +52,16 @@ NAMES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "model.safetensors.index.json"),
     *("hf_quant_config.json", "preprocessor_config.json", "chat_template.json", "README.md"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import what reads a model: on a busy machine that alone takes longer than a case may."""
+    merge_a_folder(SMALL[0])
+    run_a_model(SMALL[0])
+    read_tokenizers(TARGETS["tokenizers"].seeds[0])
+
+
 COUNTS = {
     "num_hidden_layers": 2**31,
     "n_layer": 1e300,
