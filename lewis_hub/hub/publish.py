@@ -273,13 +273,13 @@ def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> Non
     """Refuse a tag that exists on another commit, since a tag is never moved."""
     if tag is None:
         return
-    tagged = _tagged(hub_repo, tag)
+    tagged = tagged_commit(hub_repo, tag)
     if tagged and not (tagged == change.target.head and change.done_in(change.target)):
         problem = f"tag `{tag}` is already on {tagged}; nothing was changed"
         raise hub_repo.failed(problem, "Choose another tag.")
 
 
-def _tagged(hub_repo: HubRepo, tag: str) -> str | None:
+def tagged_commit(hub_repo: HubRepo, tag: str) -> str | None:
     """The commit that a tag is on."""
     refs = call_hub(hub_repo, lambda: hub_repo.api.list_repo_refs(hub_repo.name))
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
@@ -289,7 +289,7 @@ def _put_tag(hub_repo: HubRepo, tag: str, sha: str) -> None:
     """Put a tag on a commit; somebody else may have put it on another one meanwhile."""
     name, create_tag = hub_repo.name, hub_repo.api.create_tag
     call_hub(hub_repo, lambda: create_tag(name, tag=tag, revision=sha, exist_ok=True))
-    if (tagged := _tagged(hub_repo, tag)) != sha:
+    if (tagged := tagged_commit(hub_repo, tag)) != sha:
         raise hub_repo.failed(f"it is already on {tagged}", "Choose another tag.")
 
 

@@ -177,13 +177,27 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
-    """Return main, or an open pull request, if it already holds the planned merge."""
+    """Return main, or an open pull request, if it already holds the planned merge.
+
+    A tag stays on an earlier commit that holds it too: others pushed after it.
+    """
     asked = destination.asked
     commit = _commit_with(planned, asked, destination.previous, api)
     if commit is None:
         return None
     tag = None if commit.pull_request_url else asked.tag
+    if tag and _is_tagged(planned, HubRepo.to_publish(api, asked.repo), commit, tag):
+        tag = None
     return hub_publish.publish_tag(api, asked.repo, commit, tag)
+
+
+def _is_tagged(planned: Lock, hub_repo: HubRepo, commit: PushedCommit, tag: str) -> bool:
+    """Whether a tag is on another commit that holds the planned merge."""
+    tagged = hub_publish.tagged_commit(hub_repo, tag)
+    if tagged in (None, commit.commit_sha):
+        return False
+    found = previous_merge(read_target(hub_repo, tagged), hub_repo.api)
+    return found is not None and found.holds(planned)
 
 
 def _commit_with(

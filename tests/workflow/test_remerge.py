@@ -239,6 +239,20 @@ def test_force_merges_and_publishes_again(hub, zoo):
     assert len(shas(hub, zoo)) == 3
 
 
+def test_a_tag_stays_on_its_commit_where_others_pushed_after_it(hub, zoo):
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("apache-2.0}", "apache-2.0, tag: v1}"))
+    first, _ = merge()
+    theirs = put(hub, zoo, {"notes.txt": b"x"})
+
+    second, _ = merge()
+
+    assert (first["tag"], second["tag"]) == ("v1", None)
+    assert (second["status"], second["commit"]) == ("unchanged", theirs)
+    (tag,) = hub.api().list_repo_refs(zoo).tags
+    assert (tag.name, tag.target_commit) == ("v1", first["commit"])
+
+
 def test_another_recipe_is_another_merge_though_the_weights_are_the_same(hub, zoo):
     merge()
     Path("recipe.yaml").write_text(
