@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from train_zoo import END, IGNORED, Stage, batches, muon, prompt, train, zoo_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from train_zoo import END, IGNORED, Stage, batches, muon, new_llama, prompt, train, zoo_tokenizer
+from transformers import LlamaForCausalLM
 
 import lewis_hub
 
@@ -44,27 +44,6 @@ calibration:
 """
 
 
-def new_model(n_vocabulary: int, seed: int, n_blocks: int = 4) -> LlamaForCausalLM:
-    """An untrained model of 0.2 M parameters. The global random state is unchanged."""
-    config = LlamaConfig(
-        vocab_size=n_vocabulary,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=n_blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
 def items(split: str) -> Iterator[puzzles.Item]:
     """The items of a split."""
     return itertools.islice(puzzles.stream(None, SPLITS[split]), N_ITEMS)
@@ -78,7 +57,9 @@ def make(out: Path, stage: Stage = STAGE) -> None:
     (out / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     for seed, name in enumerate(("one", "two"), start=1):
         if not (out / name).exists():
-            model = new_model(len(tokenizer), seed)
+            model = new_llama(
+                seed, len(tokenizer), hidden_size=64, intermediate_size=176, n_blocks=4
+            )
             data = itertools.islice(batches(stage, tokenizer), seed, None)
             train(model, stage, data)
             model.save_pretrained(out / name)

@@ -19,6 +19,7 @@ WEIGHT = "$weight"  # replaced by the mean of task arithmetic's best weights
 RATES = (1e-5, 3e-5, 1e-4)
 COMMON = (0.2, 0.4, 0.6, 0.8, 1.0)  # weights of task arithmetic, then steps of one expert
 STEPS = (-0.2, 0.2)
+IN_SEQUENCE = {"inputs": "merged", "off_diagonal": 0.7}
 FEATCAL = {  # the values of its authors' code; without biases and norms
     "inputs": "merged",
     "off_diagonal": 1.0,
@@ -76,7 +77,7 @@ ORDERED = (
     Method(
         OURS,
         merge="regmean",
-        parameters={"inputs": "merged", "off_diagonal": 0.7},
+        parameters=IN_SEQUENCE,
         texts="own",
         cost_s=60,
     ),
@@ -93,14 +94,14 @@ ORDERED = (
     Method(
         "prompts_alone",
         merge="regmean",
-        parameters={"inputs": "merged", "off_diagonal": 0.7},
+        parameters=IN_SEQUENCE,
         texts="prompts",
         cost_s=80,
     ),
     Method(
         "no_data",
         merge="regmean",
-        parameters={"inputs": "merged", "off_diagonal": 0.7},
+        parameters=IN_SEQUENCE,
         texts="sampled",
         cost_s=100,
     ),

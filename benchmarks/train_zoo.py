@@ -209,11 +209,18 @@ def train(
 
 def new_base(n_vocabulary: int) -> LlamaForCausalLM:
     """An untrained base: six blocks, 1.2 M parameters. The global random state is unchanged."""
+    return new_llama(SEED, n_vocabulary, hidden_size=128, intermediate_size=352, n_blocks=6)
+
+
+def new_llama(
+    seed: int, n_vocabulary: int, *, hidden_size: int, intermediate_size: int, n_blocks: int
+) -> LlamaForCausalLM:
+    """An untrained model with the zoo's tokens. The global random state is unchanged."""
     config = LlamaConfig(
         vocab_size=n_vocabulary,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=6,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=n_blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -224,7 +231,7 @@ def new_base(n_vocabulary: int) -> LlamaForCausalLM:
         eos_token_id=2,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 

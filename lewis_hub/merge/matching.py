@@ -47,7 +47,7 @@ Activations = Callable[[str], Tensor]  # name of a site -> (tokens, units) float
 
 
 @dataclass(frozen=True)
-class Model:
+class ComparedModel:
     """One of the two models: its tensors, and what its units were on the texts."""
 
     read: ReadTensor
@@ -72,7 +72,7 @@ class _State:
     unmatched: dict[str, float] = field(default_factory=dict)
 
 
-def match(units: Units, reference: Model, other: Model, weight: float) -> Matched:
+def match(units: Units, reference: ComparedModel, other: ComparedModel, weight: float) -> Matched:
     """Find the orders in which the units of `other` resemble those of `reference` most.
 
     Args:
@@ -97,7 +97,9 @@ def match(units: Units, reference: Model, other: Model, weight: float) -> Matche
 class _Finder:
     """Matches one group after the other, given the orders of all others."""
 
-    def __init__(self, units: Units, reference: Model, other: Model, weight: float) -> None:
+    def __init__(
+        self, units: Units, reference: ComparedModel, other: ComparedModel, weight: float
+    ) -> None:
         self._units, self._reference, self._other = units, reference, other
         self._weight = weight
         self._correlations: dict[str, Tensor] = {}

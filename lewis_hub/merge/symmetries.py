@@ -41,7 +41,7 @@ IN_RESIDUAL: Axis = (RESIDUAL,)
 
 
 @dataclass(frozen=True)
-class Family:
+class Symmetries:
     """Architectures with the same tensors."""
 
     tensors: Mapping[str, Axes]  # by component; those outside the blocks by their whole name
@@ -51,7 +51,7 @@ class Family:
     rotary: bool = True  # whether queries and keys are rotated by their position
 
 
-def _gated() -> Family:
+def _gated() -> Symmetries:
     """Llama and its like: rotary positions, gated MLP, norms that only scale."""
     tensors: dict[str, Axes] = {
         "embed_tokens.weight": (FIXED, IN_RESIDUAL),
@@ -82,10 +82,10 @@ def _gated() -> Family:
         OUTPUT: ("self_attn.o_proj", "input"),
     }
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
-    return Family(tensors, norms, sites, ignored=("self_attn.rotary_emb.inv_freq",))
+    return Symmetries(tensors, norms, sites, ignored=("self_attn.rotary_emb.inv_freq",))
 
 
-def _gpt2() -> Family:
+def _gpt2() -> Symmetries:
     """GPT-2: matrices are stored as (in, out), and queries, keys and values in one."""
     tensors: dict[str, Axes] = {
         "wte.weight": (FIXED, IN_RESIDUAL),
@@ -109,7 +109,7 @@ def _gpt2() -> Family:
         OUTPUT: ("attn.c_proj", "input"),
         **dict.fromkeys(FUSED, seen),
     }
-    return Family(tensors, norms, sites, ("attn.bias", "attn.masked_bias"), rotary=False)
+    return Symmetries(tensors, norms, sites, ("attn.bias", "attn.masked_bias"), rotary=False)
 
 
 GATED = _gated()
@@ -123,7 +123,7 @@ FAMILIES = {  # by `model_type`
 class Units:
     """The units of one model, and the tensors that they are in."""
 
-    family: Family
+    family: Symmetries
     n_blocks: int
     n_heads: int
     n_kv_heads: int  # fewer than `n_heads` if several query heads share keys and values

@@ -27,7 +27,7 @@ from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.matching import Model
+    from lewis_hub.merge.matching import ComparedModel
 
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
@@ -185,11 +185,13 @@ def _write_activations(
 
 
 @contextmanager
-def _model(source: OpenedSource, activations: Path | None, loader: ModelLoader) -> Iterator[Model]:
+def _model(
+    source: OpenedSource, activations: Path | None, loader: ModelLoader
+) -> Iterator[ComparedModel]:
     """Open the tensors of a model, which are read one by one."""
     from lewis_hub.calibration.units import read_activations
     from lewis_hub.checkpoint.reader import read_tensor
-    from lewis_hub.merge.matching import Model
+    from lewis_hub.merge.matching import ComparedModel
     from lewis_hub.merge.readers import open_source
 
     checkpoint = source.checkpoint
@@ -200,7 +202,7 @@ def _model(source: OpenedSource, activations: Path | None, loader: ModelLoader) 
         open_source(source.pinned, None, files.reader) as reader,
     ):
         seen = None if activations is None else lambda site: read_activations(activations, site)
-        yield Model(lambda name: read_tensor(reader, checkpoint.tensors[name]), seen)
+        yield ComparedModel(lambda name: read_tensor(reader, checkpoint.tensors[name]), seen)
 
 
 def aligner(

@@ -9,7 +9,7 @@ from lewis_hub.calibration.model import load_model
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.calibration.units import MAX_TOKENS, read_activations, write_activations
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
-from lewis_hub.merge.matching import Model, match
+from lewis_hub.merge.matching import ComparedModel, match
 from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.symmetries import permute, units_of
 from tests.merge.test_permutation import MODELS, saved
@@ -42,7 +42,9 @@ def test_activations_alone_undo_a_permutation(kind, tmp_path):
     model.save_pretrained(tmp_path / "other")  # its configuration
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
     pair = [
-        Model(tensors.__getitem__, activations(tmp_path / name, units.sites, tmp_path / f"a{name}"))
+        ComparedModel(
+            tensors.__getitem__, activations(tmp_path / name, units.sites, tmp_path / f"a{name}")
+        )
         for name in ("own", "other")
     ]
 

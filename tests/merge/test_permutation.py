@@ -8,7 +8,7 @@ import transformers
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
 from lewis_hub.errors import AlignmentError
-from lewis_hub.merge.matching import Model, match
+from lewis_hub.merge.matching import ComparedModel, match
 from lewis_hub.merge.permutation import PermutingReader, permuted_header
 from lewis_hub.merge.symmetries import permute, units_of
 from tests.unit_orders import random_orders
@@ -137,8 +137,8 @@ def test_weights_alone_undo_a_permutation(kind, tmp_path):
     shuffled = permute(checkpoint, units, random_orders(units, np.random.default_rng(3)))
     with TensorReader(tmp_path, "it") as files:
         reader = PermutingReader(files)
-        own = Model(lambda name: read_tensor(reader, checkpoint.tensors[name]), None)
-        other = Model(lambda name: read_tensor(reader, shuffled.tensors[name]), None)
+        own = ComparedModel(lambda name: read_tensor(reader, checkpoint.tensors[name]), None)
+        other = ComparedModel(lambda name: read_tensor(reader, shuffled.tensors[name]), None)
 
         found = match(units, own, other, 1.0)
 
