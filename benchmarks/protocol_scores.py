@@ -47,7 +47,7 @@ class Scorer:
 
     @cached_property
     def model(self) -> Any:
-        return load(self.base, "bfloat16")
+        return load(self.base, "float32")
 
     @cached_property
     def passages(self) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Scorer:
     def _general(self) -> list[float]:
         told = []
         for passage in self.passages:
-            logits = self.model(input_ids=passage[None], use_cache=False).logits[0, :-1].float()
+            logits = self.model(input_ids=passage[None], use_cache=False).logits[0, :-1]
             told.append(float(cross_entropy(logits, passage[1:])))
         return told
 

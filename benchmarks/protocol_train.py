@@ -1,6 +1,6 @@
 """AdamW for PROTOCOL.md: experts, and merges that go on training on the calibration texts.
 
-All of it trains the matrices of the blocks; embeddings, norms, biases and the head stay.
+All of it trains the matrices of the blocks, in float32; embeddings, norms and biases stay.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def distillation(
     """
     states: list[list[Tensor]] = []
     for folder, own in zip(experts, texts, strict=True):
-        teacher = load(folder, "bfloat16")
+        teacher = load(folder, "float32")
         states.append(list(_hidden(teacher, own)))
         del teacher
 
@@ -109,11 +109,9 @@ def distillation(
         chosen = rng.sample(range(len(texts[expert])), min(BATCH, len(texts[expert])))
         batch = [texts[expert][n] for n in chosen]
         with torch.no_grad():
-            taught = model.lm_head(torch.cat([states[expert][n] for n in chosen]).float())
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = _forward(model, batch)
-            said = model.lm_head(hidden[_kept(batch, whole=True)]).float()
-        target = log_softmax(taught.float(), -1)
+            taught = model.lm_head(torch.cat([states[expert][n] for n in chosen]))
+        said = model.lm_head(_forward(model, batch)[_kept(batch, whole=True)])
+        target = log_softmax(taught, -1)
         return kl_div(log_softmax(said, -1), target, reduction="batchmean", log_target=True)
 
     return loss
@@ -124,8 +122,7 @@ def answer_loss(model: Any, batch: Sequence[Text]) -> Tensor:
     longest = max(len(text.tokens) for text in batch)
     rows = torch.tensor([[*text.tokens, *[0] * (longest - len(text.tokens))] for text in batch])
     kept = _kept(batch, whole=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model.lm_head(_forward(model, batch)[kept]).float()
+    logits = model.lm_head(_forward(model, batch)[kept])
     return cross_entropy(logits, rows[:, 1:][kept])
 
 
