@@ -291,6 +291,19 @@ def test_a_broken_package_is_named_and_the_others_are_listed(what, tmp_path, mon
     assert document["broken"] == [told]
 
 
+def test_each_method_is_listed_on_one_line():
+    methods = CliRunner().invoke(cli, ["methods"]).stdout.splitlines()
+    guides = CliRunner().invoke(cli, ["guides"]).stdout.splitlines()
+
+    assert len(methods) == 1 + 27 + 2  # header; an empty line and a hint
+    assert max(len(line.rstrip()) for line in methods) < 120
+    assert methods[-1] == "`lewis-hub methods NAME` shows a method's formula, options and paper."
+    assert [line.split()[0] for line in guides if "arXiv 2503.03874" in line] == [
+        "lewis",
+        "lewis_reference",
+    ]
+
+
 def test_methods_and_guides_are_listed_with_their_papers():
     listed = json.loads(CliRunner().invoke(cli, ["methods", "--json"]).output)["methods"]
     guides = json.loads(CliRunner().invoke(cli, ["guides", "--json"]).output)["guides"]
