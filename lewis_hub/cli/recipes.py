@@ -45,8 +45,8 @@ def schema(kind: str) -> None:
 def methods(terminal: Terminal, name: str | None) -> None:
     """List the merge methods, or describe one.
 
-    With NAME, this shows the method's formula, its paper, and the default and range of each
-    option. With --json the list has the options and papers of all methods.
+    With NAME, this shows the method's formula, its paper, and what each option means, with its
+    default and range. With --json the list has the options and papers of all methods.
     """
     from lewis_hub.methods import registry
 
@@ -73,16 +73,15 @@ def _describe(terminal: Terminal, method: Method) -> None:
     from lewis_hub.merge.settings import parameters_of
 
     parameters = parameters_of(method)
-    header = ("option", "default", "values", "set for")
+    header = ("option", "default", "values", "meaning")
     rows = tuple(
         (
             one.name,
             "required" if one.default is None else str(one.default).lower(),
             one.values,
-            place,
+            one.description,
         )
         for one in parameters
-        for place in ["all models, or each model" if one.per_source else "all models"]
     )
     document = {
         "name": method.name,

@@ -103,6 +103,19 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i
         r: `ridge`
         A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i; 0 or that of `ties` by `anchor`
+
+    Options:
+        weight: how much the inputs of an expert count, relative to the others
+        density: the fraction of entries of each task vector that are kept before the fit
+        off_diagonal: the factor of the correlations between inputs
+        inputs: whether x is the input in each expert itself, or in the merge as far as it is fitted
+        normalize_grams: what the moments of each expert are divided by
+        anchor: the merge that `ridge` pulls towards
+        anchor_density: the fraction of entries that the anchor `ties` keeps
+        interpolation: the share of the expert's input in what a matrix is fitted to
+        prior: the share of the second moments that the task vectors give
+        compensate: with `inputs: merged`, whether a block's last matrix corrects the block's output
+        affine: with `inputs: merged`, whether norms and biases are fitted too
     """
     del affine  # see `lewis_hub.calibration.affine`
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
@@ -166,6 +179,9 @@ def wudi(  # noqa: PLR0913 (options are keywords)
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
         G_i = v_i^T v_i / |v_i|^2, by the Frobenius norm
         r: `ridge` times the mean diagonal of the sum; A = anchor_scale sum_i (w_i / mean of w) v_i
+
+    Options:
+        weight: how much a task vector counts, relative to the others
     """
     grams: list[Tensor | None] = [None] * len(task_vectors)
     if base.dim() == 2 and base.numel():
