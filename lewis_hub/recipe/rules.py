@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.reference import REPO, ModelReference
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings, Slice
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, Recipe, Settings, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 

@@ -26,10 +26,11 @@ from lewis_hub.merge.modules import MODULES, module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.read import dotted
 from lewis_hub.recipe.rules import aligns_by_texts, all_parameters, fits_in_sequence
-from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
+from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings

@@ -25,9 +25,10 @@ from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.rules import fits_in_sequence, trims_by_activation
-from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
+from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge

@@ -17,7 +17,8 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.aligned import FILE as ALIGNMENT
 from lewis_hub.merge.aligned import alignment_json
 from lewis_hub.merge.engine import ShardResult
-from lewis_hub.recipe.schema import Benchmark, Calibration
+from lewis_hub.recipe.evaluation import Benchmark
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
 from lewis_hub.report.card import eval_results, model_card

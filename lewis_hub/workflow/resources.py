@@ -22,7 +22,8 @@ from lewis_hub.errors import DeviceError
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.runners import Backend, Ray, parse_runner
-from lewis_hub.recipe.schema import Calibration, Evaluation
+from lewis_hub.recipe.evaluation import Evaluation
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.open import MergeSources
 
 SOFTWARE = (
