@@ -433,8 +433,8 @@ def verify(
         model: a repo, repo@revision or folder of a merge.
         execution: settings of a rebuild.
         progress: True: shown on stderr; False: nothing; or what shows it.
-        rebuild: also repeat the merge from the lock, and compare weights, configuration, tokenizer
-            and code.
+        rebuild: also repeat the merge from the lock, with all measurements, and compare weights,
+            configuration, tokenizer and code.
         public_key: PEM file of the key that must have signed it; None: signatures are ignored.
 
     Raises:
@@ -456,7 +456,7 @@ def verify(
         return verdict
     with TemporaryDirectory() as folder:
         output = Path(folder) / "merged"
-        same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
+        same = replace(execution, max_shard_bytes=lock.max_shard_bytes, measures_again=True)
         rounds_differently = _make_again(lock, source, output, same, progress)
         again = verification.read_lock(resolve_one(output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()

@@ -343,7 +343,7 @@ def preflight(
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
     if previous and job.guide:
-        place, profile = job.guide.beside / "importance.json", previous.read(IMPORTANCE, api)
+        place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)

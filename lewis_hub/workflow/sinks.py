@@ -60,9 +60,9 @@ class FolderSink:
         """Download whole sources."""
         return fetch_whole(self.api, sources, self.progress)
 
-    def profiles(self, beside: Path) -> list[Path]:
+    def profiles(self, beside: Sequence[Path]) -> list[Path]:
         """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
-        folders = (self.work.scratch, self.work.output / "lewis", beside)
+        folders = (self.work.scratch, self.work.output / "lewis", *beside)
         previous = self.destination.previous if self.destination else None
         published = published_importance(previous, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
@@ -113,10 +113,11 @@ class HubSink:
         """Fetch small files; weights are read by byte ranges."""
         return open_ranges(self.api, sources)
 
-    def profiles(self, beside: Path) -> list[Path]:
+    def profiles(self, beside: Sequence[Path]) -> list[Path]:
         """Return profiles in the workspace, on the Hub and beside the recipe."""
         published = published_importance(self.destination.previous, self.api, self.work.scratch)
-        return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
+        near = (folder / "importance.json" for folder in beside)
+        return [self.work.scratch / "importance.json", *published, *near]
 
     def texts(self, beside: Sequence[Path]) -> list[Path]:
         """Return files with texts that experts wrote: as `profiles`, but of several folders."""
