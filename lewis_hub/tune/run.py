@@ -26,7 +26,7 @@ from lewis_hub.evaluate.items import (
 )
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import PairedTest, Scores
-from lewis_hub.files import require_writable, write_whole
+from lewis_hub.files import require_no_links, require_writable, write_whole
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
@@ -125,6 +125,7 @@ def tune_recipe(
     space = search_space.space_of(recipe, asked.methods, asked.guides)
     if recipe.evaluate is None and asked.objective == "answers":
         raise scores_nothing()
+    require_no_links(output)
     require_writable(output)
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])

@@ -22,7 +22,7 @@ from lewis_hub.hub.target import open_repo
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Backend, Ray
-from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
+from lewis_hub.merge.workspace import Workspace, beside, open_workspace, unfinished
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import report_nan, write_weights
@@ -182,7 +182,7 @@ Sink = FolderSink | HubSink
 
 def work_folder(output: Path) -> Path:
     """Return the workspace of a stream, which is deleted at the end."""
-    return output.with_name(output.name + ".stream")
+    return beside(output, ".stream")
 
 
 def written_in(folders: Sequence[Path], previous: PreviousMerge | None, api: HfApi) -> list[Path]:

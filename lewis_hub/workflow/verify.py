@@ -63,6 +63,7 @@ def sign(folder: Path, private_key: Path) -> None:
                 return
     signer.set_hashing_config(_known(found))
     new = folder / f".{SIGNATURE}.new"
+    new.unlink(missing_ok=True)  # it may be a link
     signer.sign(folder, new)
     new.replace(folder / SIGNATURE)
 
