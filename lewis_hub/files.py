@@ -6,10 +6,13 @@ import errno
 import hashlib
 import os
 import shutil
+from itertools import chain
 from pathlib import Path, PurePath
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from tempfile import TemporaryDirectory
 
 from lewis_hub.errors import LocatedError, OutputError
+from lewis_hub.system import create_binary
 
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -68,10 +71,35 @@ def is_hidden(part: PurePath) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new, never a part."""
+    """Write a text file atomically: a reader sees the old content or the new, never a part.
+
+    A link at `path` is replaced, not followed.
+    """
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8", newline="\n")
+    with os.fdopen(create_binary(new), "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
     new.replace(path)
+
+
+def require_no_links(folder: Path) -> None:
+    """Refuse a folder to write to that is a link, or has links in it.
+
+    What is written or deleted there would be elsewhere. A recipe that others wrote may come with
+    such a folder.
+
+    Raises:
+        OutputError: it names the link, the FIFO, the socket or the device.
+    """
+    inside = (Path(root, name) for root, *names in os.walk(folder) for name in chain(*names))
+    for path in chain([folder], inside):
+        try:
+            mode = path.lstat().st_mode
+        except OSError:  # it does not exist, or not any more
+            continue
+        if not (S_ISDIR(mode) or S_ISREG(mode)):
+            kind = "a link" if S_ISLNK(mode) else "a FIFO, a socket or a device"
+            problem = f"it is {kind}, and files are written only in folders that you name"
+            raise OutputError(str(path), problem, "Delete it, or name another folder with -o.")
 
 
 def require_room(folder: Path, n_bytes: int, content: str, remedy: str, where: str = "") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
+from lewis_hub.recipe.parts import last_sections
 from lewis_hub.recipe.reference import REPO, ModelReference
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, Recipe, Settings, Slice
 
@@ -35,6 +36,8 @@ Complaint = tuple[FieldPath, str, str]  # where, the problem, what to do
 
 def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     """Find all combinations that cannot be merged; needs no network."""
+    for number, section, problem, remedy in last_sections(recipe):
+        yield ("intermediate", number, section), problem, remedy
     yield from _tokenizer_contradictions(recipe)
     if recipe.routed is not None:
         yield from _mixture_contradictions(recipe)

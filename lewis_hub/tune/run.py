@@ -24,7 +24,7 @@ from lewis_hub.evaluate.items import (
 )
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_writable
+from lewis_hub.files import require_no_links, require_writable
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
@@ -121,6 +121,7 @@ def tune_recipe(
     execution, progress = execution or Execution(), shown(progress)
     output = Path(output)
     space = _space(recipe, asked, execution)
+    require_no_links(output)
     require_writable(output)
     prepared = _prepare(space, asked, execution, output, progress)
     output.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from lewis_hub.calibration.subject import FEWER, CalibrationSet
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
-from lewis_hub.errors import AlignmentError, ExtraMissingError
+from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel
 from lewis_hub.merge.symmetries import Units, permute, units_of
+from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.recipe.schema import Align, ModelEntry
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
@@ -27,10 +28,13 @@ from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lewis_hub.merge.matching import ComparedModel
 
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
+BROKEN = "Its units cannot be compared: use an intact copy, or remove `align` from the model."
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ def _require_alike(reference: OpenedSource, expert: OpenedSource) -> None:
         problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
         raise AlignmentError(expert.name, problem, "Merge models of one architecture and size.")
+    for one, units in ((reference, ours), (expert, theirs)):
+        require_units(one.name, units)
+    for name in sorted(ours.axes.keys() ^ theirs.axes.keys()):
+        lacks, has = (expert, reference) if name in ours.axes else (reference, expert)
+        problem = f"it lacks {name}, which {has.name} has"
+        raise AlignmentError(lacks.name, problem, "Remove `align` from the model.")
 
 
 def align(settings: AlignmentSettings, sets: Sets, loader: ModelLoader) -> tuple[AlignedModel, ...]:
@@ -202,7 +212,14 @@ def _model(
         open_source(source.pinned, None, files.reader) as reader,
     ):
         seen = None if activations is None else lambda site: read_activations(activations, site)
-        yield ComparedModel(lambda name: read_tensor(reader, checkpoint.tensors[name]), seen)
+
+        def read(name: str) -> Tensor:
+            tensor = read_tensor(reader, checkpoint.tensors[name])
+            if not tensor.isfinite().all():
+                raise NonFiniteError(name, source.name, BROKEN)
+            return tensor
+
+        yield ComparedModel(read, seen)
 
 
 def aligner(

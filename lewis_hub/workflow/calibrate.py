@@ -36,7 +36,7 @@ class GuideSettings:
     experts: tuple[OpenedSource, ...]  # in the recipe's order
     schedule: ScheduleSettings
     calibration: Mapping[str, Any]  # the recipe's settings, for the profile
-    beside: Path  # folder in which `lewis-hub importance` writes its files
+    beside: tuple[Path, ...]  # folders in which measurements of an earlier run may be
     plan: PlanSettings
 
 

@@ -208,9 +208,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         sources=sources,
         texts=TextSettings(
             *(inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations),
-            (Path(recipe.locate("importance")), Path(recipe.locate("."))),
+            beside=_beside(recipe, execution, "importance", "."),
         ),
-        guide=_guide_settings(recipe, sources, measurement, plan),
+        guide=_guide_settings(recipe, execution, sources, measurement, plan),
         statistics=statistics,
         alignment=alignment_settings(resolve.merged_entries(recipe), sources)
         if sources.are_read
@@ -231,8 +231,17 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     )
 
 
+def _beside(recipe: Recipe, execution: Execution, *names: str) -> tuple[Path, ...]:
+    """Return folders beside the recipe, in which measurements of an earlier run may be."""
+    return () if execution.measures_again else tuple(Path(recipe.locate(one)) for one in names)
+
+
 def _guide_settings(
-    recipe: Recipe, sources: MergeSources, measurement: resources.Measurement, plan: PlanSettings
+    recipe: Recipe,
+    execution: Execution,
+    sources: MergeSources,
+    measurement: resources.Measurement,
+    plan: PlanSettings,
 ) -> calibrate.GuideSettings | None:
     entry, guide = recipe.guide, measurement.guide
     if entry is None or guide is None or sources.base is None:
@@ -249,7 +258,7 @@ def _guide_settings(
         calibration=texts.model_dump(mode="json", by_alias=True, exclude_none=True)
         if texts
         else {},
-        beside=Path(recipe.locate("importance")),
+        beside=_beside(recipe, execution, "importance"),
         plan=plan,
     )
 

@@ -50,6 +50,8 @@ class Execution:
         allow_pickle: whether sources may have only pickled weights.
         held_out: tasks that are scored later if the recipe scores nothing; calibration does not
             draw their items.
+        measures_again: whether measurements and texts beside the recipe are not used, but made
+            again.
     """
 
     runner: str = "threads"
@@ -62,6 +64,7 @@ class Execution:
     allow_nan: bool = False
     allow_pickle: bool = False
     held_out: Evaluation | None = None
+    measures_again: bool = False
 
     @property
     def loading(self) -> Loading:

@@ -26,7 +26,13 @@ from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_inside, require_room, require_writable, write_whole
+from lewis_hub.files import (
+    require_inside,
+    require_no_links,
+    require_room,
+    require_writable,
+    write_whole,
+)
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
@@ -296,6 +302,7 @@ def measure_model(
         problem = "an expert writes its texts for a merge, and this is a model alone"
         remedy = "Give texts with answers, or name the recipe of the merge."
         raise CalibrationError(f"calibration on {calibration.data}", problem, remedy)
+    require_no_links(output)
     require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)
