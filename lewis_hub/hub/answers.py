@@ -1,4 +1,4 @@
-"""Limits on the bodies of answers: how slowly they may arrive, and how large a lookup may be.
+"""Limits on answers: how long they may be silent, how slowly arrive, how large a lookup may be.
 
 What the first request of a call asks for decides; a redirect cannot make a file of a lookup.
 """
@@ -16,6 +16,8 @@ import httpx2
 
 MIN_BYTES_PER_S = 1024  # a slower answer is given up
 SPEED_AFTER_S = 30.0  # the speed is measured over so long
+LONGEST_SILENCE_S = 60.0  # before an answer, and between its pieces
+LONGEST_WORK_S = 300.0  # before the answer to a request for work, such as a commit
 MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
@@ -35,6 +37,16 @@ def note_purpose(request: httpx2.Request) -> None:
     purpose = request.extensions.setdefault(PURPOSE, _purpose(request))
     if purpose == "file":
         request.headers["Accept-Encoding"] = "identity"
+
+
+def limit_silence(request: httpx2.Request) -> None:
+    """Limit how long a request waits, where its caller sets no limit: huggingface_hub sets few."""
+    longest_s = LONGEST_WORK_S if request.method == "POST" else LONGEST_SILENCE_S
+    limits = dict.fromkeys(("connect", "pool"), LONGEST_SILENCE_S)
+    limits |= dict.fromkeys(("read", "write"), longest_s)
+    asked = request.extensions.get("timeout") or {}
+    set_by_caller = {kind: limit for kind, limit in asked.items() if limit is not None}
+    request.extensions["timeout"] = limits | set_by_caller
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

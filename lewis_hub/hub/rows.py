@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+from huggingface_hub import constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import SourceError
@@ -167,13 +169,15 @@ def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, A
 
 
 def commit_cache(commit_sha: str) -> str:
-    """The cache folder of a commit.
+    """The cache folder of a commit of this Hub.
 
-    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache.
+    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache. So
+    has each Hub, since nothing says whether rows are those that another one lists.
     """
     from datasets.config import HF_DATASETS_CACHE
 
-    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / commit_sha)
+    endpoint = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:12]
+    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / endpoint / commit_sha)
 
 
 @contextmanager
