@@ -46,6 +46,7 @@ INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
 REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
 N_SHOWN = 3  # tensors that a note lists
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")  # of what an MLP adds
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,17 @@ def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
     folder = small_files(api, donor.source)
     made = build_stacks(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
     require_beside(made, (expert.checkpoint for expert in settings.sources.experts))
+
+
+def uncompensated_notes(moments: MomentSettings | None, donor: OpenedSource) -> list[str]:
+    """Return a note if blocks that are fitted in sequence norm what their last matrix gives."""
+    found = {one for one in OUTPUT_NORMS for name in donor.checkpoint.tensors if f".{one}." in name}
+    if moments is None or not moments.in_sequence or not found:
+        return []
+    return [
+        f"the blocks of {donor.name} norm what their last matrix gives (`{min(found)}`), so it is "
+        "fitted like the others: `compensate` has no effect."
+    ]
 
 
 def _fit_in_sequence(

@@ -8,7 +8,13 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Olmo2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lewis_hub.calibration import block_runs, meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
@@ -51,6 +57,8 @@ T5 = {  # as FLAN-T5; cross-attention takes k and v from the encoder's output
     ],
 }
 STACKS = {name: {BLOCKS[name]: levels} for name, levels in LEVELS.items()} | {"t5": T5}
+NORMED = {"gemma3": Gemma3TextConfig, "olmo2": Olmo2Config}  # they norm what a block adds
+STACKS |= {name: {BLOCKS["llama"]: LEVELS["llama"]} for name in NORMED}
 TEXTS = [
     [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
     [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
@@ -62,7 +70,9 @@ def models(tmp_path):
     """A base, two experts and their average, and where the last three lie."""
 
     def make(architecture):
-        build = tiny_t5 if architecture == "t5" else partial(tiny_model, architecture)
+        build = {"t5": tiny_t5, **{name: partial(tiny_normed, name) for name in NORMED}}.get(
+            architecture, partial(tiny_model, architecture)
+        )
         found = [build(seed) for seed in range(3)]
         average = build(0)
         with torch.no_grad():
@@ -85,6 +95,19 @@ def tiny_t5(seed):
     )
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_normed(architecture, seed):
+    small = {**conftest.LLAMA, "num_hidden_layers": 2}
+    if architecture == "gemma3":
+        small |= {"head_dim": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    config = NORMED[architecture](**small, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def read(model, ids):
@@ -152,7 +175,7 @@ def naive(architecture, models, alpha):
                 (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
                 for expert, texts in zip(experts, TEXTS, strict=True)
             ]
-            gaps, last = [], level is levels[-1]
+            gaps, last = [], level is levels[-1] and architecture not in NORMED
             if last:
                 gaps = [
                     beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)

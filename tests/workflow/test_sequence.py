@@ -25,6 +25,8 @@ from statistical_merges import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Zamba2Config,
@@ -213,6 +215,7 @@ def test_check_counts_what_is_fitted(api):
     merged, own = (lewis_hub.check(recipe(text)) for text in (RECIPE, OWN))
 
     assert merged.problems == own.problems == ()
+    assert not any("compensate" in note for note in merged.notes)
     assert merged.disk_bytes < own.disk_bytes
     assert merged.memory_bytes > own.memory_bytes
 
@@ -332,6 +335,25 @@ def test_all_matrices_of_an_encoder_decoder_are_fitted(tmp_path):
     matrices = {name for name in made if ".block." in name and made[name].dim() == 2}
     assert changed == {name for name in matrices if "relative_attention_bias" not in name}
     merge(tmp_path / "own", f"{text}merge_method: regmean\n")
+
+
+def test_check_tells_that_blocks_norm_what_they_add(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 259}
+    config = Olmo2Config(**small, num_attention_heads=4, eos_token_id=2)
+    text = of_three(tmp_path, lambda: Olmo2ForCausalLM(config))
+
+    told, own = (
+        lewis_hub.check(recipe(f"{text}{one}")) for one in (METHOD, "merge_method: regmean\n")
+    )
+
+    note = (
+        f"the blocks of {tmp_path}/base norm what their last matrix gives "
+        "(`post_feedforward_layernorm`), so it is fitted like the others: `compensate` has no "
+        "effect."
+    )
+    assert told.problems == own.problems == ()
+    assert note in told.notes
+    assert note not in own.notes
 
 
 def test_no_other_word_is_taken_for_inputs(api):
