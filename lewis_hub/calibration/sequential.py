@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -353,22 +353,22 @@ def paired_moments(
     `with_residual` needs a Linear that `is_added`. An input without a row for every token is an
     OutOfStepError, one that is not finite a CalibrationModelError.
     """
-
-    def summed(pair: BatchPair) -> list[InputSum]:
+    gram = cross = residual = None
+    n_tokens = 0
+    for pair in pairs:
         seen = runs.seen(pair, path, with_residual=with_residual)
-        x, d = seen.x, seen.residual
-        sums = [grams.second_moments(x, widest), grams.cross_moments(seen.z, x, widest)]
-        if d is not None:
-            sums.append(grams.residual_moments(d, x, widest))
-        return [InputSum(one, len(x)) for one in sums]
-
-    totals = reduce(
-        lambda one, two: [a + b for a, b in zip(one, two, strict=True)], map(summed, pairs)
-    )
-    states = (pairs[0].merged, pairs[0].own, pairs[0].own)
-    for one, state in zip(totals, states, strict=False):
-        require_finite({f"{pairs[0].merged.path}.{path}": one}, state.model.name)
-    return LayerMoments(*(one.mean() for one in totals))
+        n_tokens += len(seen.x)
+        gram = grams.upper_moments(seen.x, widest, gram)
+        cross = grams.cross_moments(seen.z, seen.x, widest, cross)
+        if seen.residual is not None:
+            residual = grams.residual_moments(seen.residual, seen.x, widest, residual)
+    assert gram is not None
+    merged, own = pairs[0].merged, pairs[0].own
+    totals = [(grams.mirrored(gram), merged), (cross, own), (residual, own)]
+    for one, state in totals:
+        if one is not None:
+            require_finite({f"{merged.path}.{path}": InputSum(one, n_tokens)}, state.model.name)
+    return LayerMoments(*(one if one is None else one.div_(n_tokens) for one, _ in totals))
 
 
 def own_moments(

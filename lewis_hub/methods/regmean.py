@@ -39,7 +39,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
     accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS, "anchor": ANCHORS},
     uses_lapack=True,
     weighs_squares=True,
-    version=3,
+    version=4,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (out, in) float32; (in, out) if `transposed`; any shape without Grams
@@ -277,14 +277,14 @@ def _nearest(
         lower = cholesky(total)
         if lower is None:
             continue
-        targets = []
+        targets, changes = [], []
         for w, vector, gram, one in zip(weights, vectors, grams, moments, strict=True):
-            if one.cross is None:
-                target = product(vector, gram)
-            else:
-                cross = _shrunk(one.cross, one.gram, off_diagonal, ridge)
-                target = product(vector, cross) + product(base, cross - gram)
-            targets.append(w * target)
+            cross = gram if one.cross is None else _shrunk(one.cross, one.gram, off_diagonal, ridge)
+            targets.append(w * product(vector, cross))
+            if one.cross is not None:
+                changes.append(w * (cross - gram))
+        if changes:
+            targets.append(product(base, summed(changes, total)))
         if pull:
             targets.append(pulled * pull.anchor)
         update = solve(summed(targets, base), lower)

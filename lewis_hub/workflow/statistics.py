@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lewis_hub.calibration.affine import AffineOptions
     from lewis_hub.calibration.sequential import LayerMoments
 
-VERSION = 4  # of the arithmetic of fitting in sequence
+VERSION = 5  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
