@@ -28,7 +28,12 @@ from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.rules import aligns_by_texts, all_parameters, fits_in_sequence
+from lewis_hub.recipe.rules import (
+    aligns_by_texts,
+    all_parameters,
+    fits_in_sequence,
+    runs_expert_blocks,
+)
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
@@ -52,7 +57,9 @@ def measurement_of(recipe: Recipe) -> Measurement:
     if needs_moments(recipe):
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
-        moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
+        moments = resources.MomentSettings(
+            widest, solved, fits_in_sequence(recipe), runs_expert_blocks(recipe)
+        )
     on_texts = moments is not None or aligns_by_texts(recipe)
     on_texts = on_texts or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, resolve.calibrations_of(recipe) if on_texts else ())

@@ -208,7 +208,7 @@ def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
 def uncompensated_notes(moments: MomentSettings | None, donor: OpenedSource) -> list[str]:
     """Return a note if blocks that are fitted in sequence norm what their last matrix gives."""
     found = {one for one in OUTPUT_NORMS for name in donor.checkpoint.tensors if f".{one}." in name}
-    if moments is None or not moments.in_sequence or not found:
+    if moments is None or not moments.in_sequence or moments.in_expert_blocks or not found:
         return []
     return [
         f"the blocks of {donor.name} norm what their last matrix gives (`{min(found)}`), so it is "
@@ -299,7 +299,10 @@ def _fit(
         run_refusals(settings.sources.donor.pinned, asked),
     ):
         affine_of = merged.affine_options if merged.fits_affine else None
-        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance, affine_of)
+        files = fit_blocks(
+            *(weights, texts, merged.solve, place, widest, device, advance, affine_of),
+            inputs="merged_block" if settings.moments.in_expert_blocks else "merged",
+        )
     report_nan([Counter(label for label, _ in merged.replaced_nan)], loader.progress)
     return files
 

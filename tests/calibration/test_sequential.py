@@ -206,6 +206,52 @@ def naive(architecture, models, alpha):
     return found
 
 
+def rows_in_block(expert, merged, block, names, ids):
+    """What modules of an expert's block are handed, which gets the merged model's hidden states."""
+    is_decoder, before, encoded = block.startswith("decoder."), [], []
+    handles = [
+        merged.get_submodule(block).register_forward_pre_hook(lambda _, a: before.append(a[0]))
+    ]
+    if is_decoder:
+        handles.append(merged.encoder.register_forward_hook(lambda _, _a, o: encoded.append(o)))
+    read(merged, ids)
+    handles.append(
+        expert.get_submodule(block).register_forward_pre_hook(lambda _, a: (*before, *a[1:]))
+    )
+    if is_decoder:
+        handles.append(expert.encoder.register_forward_hook(lambda _, _a, _o: encoded[0]))
+    found = [rows(expert, name, [ids]) for name in names]
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def naive_in_blocks(architecture, models, alpha):
+    """RegMean++: RegMean of a block on its input in the merged model, block after block."""
+    _, *experts, merged = models
+    found = {}
+    for path, levels in STACKS[architecture].items():
+        for number in range(len(merged.get_submodule(path))):
+            block = f"{path}.{number}"
+            names = [f"{block}.{name}" for level in levels for name in level]
+            each = []
+            for expert, texts in zip(experts, TEXTS, strict=True):
+                by_text = [rows_in_block(expert, merged, block, names, ids) for ids in texts]
+                each.append([torch.cat(one) for one in zip(*by_text, strict=True)])
+            for name, inputs in zip(names, zip(*each, strict=True), strict=True):
+                total, wanted = 0, 0
+                for x, expert in zip(inputs, experts, strict=True):
+                    gram = shrunk(x.T @ x / len(x), x.T @ x / len(x), alpha)
+                    weight = expert.get_submodule(name).weight.detach().double()
+                    total, wanted = total + gram, wanted + turned(architecture, weight) @ gram
+                fitted = torch.linalg.solve(total, wanted.T).T
+                found[name] = turned(architecture, fitted).float()
+            for name in names:
+                with torch.no_grad():
+                    merged.get_submodule(name).weight.copy_(found[name])
+    return found
+
+
 def turned(architecture, weight):
     return weight.T if architecture == "gpt2" else weight
 
@@ -233,14 +279,15 @@ def solver(models, alpha, asked=None):
     return solve
 
 
-def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
+def run(folders, solve, output, texts=TEXTS, advance=lambda _: None, inputs="merged"):
     output.mkdir(exist_ok=True)
     *experts, merged = folders
     asked = [
         ExpertTexts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
         for folder, own in zip(experts, texts, strict=True)
     ]
-    files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    given = (in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    files = fit(*given, inputs=inputs)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -251,6 +298,18 @@ def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_pat
     found = run(folders, solver(made, 0.7), tmp_path / "fitted")
 
     expected = naive(architecture, made, 0.7)
+    assert set(found) == {f"{path}.weight" for path in expected}
+    for path, weight in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba", "t5", "olmo2"])
+def test_an_experts_block_gets_the_merged_models_hidden_states(models, tmp_path, architecture):
+    made, folders = models(architecture)
+
+    found = run(folders, solver(made, 0.7), tmp_path / "fitted", inputs="merged_block")
+
+    expected = naive_in_blocks(architecture, made, 0.7)
     assert set(found) == {f"{path}.weight" for path in expected}
     for path, weight in expected.items():
         torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)

@@ -41,6 +41,7 @@ from lewis_hub.workflow.resources import Execution
 METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
 RECIPE = MODELS + METHOD
 OWN = RECIPE.replace("inputs: merged, ", "")
+IN_BLOCKS = RECIPE.replace("merged,", "merged_block,")
 
 
 def outputs(folder, skill):
@@ -70,7 +71,10 @@ def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_thems
     assert not torch.equal(found[first].float(), sum(mean) / 2)
 
 
-@pytest.mark.parametrize("text", [pytest.param(RECIPE, marks=pytest.mark.slow), RECIPE + GUIDE])
+@pytest.mark.parametrize(
+    "text",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in (RECIPE, IN_BLOCKS)), RECIPE + GUIDE],
+)
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
@@ -106,13 +110,25 @@ def test_norms_are_fitted_too_where_it_is_asked_for(api, tmp_path):
     assert verdict.problems == ()
 
 
-def test_norms_are_fitted_in_sequence_only():
+@pytest.mark.parametrize("text", [OWN, IN_BLOCKS])
+def test_norms_are_fitted_in_sequence_only(text):
     with pytest.raises(RecipeError) as caught:
-        recipe(OWN.replace("off_diagonal", "affine: true, off_diagonal"))
+        recipe(text.replace("off_diagonal", "affine: true, off_diagonal"))
 
     said = str(caught.value)
     assert "`parameters.affine`: norms and biases are fitted in sequence only." in said
     assert "Write `inputs: merged` beside it, or remove it." in said
+
+
+def test_experts_blocks_run_on_the_merged_models_hidden_states(api, tmp_path):
+    output = merge(tmp_path / "out", IN_BLOCKS)
+
+    card = " ".join((output / "README.md").read_text().split())
+    assert "in a block of an expert, which gets the hidden states of the merged model" in card
+    assert "nguyen2026regmean" in card
+    assert "gu2026featcal" not in card
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+    assert verdict.problems == ()
 
 
 def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
