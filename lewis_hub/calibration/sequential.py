@@ -379,12 +379,13 @@ def paired_moments(
         if seen.residual is not None:
             residual = grams.residual_moments(seen.residual, seen.x, widest, residual)
     assert gram is not None
+    grams.mirrored(gram)
     merged, own = pairs[0].merged, pairs[0].own
-    totals = [(grams.mirrored(gram), merged), (cross, own), (residual, own)]
-    for one, state in totals:
+    for one, state in ((gram, merged), (cross, own), (residual, own)):
         if one is not None:
             require_finite({f"{merged.path}.{path}": InputSum(one, n_tokens)}, state.model.name)
-    return LayerMoments(*(one if one is None else one.div_(n_tokens) for one, _ in totals))
+            one.div_(n_tokens)
+    return LayerMoments(gram, cross, residual)
 
 
 def own_moments(
