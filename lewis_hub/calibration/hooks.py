@@ -145,7 +145,7 @@ def require_seen(measured: Mapping[str, object], name: str) -> None:
 def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
     """Refuse sums that are NaN or infinite with a CalibrationModelError."""
     for path, one in totals.items():
-        if not torch.isfinite(one.total).all():
+        if not torch.isfinite(one.total.sum()):  # what is NaN or infinite stays so in any sum
             raise not_finite(f"the activations before {path}", name)
 
 

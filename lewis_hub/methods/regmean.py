@@ -23,8 +23,8 @@ from lewis_hub.methods.votes import trim as kept
 if TYPE_CHECKING:
     from torch import Tensor
 
-Inputs = Literal["own", "merged"]
-INPUTS = ("own", "merged")
+Inputs = Literal["own", "merged", "merged_block"]
+INPUTS = ("own", "merged", "merged_block")
 Norm = Literal["none", "mean_diagonal", "frobenius"]
 NORMS = ("none", "mean_diagonal", "frobenius")
 Anchor = Literal["task_arithmetic", "ties", "base"]
@@ -39,7 +39,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
     accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS, "anchor": ANCHORS},
     uses_lapack=True,
     weighs_squares=True,
-    version=3,
+    version=4,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (out, in) float32; (in, out) if `transposed`; any shape without Grams
@@ -76,10 +76,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
 
     With `inputs: merged`, x is the input in the merged model, whose earlier matrices are merged
     already, and z the input in the expert: base + X minimises the weighted squares of
-    (base + X) x - (base + task vector) z. RegMean++ (arXiv 2508.03121) also takes x from the merged
-    model, and sets z = x. With `residual_covariances`, (base + X) x also compensates d, the rest of
-    the difference between the outputs of the expert's block and the merged block; each part of long
-    inputs compensates an equal share of d.
+    (base + X) x - (base + task vector) z. With `residual_covariances`, (base + X) x also
+    compensates d, the rest of the difference between the outputs of the expert's block and the
+    merged block; each part of long inputs compensates an equal share of d. With `inputs:
+    merged_block`, as in RegMean++ (arXiv 2508.03121), x = z is the input of the expert's matrix in
+    the expert's block, which gets the hidden states of the merged model.
 
     `ridge` pulls the update towards A, `anchor_scale` times the update of another merge. `anchor`
     names it: `task_arithmetic` is the sum of the task vectors, each times its weight over the mean
@@ -100,7 +101,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
 
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
-        G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i
+        G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i: in expert i, or,
+            with `merged_block`, in its block on the hidden states of the merged model (RegMean++)
         r: `ridge`
         A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i; 0 or that of `ties` by `anchor`
 
@@ -293,14 +295,14 @@ def _nearest(
         lower = cholesky(total)
         if lower is None:
             continue
-        targets = []
+        targets, changes = [], []
         for w, vector, gram, one in zip(weights, vectors, grams, moments, strict=True):
-            if one.cross is None:
-                target = product(vector, gram)
-            else:
-                cross = _shrunk(one.cross, one.gram, off_diagonal, ridge)
-                target = product(vector, cross) + product(base, cross - gram)
-            targets.append(w * target)
+            cross = gram if one.cross is None else _shrunk(one.cross, one.gram, off_diagonal, ridge)
+            targets.append(w * product(vector, cross))
+            if one.cross is not None:
+                changes.append(w * (cross - gram))
+        if changes:
+            targets.append(product(base, summed(changes, total)))
         if pull:
             targets.append(pulled * pull.anchor)
         update = solve(summed(targets, base), lower)

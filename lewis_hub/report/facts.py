@@ -241,6 +241,7 @@ class CardFacts:
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
+    in_expert_blocks: bool = False  # on inputs in the experts' blocks, as RegMean++
     trims_by_activation: bool = False
     notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
     machine: Machine | None = None
@@ -274,7 +275,7 @@ class CardFacts:
         keys = [guide.paper] if guide and guide.paper else []
         keys += method.papers if method else ()
         keys += [DUAL_SPACE] if self.aligned else []
-        keys += SEQUENTIAL if self.in_sequence else ()
+        keys += SEQUENTIAL[: 1 if self.in_expert_blocks else None] if self.in_sequence else ()
         keys += [BY_ACTIVATION] if self.trims_by_activation else []
         keys += [HARNESS] if self.was_scored else []
         text = files("lewis_hub.templates").joinpath("citations.bib").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import ExportFormat
-from lewis_hub.recipe.rules import fits_in_sequence, trims_by_activation
+from lewis_hub.recipe.rules import fits_in_sequence, runs_expert_blocks, trims_by_activation
 from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
@@ -305,6 +305,7 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
         software=planned.software,
         stack=_stacked_blocks(recipe, inputs),
         in_sequence=fits_in_sequence(recipe),
+        in_expert_blocks=runs_expert_blocks(recipe),
         trims_by_activation=trims_by_activation(recipe),
         exports=recipe.export or (),
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,

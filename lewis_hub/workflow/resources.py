@@ -140,6 +140,9 @@ class MomentSettings:
     widest: int  # number of inputs that one matrix of second moments covers at most
     are_solved: bool  # whether matrices are fitted; otherwise entries are trimmed by the diagonal
     in_sequence: bool  # whether matrices are fitted one by one, on the merged model's activations
+    in_expert_blocks: bool = (
+        False  # whether experts' blocks run on the merged model's hidden states
+    )
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,11 @@ class Measurement:
     def in_sequence(self) -> bool:
         """Whether matrices are fitted one after the other."""
         return self.moments is not None and self.moments.in_sequence
+
+    @property
+    def in_expert_blocks(self) -> bool:
+        """Whether they are fitted in the experts' blocks."""
+        return self.moments is not None and self.moments.in_expert_blocks
 
     @property
     def measures(self) -> frozenset[str]:
@@ -271,7 +279,8 @@ def loading_problems(
     if measurement.in_sequence:
         fitted = (sources.donor, *sources.experts)
         n_bytes = sum(blocks_bytes(source.checkpoint) for source in fitted)
-        subject = "`inputs: merged` runs the merge and all experts block by block, which"
+        name = "merged_block" if measurement.in_expert_blocks else "merged"
+        subject = f"`inputs: {name}` runs the merge and all experts block by block, which"
         sizes = [(subject, n_bytes)] if n_bytes > limit else []
     else:
         sizes = [
