@@ -140,6 +140,19 @@ def test_a_model_with_repeated_blocks_is_matched_with_the_original(folder, monke
     own, found = weights(folder / "one"), weights(output)
     assert found.keys() == own.keys()
     assert all(found[name].equal(own[name]) for name in own)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    left_out = sorted({0, 1, 2, 3, 4} - set(numbers(output)))
+    assert (
+        "`two` has 5 blocks and `one` has 3. Its blocks were first put in the places of those "
+        "whose outputs on the calibration texts they resemble most, in their order. Its blocks "
+        f"{left_out[0]}, {left_out[1]} had no place and were left out, which changes its outputs."
+    ) in card
+    assert 'src="lewis/blocks-two-light.png"' in card
+    assert "xu2024heterogeneous" in card
+    assert "xu2024training" not in card
+    lock = json.loads((output / "lewis/lock.json").read_text(encoding="utf-8"))
+    files = ("lewis/alignment.json", "lewis/blocks-two-light.png", "lewis/blocks-two-dark.png")
+    assert all(file in lock["outputs"] for file in files)
     monkeypatch.chdir(folder)  # a rebuild finds local folders as the recipe names them
     assert lewis_hub.verify(output, rebuild=True).problems == ()
 
@@ -188,6 +201,7 @@ def test_units_are_matched_after_the_blocks(folder):
     own, found = weights(folder / "deep"), weights(output)
     assert all(found[name].equal(own[name]) for name in own)
     card = (output / "README.md").read_text(encoding="utf-8")
+    assert "Place 1 got an identity block, which adds nothing, so that its outputs stay" in card
     assert "`shuffled` was trained from another start than `deep`." in card
 
 
