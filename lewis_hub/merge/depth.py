@@ -20,6 +20,7 @@ from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.symmetries import Units
 
 REMEDY = "`depth` matches the blocks of models that differ in their number only."
+OTHER_ROWS = "Give it the other tokenizer first: `lewis-hub transplant-tokenizer`."
 
 Blocks = tuple[int | None, ...]  # for each block of the reference, the model's own; None: none
 
@@ -74,7 +75,8 @@ def require_same_blocks(reference: Checkpoint, own: Checkpoint) -> None:
                 raise AlignmentError(model.label, f"{lacking} {reference.label}", REMEDY)
             if shape != other:
                 problem = f"{name} has the shape {list(shape)}, in {reference.label} {list(other)}"
-                raise AlignmentError(model.label, problem, REMEDY)
+                is_rows = names.may_have_tokens(name) and shape[1:] == other[1:]
+                raise AlignmentError(model.label, problem, OTHER_ROWS if is_rows else REMEDY)
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.errors import RecipeError
+from lewis_hub.merge.aligned import AlignedModel, MatchedBlocks
 from lewis_hub.recipe.read import parse_recipe
 from tests.workflow.test_align import N_TOKENS, permuted_copy
 
@@ -266,6 +268,34 @@ def test_models_that_differ_in_more_than_depth_are_refused(folder):
         "wide: model.layers.1.mlp.up_proj.weight has the shape [40, 32], in one [48, 32]. `depth` "
         "matches the blocks of models that differ in their number only."
     )
+
+
+def test_another_vocabulary_is_refused(folder):
+    write_model(folder / "one", 3)
+    write_model(folder / "two", 2)
+    tensors = weights(folder / "two")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(8, 32)])
+    save_file(tensors, folder / "two" / "model.safetensors", metadata={"format": "pt"})
+
+    problems = lewis_hub.check(recipe(folder, "one", "two")).problems
+
+    assert (
+        "two: lm_head.weight has the shape [398, 32], in one [390, 32]. Give it the other "
+        "tokenizer first: `lewis-hub transplant-tokenizer`."
+    ) in problems
+
+
+def test_what_was_matched_is_read_back_from_its_document():
+    blocks = MatchedBlocks((0, None, 1), ((1.0, 0.5), (0.7, 0.6), (0.25, 0.75)))
+    model = AlignedModel("two", "one", 0.5, {"dataset": "d"}, {}, {}, {}, blocks)
+
+    found = AlignedModel.from_document(json.loads(json.dumps(model.document())))
+
+    assert found == model
+    assert (found.blocks.identity, found.blocks.left_out) == ((1,), ())
+    other = replace(model, blocks=replace(blocks, numbers=(0, 1, None)))
+    assert found.digest == model.digest != other.digest
 
 
 @pytest.mark.parametrize(
