@@ -42,7 +42,8 @@ class MatchedBlocks:
     """The blocks of a model in the places of those of a model of another depth."""
 
     numbers: Blocks  # for each block of the reference, the model's own; None: an identity block
-    similarity: tuple[tuple[float, ...], ...]  # CKA, (blocks of the reference, of the model)
+    similarity: tuple[tuple[float, ...], ...]  # (blocks of the reference, of the model)
+    weight_similarity: float  # share of the weights in it; the rest is that of outputs
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -122,7 +123,9 @@ class AlignedModel:
             {group: values["before"] for group, values in similarity.items()},
             {group: values["after"] for group, values in similarity.items()},
             MatchedBlocks(
-                tuple(blocks["numbers"]), tuple(tuple(row) for row in blocks["similarity"])
+                tuple(blocks["numbers"]),
+                tuple(map(tuple, blocks["similarity"])),
+                blocks["weight_similarity"],
             )
             if blocks
             else None,

@@ -1,9 +1,10 @@
 """Match the blocks of models of different depth: segment-wise model alignment (SMA).
 
 Xu et al., "Training-free Heterogeneous Model Merging", arXiv:2501.00061. C[k, l] is the similarity
-of block k of the shallower model and block l of the deeper one: the linear CKA of what the blocks
-put out on the same tokens. Each block k gets a block A[k] of the deeper model, in the same order,
-so that the sum of C[k, A[k]] is the highest:
+of block k of the shallower model and block l of the deeper one: in the paper the linear CKA of what
+the blocks put out on the same tokens, here w times the mean cosine of their matrices plus 1 - w
+times CKA. Each block k gets a block A[k] of the deeper model, in the same order, so that the sum
+of C[k, A[k]] is the highest:
 
     F[k, l] = max(F[k, l - 1], F[k - 1, l - 1] + C[k, l])
 
@@ -41,6 +42,25 @@ def linear_cka(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Similarity:
         products = [_over_tokens(seen) for seen in ours]
         columns = [[_inner(own, other) for own in products] for other in map(_over_tokens, theirs)]
     return np.array(columns, np.float64).T
+
+
+def weight_cosines(matrices: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> Similarity:
+    """The cosine of each of our blocks with each of theirs, a mean over the matrices of a block.
+
+    Args:
+        matrices: of each matrix its pieces: (our blocks, entries) and (their blocks, entries). A
+            matrix of zeros has the cosine 0 with any.
+    """
+    found = []
+    with torch.no_grad(), torch_threads(1):
+        for pieces in matrices:
+            dots, ours, theirs = torch.zeros(()), torch.zeros(()), torch.zeros(())
+            for own, other in ((one.double(), two.double()) for one, two in pieces):
+                dots = dots + own @ other.T
+                ours, theirs = ours + own.square().sum(dim=1), theirs + other.square().sum(dim=1)
+            lengths = torch.outer(ours.sqrt(), theirs.sqrt())
+            found.append((dots / lengths.where(lengths > 0, 1)).numpy())
+    return np.asarray(np.mean(found, axis=0), np.float64)
 
 
 def align_segments(similarity: Similarity) -> tuple[int, ...]:

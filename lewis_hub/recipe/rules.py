@@ -311,11 +311,10 @@ def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             yield ("models", index, "align"), problem, "Remove it here, and set it on the others."
         if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
             problem = f"`align` needs calibration data, but `{entry.model}` has none."
-            remedy = "Add `calibration` to the recipe"
-            if not any(one.align and one.align.depth for one in recipe.models):
-                remedy += "; or set `align: {method: dual_space, weight_similarity: 1}`: weights "
-                remedy += "alone"
-            yield ("models", index), problem, f"{remedy}."
+            remedy = "Add `calibration` to the recipe."
+            if not any(one.align and one.align.matches_both for one in recipe.models):
+                remedy += " Or set `weight_similarity: 1` in `align`: weights alone."
+            yield ("models", index), problem, remedy
 
 
 def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:

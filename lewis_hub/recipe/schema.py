@@ -324,8 +324,8 @@ class Align(Part):
     )
     depth: Literal["segment_wise"] | None = Field(
         None,
-        description="How blocks are matched. `segment_wise`: by the similarity of their outputs on "
-        "the calibration texts. Absent: both models have the same number.",
+        description="How blocks are matched. `segment_wise`: by their outputs on the calibration "
+        "texts, and by weights. Absent: both models have the same number.",
     )
     weight_similarity: float = Field(
         0.5,
@@ -338,7 +338,12 @@ class Align(Part):
     @property
     def needs_texts(self) -> bool:
         """Whether the models are run on texts."""
-        return self.depth is not None or (self.method is not None and self.weight_similarity < 1)
+        return self.weight_similarity < 1 or self.matches_both
+
+    @property
+    def matches_both(self) -> bool:
+        """Whether blocks and units are matched: then blocks are matched by their outputs alone."""
+        return self.method is not None and self.depth is not None
 
     @model_validator(mode="after")
     def _names_one(self) -> Align:

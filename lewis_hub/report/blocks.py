@@ -41,16 +41,19 @@ def draw_blocks(models: Iterable[AlignedModel], folder: Path) -> dict[str, Pictu
         files = [f"{STEM}-{slug}-{theme.name}.png" for theme in THEMES]
         for theme, file in zip(THEMES, files, strict=True):
             _save(model, blocks, theme, folder / file)
-        pictures[model.source] = Picture(files[0], files[1], _sentence(model))
+        pictures[model.source] = Picture(files[0], files[1], _sentence(model, blocks))
     return pictures
 
 
-def _sentence(model: AlignedModel) -> str:
+def _sentence(model: AlignedModel, blocks: MatchedBlocks) -> str:
     reference, own = short_name(model.reference), short_name(model.source)
-    return (
-        f"Similarity (linear CKA) of the outputs of the blocks of {reference} (rows) and {own} "
-        "(columns). Framed pairs were matched."
-    )
+    shares = {
+        "cosine of weights": blocks.weight_similarity,
+        "CKA of outputs": 1 - blocks.weight_similarity,
+    }
+    parts = [f"{100 * share:g} % {name}" for name, share in shares.items() if share]
+    similarity = f"Similarity ({', '.join(parts)}) of the blocks of {reference} (rows) and {own}"
+    return f"{similarity} (columns). Framed pairs were matched."
 
 
 def _save(model: AlignedModel, blocks: MatchedBlocks, theme: Theme, path: Path) -> None:
@@ -66,7 +69,7 @@ def _save(model: AlignedModel, blocks: MatchedBlocks, theme: Theme, path: Path) 
         names = [shortened(drawable(short_name(n)), 24) for n in (model.source, model.reference)]
         axes.set_xlabel(f"block of {names[0]}", size=FONT)
         axes.set_ylabel(f"block of {names[1]}", size=FONT)
-        bar = figure.colorbar(image, ax=axes, label="CKA")
+        bar = figure.colorbar(image, ax=axes, label="similarity")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0, labelsize=FONT - 1)
         figure.savefig(path, metadata={"Software": None})

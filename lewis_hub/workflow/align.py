@@ -13,15 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lewis_hub.calibration.subject import FEWER, CalibrationSet
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError
 from lewis_hub.files import require_room, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
 from lewis_hub.merge.symmetries import Units, permute, units_of
 from lewis_hub.recipe.schema import Align, ModelEntry
-from lewis_hub.workflow.depth import placed
+from lewis_hub.workflow.depth import blocks_of, placed
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading
@@ -29,10 +33,14 @@ from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lewis_hub.merge.matching import ComparedModel, Matched
+    from lewis_hub.merge.segments import Similarity
 
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
+PIECE = 1 << 20  # entries of a matrix that are compared at a time, of all blocks
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,10 @@ def alignment_problems(
             )
         for one in (reference, expert):
             if asked.needs_texts and loading.is_too_large(one.checkpoint):
-                way_out = "" if asked.depth else ", or set `weight_similarity: 1`"
                 problems.append(
                     f"`align` runs whole models, and {one.name} takes "
                     f"{loading.model_bytes(one.checkpoint):,} bytes in memory, more than "
-                    f"`--max-memory` allows. Raise the limit{way_out}."
+                    "`--max-memory` allows. Raise the limit, or set `weight_similarity: 1`."
                 )
     return list(dict.fromkeys(problems))
 
@@ -124,7 +131,8 @@ def _align_one(
     texts: CalibrationSet | None,
     loader: ModelLoader,
 ) -> AlignedModel:
-    calibration = {**texts.facts} if texts and asked.needs_texts else {}
+    texts = texts if asked.needs_texts else None
+    calibration = {**texts.facts} if texts else {}
     facts = {
         "version": VERSION,
         "models": [reference.digest, expert.digest],
@@ -142,8 +150,10 @@ def _align_one(
     )
     units = units_of(reference.checkpoint, reference.config)
     try:
-        if asked.depth and texts:
-            blocks = _match_blocks(reference, expert, texts, work / "blocks", loader)
+        if asked.depth:
+            weight = 0.0 if asked.method else asked.weight_similarity  # units move: no cosine
+            pair = (reference, expert)
+            blocks = _match_blocks(pair, weight, texts, work / "blocks", loader)
             expert = placed(reference, expert, blocks.numbers)
             units = units.without(blocks.identity)
             found = replace(found, blocks=blocks)
@@ -159,27 +169,70 @@ def _align_one(
 
 
 def _match_blocks(
-    reference: OpenedSource,
-    expert: OpenedSource,
-    texts: CalibrationSet,
+    pair: tuple[OpenedSource, OpenedSource],
+    weight: float,
+    texts: CalibrationSet | None,
     work: Path,
     loader: ModelLoader,
 ) -> MatchedBlocks:
-    """Match the blocks of two models by their outputs on the same texts."""
+    """Match the blocks of the second model with those of the first, the reference."""
+    from lewis_hub.merge.segments import match_blocks, weight_cosines
+
+    similarity = np.zeros([len(blocks_of(source)) for source in pair])
+    if texts:
+        similarity += (1 - weight) * _cka(pair, texts, work, loader)
+    with loader.progress.stage(f"Comparing blocks of {pair[1].name}", 1, "items") as advance:
+        if weight > 0:
+            with _reader(pair[0], loader) as ours, _reader(pair[1], loader) as theirs:
+                similarity += weight * weight_cosines(_matrices(pair, (ours, theirs)))
+        advance(1)
+    rows = tuple(tuple(map(float, row)) for row in similarity)
+    return MatchedBlocks(match_blocks(similarity), rows, weight)
+
+
+def _cka(
+    pair: Sequence[OpenedSource], texts: CalibrationSet, work: Path, loader: ModelLoader
+) -> Similarity:
+    """The similarity of the outputs of each pair of blocks."""
     from lewis_hub.calibration.units import read_activations
-    from lewis_hub.merge.segments import linear_cka, match_blocks
+    from lewis_hub.merge.segments import linear_cka
 
     outputs = []
-    for number, source in enumerate((reference, expert)):
+    for number, source in enumerate(pair):
         units, folder = units_of(source.checkpoint, source.config), work / str(number)
         _write_activations(source, units, units.outputs, texts, folder, loader)
         outputs.append([partial(read_activations, folder, site) for site in units.outputs])
-    with loader.progress.stage(f"Comparing the blocks of {expert.name}", 1, "items") as advance:
-        ours, theirs = ((read() for read in one) for one in outputs)
-        similarity = linear_cka(ours, theirs)
+    with loader.progress.stage(f"Comparing outputs of {pair[1].name}", 1, "items") as advance:
+        found = linear_cka(*((read() for read in one) for one in outputs))
         advance(1)
-    rows = tuple(tuple(map(float, row)) for row in similarity)
-    return MatchedBlocks(match_blocks(similarity), rows)
+    return found
+
+
+def _matrices(
+    pair: Sequence[OpenedSource], readers: Sequence[Reader]
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """The matrices of the blocks of both models, in pieces of all blocks."""
+    of_models = [blocks_of(source) for source in pair]
+    for name, first in of_models[0][0].items():
+        if len(first.shape) == 2:
+            stored = [[block[name] for block in blocks] for blocks in of_models]
+            yield _pieces(first.n_elements, stored, readers)
+
+
+def _pieces(
+    n_elements: int, stored: Sequence[Sequence[TensorHeader]], readers: Sequence[Reader]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    import torch
+
+    from lewis_hub.merge.quantised import read_floats
+
+    for start in range(0, n_elements, PIECE):
+        size = min(PIECE, n_elements - start)
+        ours, theirs = (
+            torch.stack([torch.from_numpy(read_floats(reader, one, start, size)) for one in blocks])
+            for blocks, reader in zip(stored, readers, strict=True)
+        )
+        yield ours, theirs
 
 
 def _match_units(
@@ -241,18 +294,24 @@ def _model(
     from lewis_hub.calibration.units import read_activations
     from lewis_hub.checkpoint.reader import read_tensor
     from lewis_hub.merge.matching import ComparedModel
+
+    with _reader(source, loader) as reader:
+        seen = None if activations is None else lambda site: read_activations(activations, site)
+        yield ComparedModel(lambda name: read_tensor(reader, source.checkpoint.tensors[name]), seen)
+
+
+@contextmanager
+def _reader(source: OpenedSource, loader: ModelLoader) -> Iterator[Reader]:
     from lewis_hub.merge.readers import open_source
 
-    checkpoint = source.checkpoint
-    tensors = checkpoint.tensors.values()
-    steps = [[SourceTensor(source.pinned, one, checkpoint.base) for one in tensors]]
+    base, tensors = source.checkpoint.base, source.checkpoint.tensors.values()
+    steps = [[SourceTensor(source.pinned, one, base) for one in tensors]]
     ranges = loader.scratch / FOLDER / hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
     with (
         SourceFiles(loader.files.locations, steps, ranges, loader.max_shard_bytes) as files,
-        open_source(source.pinned, checkpoint.base, files.reader) as reader,
+        open_source(source.pinned, base, files.reader) as reader,
     ):
-        seen = None if activations is None else lambda site: read_activations(activations, site)
-        yield ComparedModel(lambda name: read_tensor(reader, checkpoint.tensors[name]), seen)
+        yield reader
 
 
 def aligner(

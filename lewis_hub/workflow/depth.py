@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.depth import Blocks, first_places, in_places, require_same_blocks
 from lewis_hub.merge.symmetries import units_of
@@ -23,6 +25,16 @@ def placed(reference: OpenedSource, source: OpenedSource, blocks: Blocks) -> Ope
     order = hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
     digest = f"{source.digest}+{reference.digest}+{order}"
     return replace(source, checkpoint=checkpoint, config=reference.config, digest=digest)
+
+
+def blocks_of(source: OpenedSource) -> list[dict[str, TensorHeader]]:
+    """Return the tensors of each block, by their names in block 0."""
+    units = units_of(source.checkpoint, source.config)
+    found: list[dict[str, TensorHeader]] = [{} for _ in range(units.n_blocks)]
+    for name in units.axes:
+        if (block := names.block(name)) is not None:
+            found[block][names.renumbered(name, 0)] = source.checkpoint.tensors[name]
+    return found
 
 
 def in_depth(entries: Sequence[ModelEntry], sources: MergeSources) -> MergeSources:

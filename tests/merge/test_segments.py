@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lewis_hub.merge.segments import align_segments, linear_cka, match_blocks
+from lewis_hub.merge.segments import align_segments, linear_cka, match_blocks, weight_cosines
 
 
 def cka_by_definition(ours, theirs):
@@ -42,6 +42,20 @@ def test_cka_ignores_the_order_of_units():
     found = linear_cka([seen], [seen[:, [3, 1, 5, 0, 2, 4]]])
 
     assert found[0, 0] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_similarity_of_weights_is_the_mean_cosine_of_the_matrices_of_a_block():
+    ours = [torch.tensor([[3.0, 0, 0, 0], [0, 2, 0, 0]]), torch.tensor([[1.0, 1], [0, 0]])]
+    theirs = [torch.tensor([[0.0, 5, 0, 0]] * 3), torch.tensor([[1.0, 1], [2, 0], [-1, -1]])]
+
+    whole = weight_cosines([(pair,) for pair in zip(ours, theirs, strict=True)])
+    pieces = weight_cosines(
+        zip(own.split(1, dim=1), other.split(1, dim=1), strict=True)
+        for own, other in zip(ours, theirs, strict=True)
+    )
+
+    assert whole == pytest.approx(np.array([[0.5, 0.5**1.5, -0.5], [0.5, 0.5, 0.5]]))
+    assert pieces == pytest.approx(whole)
 
 
 SIMILARITIES = st.integers(1, 4).flatmap(

@@ -104,10 +104,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def recipe(folder, first, second, share=0.5, align="segment_wise"):
+def written(first, second, share=0.5, align="segment_wise"):
     found = RECIPE.replace("FIRST", first).replace("SECOND", second).replace("ALIGN", align)
-    found = found.replace("SHARE", str(share)).replace("REST", str(1 - share))
-    return parse_recipe(found, "recipe.yaml").placed_in(folder)
+    return found.replace("SHARE", str(share)).replace("REST", str(1 - share))
+
+
+def recipe(folder, first, second, share=0.5, align="segment_wise"):
+    text = written(first, second, share, align)
+    return parse_recipe(text, "recipe.yaml").placed_in(folder)
 
 
 def merge(folder, *args, **options):
@@ -143,11 +147,15 @@ def test_a_model_with_repeated_blocks_is_matched_with_the_original(folder, monke
     assert found.keys() == own.keys()
     assert all(found[name].equal(own[name]) for name in own)
     card = (output / "README.md").read_text(encoding="utf-8")
-    left_out = sorted({0, 1, 2, 3, 4} - set(numbers(output)))
+    [first, second] = sorted({0, 1, 2, 3, 4} - set(numbers(output)))
     assert (
-        "`two` has 5 blocks and `one` has 3. Its blocks were first put in the places of those "
-        "whose outputs on the calibration texts they resemble most, in their order. Its blocks "
-        f"{left_out[0]}, {left_out[1]} had no place and were left out, which changes its outputs."
+        "`two` has 5 blocks and `one` has 3. Its blocks were first put in the places of those that "
+        f"they resemble most, in their order. Its blocks {first}, {second} had no place and were "
+        "left out, which changes its outputs."
+    ) in card
+    assert (
+        "Similarity (50 % cosine of weights, 50 % CKA of outputs) of the blocks of one (rows) and "
+        "two (columns). Framed pairs were matched."
     ) in card
     assert 'src="lewis/blocks-two-light.png"' in card
     assert "xu2024heterogeneous" in card
@@ -174,6 +182,22 @@ def test_in_the_places_of_a_deeper_model_it_has_the_outputs_that_it_had(kind, fo
         if re.search(rf"\.(?:{'|'.join(map(str, empty))})\.", name):
             expected = tensor * 0 if WRITERS.search(name) else tensor
             assert found[name].equal(expected), name
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_the_places_may_depend_on_outputs_or_weights_alone(weight, folder):
+    write_model(folder / "small", 2)
+    deepened(folder / "small", folder / "deep", [0, 0, 1, 1], identity=[1, 2])
+    align = f"{{depth: segment_wise, weight_similarity: {weight}}}"
+    text = written("small", "deep", align=align)
+    text = text[: text.index("calibration")] if weight else text
+    asked = parse_recipe(text, "recipe.yaml").placed_in(folder)
+
+    output = lewis_hub.merge_models(asked, folder / "merged", progress=False).output
+
+    assert numbers(output) == [0, 3]
+    own, found = weights(folder / "small"), weights(output)
+    assert all(found[name].equal(own[name]) for name in own)
 
 
 def test_the_mean_adds_half_of_a_block_that_the_other_model_lacks(folder):
@@ -287,7 +311,7 @@ def test_another_vocabulary_is_refused(folder):
 
 
 def test_what_was_matched_is_read_back_from_its_document():
-    blocks = MatchedBlocks((0, None, 1), ((1.0, 0.5), (0.7, 0.6), (0.25, 0.75)))
+    blocks = MatchedBlocks((0, None, 1), ((1.0, 0.5), (0.7, 0.6), (0.25, 0.75)), 0.5)
     model = AlignedModel("two", "one", 0.5, {"dataset": "d"}, {}, {}, {}, blocks)
 
     found = AlignedModel.from_document(json.loads(json.dumps(model.document())))
@@ -307,8 +331,7 @@ def test_what_was_matched_is_read_back_from_its_document():
     ],
 )
 def test_a_recipe_that_cannot_be_aligned_is_refused_when_it_is_read(old, new, problem):
-    text = RECIPE.replace("FIRST", "one").replace("SECOND", "two").replace("ALIGN", "segment_wise")
-    text = text.replace("SHARE", "0.5").replace("REST", "0.5").replace(old, new)
+    text = written("one", "two").replace(old, new)
 
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "recipe.yaml")
