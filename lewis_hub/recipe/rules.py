@@ -84,8 +84,8 @@ def runs_expert_blocks(recipe: Recipe) -> bool:
 
 
 def aligns_by_texts(recipe: Recipe) -> bool:
-    """Whether the units of a model are matched by their activations on texts."""
-    return any(one.align and one.align.weight_similarity < 1 for one in recipe.models)
+    """Whether a model is matched with another by what both compute on texts."""
+    return any(one.align and one.align.needs_texts for one in recipe.models)
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -323,8 +323,10 @@ def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             yield ("models", index, "align"), problem, "Remove it here, and set it on the others."
         if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
             problem = f"`align` needs calibration data, but `{entry.model}` has none."
-            remedy = "Add `calibration` to the recipe; or set `align: {method: dual_space, "
-            yield ("models", index), problem, f"{remedy}weight_similarity: 1}}`: weights alone."
+            remedy = "Add `calibration` to the recipe."
+            if not any(one.align and one.align.matches_both for one in recipe.models):
+                remedy += " Or set `weight_similarity: 1` in `align`: weights alone."
+            yield ("models", index), problem, remedy
 
 
 def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:

@@ -111,7 +111,7 @@ class MergeJob:
         """Return the same job; everything after the alignment reads the models as permuted."""
         if not models:
             return self
-        permuted = aligner(models)
+        permuted = aligner(models, self.sources.donor)
         sources, guide, statistics = self.sources.replaced(permuted), self.guide, self.statistics
         plan, evaluation = self.plan.reading(sources.models), self.evaluation
         if guide:

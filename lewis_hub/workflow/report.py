@@ -21,6 +21,7 @@ from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
+from lewis_hub.report.blocks import draw_blocks
 from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.facts import CardFacts, Guided
@@ -65,7 +66,9 @@ def write(
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
-    pictures = [one for one in (chart, guided.maps if guided else None) if one]
+    blocks = draw_blocks(gathered.aligned, folder / "lewis")
+    maps = guided.maps if guided else None
+    pictures = [one for one in (chart, maps, *blocks.values()) if one]
     written = _write_locked(settings, folder, guided, scored)
     if gathered.generated:
         write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")
@@ -95,6 +98,7 @@ def write(
         digest=lock.digest,
         measured=gathered.measured,
         aligned=gathered.aligned,
+        blocks=blocks,
         notes=gathered.notes,
         machine=machine,
     )

@@ -72,7 +72,7 @@ class Gathered:
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()  # of the data that each expert was measured on
     generated: tuple[str, ...] = ()  # lines of texts that the experts wrote
-    aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
+    aligned: tuple[AlignedModel, ...] = ()  # models matched with another
 
 
 def gather(
