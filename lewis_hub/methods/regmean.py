@@ -110,7 +110,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         weight: how much the inputs of an expert count, relative to the others
         density: the fraction of entries of each task vector that are kept before the fit
         off_diagonal: the factor of the correlations between inputs
-        inputs: whether x is the input in each expert itself, or in the merge as far as it is fitted
+        inputs: where x is read: in each expert, in the merge as far as it is fitted, or in each
+            expert's block on the merge's hidden states
         normalize_grams: what the moments of each expert are divided by
         anchor: the merge that `ridge` pulls towards
         anchor_density: the fraction of entries that the anchor `ties` keeps

@@ -104,6 +104,6 @@ def _require_same_family(reference: OpenedSource, expert: OpenedSource) -> None:
         problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
         raise AlignmentError(expert.name, problem, OTHER)
+    require_same_blocks(reference.checkpoint, expert.checkpoint)
     for one, units in ((reference, ours), (expert, theirs)):
         require_units(one.name, units)
-    require_same_blocks(reference.checkpoint, expert.checkpoint)
