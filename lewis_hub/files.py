@@ -72,6 +72,21 @@ def is_hidden(part: PurePath) -> bool:
     return any(piece.startswith(".") for piece in part.parts)
 
 
+def text_of(path: Path, max_bytes: int) -> str:
+    """The text of a file that may be of others; what is no UTF-8 in it is replaced.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is a FIFO or a device, which may never end.
+    """
+    if not path.is_file():
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content.decode("utf-8", errors="replace")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old content or the new, never a part.
 

@@ -271,11 +271,12 @@ def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
     The key of row i is blake2b-64 of the decimal text "seed:i", read as a big-endian number. A
     larger sample begins with the smaller one; with fewer rows than samples all are returned.
     """
+    return tuple(heapq.nsmallest(n_samples, range(n_rows), key=lambda i: (draw_key(seed, i), i)))
 
-    def key(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
 
-    return tuple(heapq.nsmallest(n_samples, range(n_rows), key=lambda i: (key(i), i)))
+def draw_key(seed: int, index: int) -> bytes:
+    """The key of a row, by which rows are drawn."""
+    return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
 
 
 def calibration_tokens(

@@ -213,6 +213,8 @@ def merge_by_definition(
     rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
     if not rounded.isfinite().all():
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
+        if merged.isnan().any():
+            remedy = "Products of its values are too large: leave out the model with the largest."
         raise NonFiniteError(tensor.output.name, MERGE, remedy)
     return rounded
 

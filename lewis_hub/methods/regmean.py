@@ -285,7 +285,8 @@ def _nearest(
 ) -> Tensor:
     """X with X (sum of w G + r I) = sum of w (rows C + base (C - G)) + r anchor, and residuals.
 
-    G and C are shrunk and have a ridge. `rows` are the base's, then those of each source.
+    G and C are shrunk and have a ridge. `rows` are the base's, then those of each source. X is NaN
+    if the sum of w G is not positive definite, as weights are positive and moments finite.
     """
     base, *vectors = rows
     for ridge in (RIDGE, *LARGER_RIDGES):
@@ -309,7 +310,7 @@ def _nearest(
         update = solve(summed(targets, base), lower)
         has_residuals = any(one.residual is not None for one in moments)
         return update + _residual_update(moments, weights, lower) if has_residuals else update
-    raise AssertionError("weights are positive and moments are, up to rounding")
+    return base.new_full(base.shape, math.nan)  # the moments of huge task vectors overflow
 
 
 def _residual_update(moments: Sequence[_PartMoments], weights: Tensor, lower: Tensor) -> Tensor:

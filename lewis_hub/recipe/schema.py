@@ -37,6 +37,7 @@ Arithmetic = Literal["float32", "float64"]
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped with the package
 SEED = AliasChoices("seed", "random_seed")
 MAX_BLOCKS = 100_000
+MAX_OWN_TEXTS = 100_000  # that a model samples without data: there is no end of rows
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -151,6 +152,8 @@ class Calibration(Part):
         for key in others:
             if getattr(self, key) is not None:
                 raise ValueError(f"`{key}` cannot be used with `{kind}`")
+        if self.source and self.samples > MAX_OWN_TEXTS:
+            raise ValueError(f"a model writes at most {MAX_OWN_TEXTS:,} `samples`")
         return self
 
     @property

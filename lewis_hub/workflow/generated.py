@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import CalibrationError, CalibrationModelError, RecipeError
-from lewis_hub.files import write_whole
+from lewis_hub.files import text_of, write_whole
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
@@ -42,6 +43,7 @@ ELSEWHERE = (
     "Run `lewis-hub importance` on a machine with enough room: this run uses the folder "
     "importance/ that it writes beside the recipe. Or give texts with answers."
 )
+MAX_TOKEN = 1 << 31
 PER_SECOND = 3e10  # float operations of one CPU, for estimates
 
 Tokens = dict[int, tuple[int, ...]]  # number of a prompt -> the tokens after it
@@ -94,12 +96,15 @@ class TextRequest:
             yield json.dumps(line, ensure_ascii=False)
 
     def known(self, lines: Sequence[Mapping[str, Any]]) -> Tokens:
-        """The tokens that lines of a file hold, without lines that were changed."""
-        numbers = {row: number for number, row in enumerate(self.prompts.tokens.rows)}
+        """The tokens that lines of a file hold, without lines that no expert could have written."""
+        prompts = self.prompts.tokens
+        numbers = {row: number for number, row in enumerate(prompts.rows)}
         found: Tokens = {}
         for line in lines:
             number, tokens = numbers[line["row"]], tuple(line["tokens"])
-            if line["sha256"] == _line_digest(self.key, number, tokens):
+            fits = len(tokens) <= max(0, prompts.limit - len(prompts.ids[number]))
+            could_be = fits and all(map(_is_token, tokens))
+            if could_be and line["sha256"] == _line_digest(self.key, number, tokens):
                 found[number] = tokens
         return found
 
@@ -114,6 +119,10 @@ class GeneratedTexts:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_TOKEN
 
 
 def _line_digest(key: str, number: int, tokens: Sequence[int]) -> str:
@@ -137,8 +146,7 @@ def _lines_by_key(stores: Sequence[Path]) -> dict[str, list[Mapping[str, Any]]]:
     found: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for path in stores:
         try:
-            texts = path.read_text(encoding="utf-8").splitlines()
-            for line in map(json.loads, texts):
+            for line in map(read_json, text_of(path, MAX_TABLE_BYTES).splitlines()):
                 found[line["texts"]].append(line)
         except (OSError, ValueError, TypeError, KeyError):
             continue

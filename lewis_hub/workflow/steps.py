@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import read_json
-from lewis_hub.files import write_whole
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
+from lewis_hub.files import text_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Gate
@@ -114,7 +114,7 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
 def _recorded(output: Path) -> tuple[Any, Any] | None:
     """The digests of the steps and of the lock that a folder states."""
     try:
-        found = read_json((output / FILE).read_bytes())
+        found = read_json(text_of(output / FILE, MAX_JSON_BYTES))
     except (OSError, ValueError):
         return None
     return (found.get("digest"), found.get("lock")) if isinstance(found, dict) else None

@@ -281,3 +281,66 @@ def test_a_tag_of_lm_eval_stands_for_all_its_tasks():
     located = locate_tasks(TaskSelection(("ai2_arc",)))
 
     assert [task.name for task in located.tasks] == ["arc_challenge", "arc_easy"]
+
+
+SCORED = "dataset_path: json\ndataset_kwargs: {data_files: {test: x.jsonl}}\ntest_split: test\n"
+DEEP = 24
+
+
+def included_twice():
+    files = {f"{n}.yaml": f"include: [{n + 1}.yaml, {n + 1}.yaml]\n" for n in range(DEEP)}
+    return files | {f"{DEEP}.yaml": "x: 1\n", "one.yaml": f"task: one\ninclude: 0.yaml\n{SCORED}"}
+
+
+def listed_twice():
+    names = ["one", *(f"g{n}" for n in range(1, DEEP + 1))]
+    groups = zip(names, names[1:], strict=False)
+    files = {f"{name}.yaml": f"group: {name}\ntask: [{inner}, {inner}]\n" for name, inner in groups}
+    return files | {f"g{DEEP}.yaml": f"task: g{DEEP}\n{SCORED}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (included_twice(), "included files, the limit is 1,000."),
+        (listed_twice(), "one: leads to more than 20,000 tasks and groups."),
+        ({"one.yaml": "group: one\ntask: [one]\n"}, "one: lists itself."),
+        (
+            {"one.yaml": "group: one\ntask: [two]\n", "two.yaml": "group: two\ntask: [one]\n"},
+            "one: lists itself.",
+        ),
+        ({"one.yaml": "group: one\ntask: [5]\n"}, "`one` is neither a name nor a mapping."),
+        ({"one.yaml": f"task: one\ninclude: 5\n{SCORED}"}, "`include` is no text and no list"),
+        ({"one.yaml": f"task: one\ninclude: [5]\n{SCORED}"}, "`include` is no text and no list"),
+        ({"one.yaml": f"task: one\ninclude: {'a' * 5000}\n{SCORED}"}, "which is not a file."),
+        ({"one.yaml": f"task: one\ntag: 5\n{SCORED}"}, "`tag` is no text and no list of texts."),
+        ({"one.yaml": f"task: one\ntag: [[1]]\n{SCORED}"}, "`tag` is no text and no list"),
+        ({"one.yaml": "task: one\ndataset_path: [json]\n"}, "`dataset_path` is no text."),
+        ({"one.yaml": "task: one\ndataset_kwargs: [1]\n"}, "`dataset_kwargs` is no mapping."),
+        ({"one.yaml": f"task: one\nfewshot_split: [a]\n{SCORED}"}, "`fewshot_split` is no text."),
+    ],
+)
+def test_task_files_without_end_or_of_other_types_are_refused(tmp_path, files, problem):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    with pytest.raises(EvaluationError) as caught:
+        locate_tasks(TaskSelection(("one",), tmp_path))
+
+    assert problem in str(caught.value)
+
+
+def test_a_file_that_several_include_is_read(tmp_path):
+    files = {
+        "a.yaml": "x: 1\n",
+        "b.yaml": "include: a.yaml\n",
+        "c.yaml": "include: [a.yaml]\ny: 2\n",
+    }
+    files["one.yaml"] = f"task: one\ninclude: [b.yaml, c.yaml]\n{SCORED}"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    [found] = locate_tasks(TaskSelection(("one",), tmp_path)).files
+
+    assert (found.config["x"], found.config["y"]) == (1, 2)
+    assert sorted(path.name for path in found.included) == ["a.yaml", "b.yaml", "c.yaml"]
