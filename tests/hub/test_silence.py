@@ -40,8 +40,8 @@ def silent(request):
 @pytest.fixture
 def impatient(monkeypatch, no_pauses):
     """Wait for a moment only."""
-    monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.1)
-    monkeypatch.setattr(answers, "LONGEST_WORK_S", 0.2)
+    monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.03)
+    monkeypatch.setattr(answers, "LONGEST_WORK_S", 0.03)
 
 
 def test_a_call_without_a_limit_of_its_own_is_given_up(silent, impatient):
