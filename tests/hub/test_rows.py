@@ -10,8 +10,8 @@ import pytest
 
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.benchmarks import at_commits
-from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub import rows
+from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
