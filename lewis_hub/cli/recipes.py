@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +15,8 @@ from lewis_hub.cli import options
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, say, terminal_options
 from lewis_hub.display import TextTable
-from lewis_hub.errors import LewisHubError
+from lewis_hub.documents import read_json
+from lewis_hub.errors import LewisHubError, OutputError
 
 if TYPE_CHECKING:
     from lewis_hub.methods.registry import Method
@@ -181,13 +181,17 @@ def report(documents: tuple[Path, ...]) -> None:
     from lewis_hub.report.findings import outcome, step_summary
 
     results: dict[str, Any] = {}
-    for file in documents:
-        if file.exists() and (text := file.read_text(encoding="utf-8").strip()):
-            results |= json.loads(text)
-    summary = step_summary(results)
+    try:
+        for file in documents:
+            if file.exists() and (text := file.read_text(encoding="utf-8").strip()):
+                results |= read_json(text)
+        summary, status = step_summary(results), outcome(results)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        where, problem = ", ".join(map(str, documents)), f"not what --json prints ({error})"
+        raise OutputError(where, problem, "Give the files of the steps before.") from error
     _append_for_github("GITHUB_STEP_SUMMARY", summary)
     url = "".join(str(results.get("commit_url") or "").split())  # a second line is another output
-    outputs = f"status={outcome(results)}\ncommit-url={url}\n"
+    outputs = f"status={status}\ncommit-url={url}\n"
     _append_for_github("GITHUB_OUTPUT", outputs)
     say(summary, nl=False)
 

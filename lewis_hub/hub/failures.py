@@ -22,7 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub.answers import COMPRESSION, limit_body, limit_silence, note_purpose
+from lewis_hub.hub.answers import (
+    COMPRESSION,
+    limit_body,
+    limit_pages,
+    limit_silence,
+    note_next_page,
+    note_purpose,
+)
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -130,8 +137,8 @@ def limit_waiting() -> None:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
-        requests.extend((note_purpose, limit_silence))
-        answers.extend((_require_short_pause, limit_body))
+        requests.extend((note_purpose, limit_pages, limit_silence))
+        answers.extend((_require_short_pause, note_next_page, limit_body))
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:

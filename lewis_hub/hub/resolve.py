@@ -165,10 +165,12 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
 def is_path(written: str) -> bool:
     """Whether a name can only be a path, by its first letter, slashes or ending.
 
-    With a revision, a name that ends like a file is a repo: `me/rows.json@main`.
+    With a revision, a name that ends like a file is a repo: `me/rows.json@main`. A revision may
+    have slashes: `me/rows@refs/convert/parquet`.
     """
     is_file = Path(written).suffix in DATA_SUFFIXES
-    return is_file or starts_like_path(written) or written.count("/") > 1
+    has_folders = written.partition("@")[0].count("/") > 1
+    return is_file or starts_like_path(written) or has_folders
 
 
 def missing_path_error(written: str, places: Iterable[Path]) -> SourceError:

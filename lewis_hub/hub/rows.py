@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ NO_ROWS = ("its files have no rows", "Use another.")
 README = "README.md"
 CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
 ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
+ROWS_AT_ONCE = 1000
+MAX_EXPANSION = 200  # bytes of rows for a byte of parquet
+MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their file
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -79,7 +83,33 @@ def library() -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    _limit_parquet()
     return datasets
+
+
+@cache
+def _limit_parquet() -> None:
+    """Let `datasets` read parquet in small pieces, and no more than real files have.
+
+    Equal rows take no room in such a file: 20 million fit into 250 kB, and it reads a whole group
+    of rows at once. A file that has more is a ValueError.
+    """
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    builder: Any = Parquet
+    generate = builder._generate_tables
+
+    def within_limits(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+        self.config.batch_size = self.config.batch_size or ROWS_AT_ONCE
+        stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
+        left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
+        for key, table in generate(self, files, *args, **options):
+            left -= table.nbytes
+            if left < 0:
+                raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
+            yield key, table
+
+    builder._generate_tables = within_limits
 
 
 @dataclass(frozen=True)

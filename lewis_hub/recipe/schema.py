@@ -38,6 +38,7 @@ CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped 
 SEED = AliasChoices("seed", "random_seed")
 MAX_BLOCKS = 100_000
 MAX_OWN_TEXTS = 100_000  # that a model samples without data: there is no end of rows
+MAX_TEXTS = 1_000_000  # of a calibration, and tokens of a text
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -126,11 +127,13 @@ class Calibration(Part):
     samples: int = Field(
         15,
         ge=1,
+        le=MAX_TEXTS,
         description="Number of rows, sampled with `seed` and used in the order of the data.",
     )
     max_tokens: int = Field(
         512,
         ge=1,
+        le=MAX_TEXTS,
         description="Truncate longer texts: those of a task at the beginning, others at the end.",
     )
     allow_overlap: bool = Field(default=False, description="Allow samples that are also scored.")

@@ -238,6 +238,7 @@ class CardFacts:
     costs: tuple[StageCost, ...] = ()  # of the run that finished the merge
     config: Mapping[str, Any] = field(default_factory=dict)  # `config.json`, unchecked
     chat: bool = False  # the tokenizer has a chat template
+    generated: bool = False  # it has the texts that the experts wrote
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     aligned: tuple[AlignedModel, ...] = ()  # models matched with another

@@ -128,7 +128,9 @@ def described(facts: CardFacts, folder: Path) -> CardFacts:
     config = read_json((folder / "config.json").read_bytes())
     parents = [facts.models[source.pinned] for source in facts.sources]
     usage = usage_of(folder, config, parents)
-    return replace(facts, config=config, usage=usage, chat=has_chat_template(folder))
+    generated = (folder / "lewis" / GENERATED).exists()
+    chat = has_chat_template(folder)
+    return replace(facts, config=config, usage=usage, chat=chat, generated=generated)
 
 
 def write_guidance(folder: Path, guided: Guided) -> Guided:
