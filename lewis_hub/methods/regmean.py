@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
-from lewis_hub.methods.numerics import cholesky, dot, product, solve, summed
+from lewis_hub.methods.numerics import cholesky, dot, product, solve
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.votes import (
     TRIMS,
@@ -160,7 +160,13 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * (update.T if transposed else update)
 
 
-@register("wudi", paper="https://arxiv.org/abs/2503.08099", uses_lapack=True, weighs_squares=True)
+@register(
+    "wudi",
+    paper="https://arxiv.org/abs/2503.08099",
+    uses_lapack=True,
+    weighs_squares=True,
+    version=2,
+)
 def wudi(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -276,6 +282,33 @@ def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:
     return _PartMoments(moments.gram / size, *crosses)
 
 
+@dataclass(frozen=True)
+class _Factored:
+    """The left side of the equation of all sources."""
+
+    total: Tensor  # sum of w G, shrunk, without the pull
+    lower: Tensor  # the Cholesky factor of `total` with the pull
+    pulled: float  # what the pull adds to the diagonal
+    ridge: float  # the ridge of each G
+
+
+def _factored(
+    moments: Sequence[_PartMoments], weights: Tensor, off_diagonal: float, pull: _Pull | None
+) -> _Factored | None:
+    """None if the sum is not positive definite: the moments of huge task vectors overflow."""
+    import torch
+
+    for ridge in (RIDGE, *LARGER_RIDGES):
+        grams = (_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments)
+        total = _weighted(grams, weights)
+        pulled = pull.strength(total) if pull else 0.0
+        shifted = total.to(torch.float64, copy=True)
+        shifted.diagonal().add_(pulled)
+        if (lower := cholesky(shifted)) is not None:
+            return _Factored(total, lower, pulled, ridge)
+    return None
+
+
 def _nearest(
     rows: Sequence[Tensor],
     moments: Sequence[_PartMoments],
@@ -289,28 +322,22 @@ def _nearest(
     if the sum of w G is not positive definite, as weights are positive and moments finite.
     """
     base, *vectors = rows
-    for ridge in (RIDGE, *LARGER_RIDGES):
-        grams = [_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments]
-        total = summed((w * g for w, g in zip(weights, grams, strict=True)), grams[0])
-        pulled = pull.strength(total) if pull else 0.0
-        total.diagonal().add_(pulled)
-        lower = cholesky(total)
-        if lower is None:
-            continue
-        targets, changes = [], []
-        for w, vector, gram, one in zip(weights, vectors, grams, moments, strict=True):
-            cross = gram if one.cross is None else _shrunk(one.cross, one.gram, off_diagonal, ridge)
-            targets.append(w * product(vector, cross))
-            if one.cross is not None:
-                changes.append(w * (cross - gram))
-        if changes:
-            targets.append(product(base, summed(changes, total)))
-        if pull:
-            targets.append(pulled * pull.anchor)
-        update = solve(summed(targets, base), lower)
-        has_residuals = any(one.residual is not None for one in moments)
-        return update + _residual_update(moments, weights, lower) if has_residuals else update
-    return base.new_full(base.shape, math.nan)  # the moments of huge task vectors overflow
+    left = _factored(moments, weights, off_diagonal, pull)
+    if left is None:
+        return base.new_full(base.shape, math.nan)
+    target, change = base.new_zeros(base.shape), -left.total
+    for w, vector, one in zip(weights, vectors, moments, strict=True):
+        cross = one.gram if one.cross is None else one.cross
+        cross = _shrunk(cross, one.gram, off_diagonal, left.ridge)
+        target += w * product(vector, cross)
+        change += cross.mul_(w)
+    if any(one.cross is not None for one in moments):
+        target += product(base, change)
+    if pull:
+        target += left.pulled * pull.anchor
+    update = solve(target, left.lower)
+    has_residuals = any(one.residual is not None for one in moments)
+    return update + _residual_update(moments, weights, left.lower) if has_residuals else update
 
 
 def _residual_update(moments: Sequence[_PartMoments], weights: Tensor, lower: Tensor) -> Tensor:
@@ -319,15 +346,24 @@ def _residual_update(moments: Sequence[_PartMoments], weights: Tensor, lower: Te
     `lower` is the factor of shrunk G. With it correlated inputs would each compensate the same
     residual, too often if off-diagonal entries count little. The scale is in [0, 1].
     """
-    residuals = [
-        w * m.residual for w, m in zip(weights, moments, strict=True) if m.residual is not None
-    ]
-    residual = summed(residuals, residuals[0])
-    gram = summed((w * m.gram for w, m in zip(weights, moments, strict=True)), moments[0].gram)
+    known = [(w, one.residual) for w, one in zip(weights, moments, strict=True)]
+    residuals = [(w, residual) for w, residual in known if residual is not None]
+    residual = _weighted((one for _, one in residuals), [w for w, _ in residuals])
     update = solve(residual, lower)
+    gram = _weighted((one.gram for one in moments), weights)
     squares = dot(product(update, gram), update)
     best = dot(residual, update) / squares if squares > 0 else 0.0
     return min(max(best, 0.0), 1.0) * update
+
+
+def _weighted(terms: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors times their weights, in order; one of them at a time is in memory."""
+    first, *rest = weights
+    terms = iter(terms)
+    total = first * next(terms)
+    for weight, term in zip(rest, terms, strict=True):
+        total += weight * term
+    return total
 
 
 def _shrunk(matrix: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:

@@ -122,7 +122,7 @@ def _require_device(name: str) -> None:
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, for models of any size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
-GRAM_COPIES = 5  # matrices beside each expert's own and its shrunk matrix during a factorisation
+GRAM_COPIES = 5  # matrices beside two of each expert, G and C, during a factorisation
 DEFINED_COPIES = 4  # float64 copies of a tensor, beside its sources, that a torch method makes
 WIDTH = 4  # bytes of a float32
 EVEN_SO = (
