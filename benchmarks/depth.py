@@ -33,6 +33,7 @@ CIPHER = Stage("cipher", 60, 64, sgd(0.1), lesson_share=0.7)
 STARTS = {"one": 6, "two": 8}  # models of different starts -> number of blocks
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the model that is aligned
 BOTH = "{method: dual_space, depth: segment_wise, weight_similarity: 0}"
+OUTPUTS = "{depth: segment_wise, weight_similarity: 0}"  # the paper's similarity
 SETTINGS = """\
 merge_method: linear
 parameters: {{normalize: false}}
@@ -132,12 +133,15 @@ def in_places(
     return found
 
 
-def summed(out: Path, chosen: Places) -> LlamaForCausalLM:
-    """The sum of both experts minus the base, with the blocks of 6 in chosen places."""
-    model, zoo = load(out / "cipher"), lewis_hub.zoo_folder()
-    plus, minus = (in_places(load(zoo / n), model, chosen) for n in ("expert-reverse", "base"))
-    own = model.state_dict()
-    model.load_state_dict({name: own[name] + plus[name] - minus[name] for name in own})
+def by_places(out: Path, weights: Weights, chosen: Places) -> LlamaForCausalLM:
+    """The weighted sum of models, with the blocks of all but the first in chosen places."""
+    first, *others = weights
+    model = load(out / first)
+    total = {name: weights[first] * tensor for name, tensor in model.state_dict().items()}
+    for other in others:
+        placed = in_places(load(lewis_hub.zoo_folder() / other), load(out / first), chosen)
+        total = {name: total[name] + weights[other] * placed[name] for name in total}
+    model.load_state_dict(total)
     return model
 
 
@@ -163,24 +167,32 @@ def report_skills(models: Mapping[str, LlamaForCausalLM]) -> None:
 
 def from_one_base(out: Path) -> None:
     """Merge experts of 6 and 8 blocks that were trained from one base."""
-    zoo, total = lewis_hub.zoo_folder(), {"cipher": 1.0, "expert-reverse": 1.0, "base": -1.0}
-    small = {"expert-reverse": 1.0, "cipher": 1.0, "base": -1.0}
-    six = {"expert-reverse": 1.0, "expert-cipher": 1.0, "base": -1.0}
-    half = {"cipher": 0.5, "expert-reverse": 0.5}
+    zoo = lewis_hub.zoo_folder()
     models = {
         "base": load(zoo / "base"),
         "reverse": load(zoo / "expert-reverse"),
         "cipher": load(out / "cipher"),
-        "mean": merged(out, "mean", half, "skills"),
-        "sum minus base": merged(out, "sum", total, "skills"),
-        "the same, blocks in places 0 to 5": summed(out, NAIVE),
-        "the same, blocks where they came from": summed(out, TRUE),
-        "sum minus base, in 6 blocks": merged(out, "small", small, "skills"),
-        "zoo's cipher expert of 6 blocks": load(zoo / "expert-cipher"),
-        "sum minus base, both of 6 blocks": merged(out, "six", six, "skills"),
+        "zoo's cipher expert": load(zoo / "expert-cipher"),
     }
-    for name in ("mean", "sum", "small"):
-        print(f"places of {name}: {places(out, name)}")
+    for called, kind in (("mean", (0.5, 0.5)), ("sum minus base", (1.0, 1.0, -1.0))):
+        deep, small, same = (
+            dict(zip((*pair, "base"), kind, strict=False))
+            for pair in (
+                ("cipher", "expert-reverse"),
+                ("expert-reverse", "cipher"),
+                ("expert-reverse", "expert-cipher"),
+            )
+        )
+        stem = called.split()[0]
+        models |= {
+            called: merged(out, stem, deep, "skills"),
+            f"{called}, by outputs alone": merged(out, f"{stem}-outputs", deep, "skills", OUTPUTS),
+            f"{called}, in places 0 to 5": by_places(out, deep, NAIVE),
+            f"{called}, in 6 blocks": merged(out, f"{stem}-small", small, "skills"),
+            f"{called}, zoo's experts": merged(out, f"{stem}-same", same, "skills"),
+        }
+        for name in (stem, f"{stem}-outputs", f"{stem}-small"):
+            print(f"places of {name}: {places(out, name)}")
     report_skills(models)
 
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from lewis_hub.methods.numerics import torch_threads
 
+PIECE = 1 << 16  # products that are multiplied at a time, of all blocks
+
 Similarity = npt.NDArray[np.float64]  # (blocks of one model, blocks of the other)
 
 
@@ -34,14 +36,18 @@ def linear_cka(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Similarity:
     """The linear CKA of each of our blocks with each of theirs; 0 if a block puts out a constant.
 
     Args:
-        ours: the outputs of each block, (tokens, units). The products over tokens of all of them
-            are held.
-        theirs: those of the other model, on the same tokens; one is held at a time.
+        ours: the outputs of each block, (tokens, units); one is held at a time, but the products
+            over tokens of all blocks are.
+        theirs: those of the other model, on the same tokens.
     """
     with torch.no_grad(), torch_threads(1):  # on any number of threads the sums are the same
-        products = [_over_tokens(seen) for seen in ours]
-        columns = [[_inner(own, other) for own in products] for other in map(_over_tokens, theirs)]
-    return np.array(columns, np.float64).T
+        own, other = ([_over_tokens(seen) for seen in side] for side in (ours, theirs))
+        dots = torch.zeros(len(own), len(other), dtype=torch.float64)
+        for start in range(0, len(own[0]), PIECE):
+            pieces = (torch.stack([p[start : start + PIECE] for p in s]) for s in (own, other))
+            left, right = (piece.double() for piece in pieces)
+            dots += left @ right.T
+    return np.asarray(dots.numpy(), np.float64)
 
 
 def weight_cosines(matrices: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> Similarity:
@@ -103,12 +109,8 @@ def match_blocks(similarity: Similarity) -> tuple[int | None, ...]:
 
 
 def _over_tokens(seen: Tensor) -> Tensor:
-    """(tokens, tokens) products of rows whose columns have mean zero, of length 1."""
-    centred = seen.double() - seen.double().mean(dim=0)
-    products: Tensor = centred @ centred.T
-    length = float(products.norm())
-    return (products / (length or 1.0)).float()
-
-
-def _inner(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() * theirs.double()).sum())
+    """The products of all pairs of rows, whose columns have mean zero, as a vector of length 1."""
+    centred = (seen.double() - seen.double().mean(dim=0)).float()
+    products = (centred @ centred.T).flatten()
+    length = float(products.double().norm())
+    return products / (length or 1.0)

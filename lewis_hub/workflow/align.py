@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
-PIECE = 1 << 20  # entries of a matrix that are compared at a time, of all blocks
+PIECE = 1 << 16  # entries of a matrix that are compared at a time, of all blocks
 BROKEN = "It cannot be compared: use an intact copy, or remove `align` from the model."
 
 

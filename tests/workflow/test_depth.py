@@ -125,6 +125,7 @@ def numbers(output):
     return one["blocks"]["numbers"]
 
 
+@pytest.mark.slow
 def test_a_model_merged_with_itself_stays_as_it_is(folder):
     write_model(folder / "one", 3)
     shutil.copytree(folder / "one", folder / "two")
@@ -167,7 +168,7 @@ def test_a_model_with_repeated_blocks_is_matched_with_the_original(folder, monke
     assert lewis_hub.verify(output, rebuild=True).problems == ()
 
 
-@pytest.mark.parametrize("kind", [llama, gpt2])
+@pytest.mark.parametrize("kind", [pytest.param(llama, marks=pytest.mark.slow), gpt2])
 def test_in_the_places_of_a_deeper_model_it_has_the_outputs_that_it_had(kind, folder):
     write_model(folder / "deep", 5, seed=1, kind=kind)
     write_model(folder / "small", 3, kind=kind)
@@ -184,6 +185,7 @@ def test_in_the_places_of_a_deeper_model_it_has_the_outputs_that_it_had(kind, fo
             assert found[name].equal(expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0, 1])
 def test_the_places_may_depend_on_outputs_or_weights_alone(weight, folder):
     write_model(folder / "small", 2)
@@ -200,6 +202,7 @@ def test_the_places_may_depend_on_outputs_or_weights_alone(weight, folder):
     assert all(found[name].equal(own[name]) for name in own)
 
 
+@pytest.mark.slow
 def test_the_mean_adds_half_of_a_block_that_the_other_model_lacks(folder):
     write_model(folder / "small", 3)
     deepened(folder / "small", folder / "deep", [0, 1, 1, 2])
@@ -214,6 +217,7 @@ def test_the_mean_adds_half_of_a_block_that_the_other_model_lacks(folder):
         assert found[name].equal(tensor / 2 if halved else tensor), name
 
 
+@pytest.mark.slow
 def test_units_are_matched_after_the_blocks(folder):
     """A permuted copy of a model, beside that model with a block that puts out nothing."""
     write_model(folder / "small", 2)
@@ -232,7 +236,14 @@ def test_units_are_matched_after_the_blocks(folder):
 
 
 @pytest.mark.slow
-def test_a_guide_measures_the_model_in_its_places(folder):
+@pytest.mark.parametrize(
+    "method",
+    [
+        "merge_method: ties\nguide: {name: lewis, gamma: 0.3, epsilon: 0.8}",
+        "merge_method: regmean\nparameters: {inputs: merged}",
+    ],
+)
+def test_what_measures_models_reads_the_model_in_its_places(method, folder):
     """The merge has the bytes of that with the same model, put into its places beforehand."""
     write_model(folder / "small", 2)
     write_model(folder / "expert", 2, seed=1)
@@ -245,10 +256,9 @@ def test_a_guide_measures_the_model_in_its_places(folder):
     text = """base_model: deep
 models:
   - model: NAME
-merge_method: ties
-guide: {name: lewis, gamma: 0.3, epsilon: 0.8}
+METHOD
 calibration: {dataset: texts.jsonl, text: "{text}", samples: 6}
-"""
+""".replace("METHOD", method)
 
     found = []
     for name in ("deeper", "expert\n    align: segment_wise"):
