@@ -15,8 +15,9 @@ from lewis_hub.cli import options
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, say, terminal_options
 from lewis_hub.display import TextTable
-from lewis_hub.documents import read_json
-from lewis_hub.errors import LewisHubError, OutputError
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.errors import LewisHubError
+from lewis_hub.files import text_of
 
 if TYPE_CHECKING:
     from lewis_hub.methods.registry import Method
@@ -181,19 +182,37 @@ def report(documents: tuple[Path, ...]) -> None:
     from lewis_hub.report.findings import outcome, step_summary
 
     results: dict[str, Any] = {}
-    try:
-        for file in documents:
-            if file.exists() and (text := file.read_text(encoding="utf-8").strip()):
-                results |= read_json(text)
-        summary, status = step_summary(results), outcome(results)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        where, problem = ", ".join(map(str, documents)), f"not what --json prints ({error})"
-        raise OutputError(where, problem, "Give the files of the steps before.") from error
+    for file in documents:
+        if file.exists() and (text := text_of(file, MAX_TABLE_BYTES).strip()):
+            results |= _printed(file, text)
+    summary = step_summary(results)
     _append_for_github("GITHUB_STEP_SUMMARY", summary)
     url = "".join(str(results.get("commit_url") or "").split())  # a second line is another output
-    outputs = f"status={status}\ncommit-url={url}\n"
+    outputs = f"status={outcome(results)}\ncommit-url={url}\n"
     _append_for_github("GITHUB_OUTPUT", outputs)
     say(summary, nl=False)
+
+
+TYPES = {  # of what commands print, where the summary reads it
+    **dict.fromkeys(("status", "why", "commit_url", "repo", "url"), str),
+    **dict.fromkeys(("error", "scores", "gate"), dict),
+}
+
+
+def _printed(file: Path, text: str) -> dict[str, Any]:
+    """Read what a command printed with --json, or refuse it."""
+    try:
+        document = read_json(text, MAX_TABLE_BYTES)
+    except ValueError as error:
+        raise click.ClickException(f"{file} is not JSON: {error}") from None
+    values = document if isinstance(document, dict) else {"": document}
+    for key, value in values.items():
+        if not isinstance(value, TYPES.get(key, object) if key else dict) and value is not None:
+            where = f"`{key}` in {file}" if key else str(file)
+            raise click.ClickException(f"{where} is not what a command prints with --json")
+    if not isinstance((values.get("error") or {"message": ""}).get("message"), str):
+        raise click.ClickException(f"`error` in {file} has no message")
+    return values
 
 
 def _append_for_github(variable: str, text: str) -> None:

@@ -24,6 +24,7 @@ INTEGERS = (  # method of the writer, key of `config.json`
     ("add_vocab_size", "vocab_size"),
 )
 MAX_HEAD = 1 << 16
+MAX_NUMBER = 3.4e38
 UNREADABLE = (  # what a value of another type, or out of all bounds, raises where it is used
     *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error),
 )
@@ -123,11 +124,23 @@ def rope_of(config: Config) -> Config:
     return rope.get(FULL) or rope
 
 
+def finite(value: Any) -> float:
+    """Return a number of a configuration, which Python also reads from `NaN` and `Infinity`.
+
+    Raises:
+        ValueError: it is none of float32.
+    """
+    number = float(value)
+    if not abs(number) <= MAX_NUMBER:
+        raise ValueError(f"{number} is no finite number of float32")
+    return number
+
+
 def add_hyperparameters(writer: GGUFWriter, rules: Rules, config: Config) -> None:
     """Write a configuration; `config` is from `complete_config`."""
     for add, key in INTEGERS:
         getattr(writer, add)(int(config[key]))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_layer_norm_rms_eps(finite(config["rms_norm_eps"]))
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     rope = rope_of(config)
@@ -139,23 +152,23 @@ def add_hyperparameters(writer: GGUFWriter, rules: Rules, config: Config) -> Non
         writer.add_sliding_window(int(config["sliding_window"]))
         in_windows = (config.get("rope_parameters") or {}).get(WINDOW) or {}
         if theta := in_windows.get("rope_theta"):
-            writer.add_rope_freq_base_swa(float(theta))
+            writer.add_rope_freq_base_swa(finite(theta))
     elif rules.name == "phi3":
         writer.add_sliding_window(int(config.get("sliding_window") or 0))
     if config.get("attn_logit_softcapping"):
-        writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
+        writer.add_attn_logit_softcapping(finite(config["attn_logit_softcapping"]))
     if config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+        writer.add_final_logit_softcapping(finite(config["final_logit_softcapping"]))
 
 
 def _add_rope(writer: GGUFWriter, rules: Rules, config: Config, rope: Config) -> None:
     import gguf
 
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_rope_freq_base(finite(rope["rope_theta"]))
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(finite(rope["factor"]))
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(_original_length(config, rope))
         for key, add in (
@@ -164,7 +177,7 @@ def _add_rope(writer: GGUFWriter, rules: Rules, config: Config, rope: Config) ->
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
         ):
             if rope.get(key) is not None:
-                add(float(rope[key]))
+                add(finite(rope[key]))
     if rules.name == "phi3":
         writer.add_rope_scaling_orig_ctx_len(_original_length(config, rope))
     if kind == "longrope":
@@ -180,10 +193,10 @@ def _original_length(config: Config, rope: Config) -> int:
 def _longrope_scale(config: Config, rope: Config) -> float:
     """Return the factor of cos and sin, as LongRoPE (arXiv 2402.13753) defines it."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+        return finite(rope["attention_factor"])
     original = _original_length(config, rope)
     factor = config["max_position_embeddings"] / original
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return finite(math.sqrt(1 + math.log(factor) / math.log(original))) if factor > 1 else 1.0
 
 
 def rope_tensors(config: Config) -> tuple[ExportTensor, ...]:
@@ -191,7 +204,7 @@ def rope_tensors(config: Config) -> tuple[ExportTensor, ...]:
     rope = rope_of(config)
     if rope.get("rope_type") == "longrope":
         return tuple(
-            ExportTensor(f"rope_factors_{name}.weight", None, tuple(map(float, rope[key])))
+            ExportTensor(f"rope_factors_{name}.weight", None, tuple(map(finite, rope[key])))
             for name, key in (("long", "long_factor"), ("short", "short_factor"))
         )
     if rope.get("rope_type") == "llama3":
@@ -201,12 +214,12 @@ def rope_tensors(config: Config) -> tuple[ExportTensor, ...]:
 
 def _llama3_factors(config: Config, rope: Config) -> tuple[float, ...]:
     """The factor for long waves, 1 for short ones, and in between what interpolates 1/factor."""
-    factor, theta, size = float(rope["factor"]), float(rope["rope_theta"]), config["head_dim"]
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    factor, theta, size = finite(rope["factor"]), finite(rope["rope_theta"]), config["head_dim"]
+    low, high = finite(rope["low_freq_factor"]), finite(rope["high_freq_factor"])
     original = _original_length(config, rope)
     found = []
     for i in range(0, size, 2):
         turns = original / (2 * math.pi * theta ** (i / size))  # in the original context
         share = min(max((turns - low) / (high - low), 0.0), 1.0)  # of the frequency that stays
         found.append(1 / ((1 - share) / factor + share))
-    return tuple(found)
+    return tuple(map(finite, found))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from huggingface_hub import HfApi
 
-from lewis_hub.checkpoint.header import MERGEABLE, torch_dtypes
-from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
+from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader, torch_dtypes
+from lewis_hub.checkpoint.reader import Reader, TensorReader, local_checkpoint, read_tensor
 from lewis_hub.display import Progress, to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
@@ -35,7 +35,6 @@ from lewis_hub.workflow.resolve import calibrates_on_own_tasks
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
-    from torch import Tensor
 
 
 TEXTS = f"lewis/{GENERATED}"
@@ -312,18 +311,26 @@ def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]
     with TensorReader(stored, "stored") as ours, TensorReader(rebuilt, "rebuilt") as theirs:
         for name in first.tensors.keys() & second.tensors.keys():
             tensor, other = first.tensors[name], second.tensors[name]
-            if tensor.dtype != other.dtype or tensor.shard != other.shard:
+            if not _is_alike((ours, tensor), (theirs, other)):
                 differing |= {tensor.shard, other.shard}
-            elif not _is_alike(read_tensor(theirs, other), read_tensor(ours, tensor), tensor.dtype):
-                differing.add(tensor.shard)
     return frozenset(tensor.shard for tensor in first.tensors.values()) - differing
 
 
-def _is_alike(rebuilt: Tensor, stored: Tensor, dtype: str) -> bool:
-    if dtype not in MERGEABLE:
-        return rebuilt.equal(stored)
-    kind = torch_dtypes()[dtype]
-    return within_tolerance(rebuilt.to(kind), stored.to(kind))
+def _is_alike(stored: tuple[Reader, TensorHeader], rebuilt: tuple[Reader, TensorHeader]) -> bool:
+    first, second = stored[1], rebuilt[1]
+    same = [(one.dtype, one.shape, one.shard) for one in (first, second)]
+    if same[0] != same[1]:
+        return False
+    if first.dtype not in MERGEABLE:  # as float32, large integers would be equal to others
+        return _content(*stored) == _content(*rebuilt)
+    kind = torch_dtypes()[first.dtype]
+    return within_tolerance(read_tensor(*rebuilt).to(kind), read_tensor(*stored).to(kind))
+
+
+def _content(reader: Reader, tensor: TensorHeader) -> bytearray:
+    content = bytearray(tensor.n_bytes)
+    reader.read(tensor, 0, memoryview(content))
+    return content
 
 
 def _may_be_added(path: str) -> bool:

@@ -13,7 +13,7 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import OutputError
+from lewis_hub.errors import LewisHubError
 
 RECIPE = """
 base_model: zoo/base
@@ -259,13 +259,6 @@ def test_an_incomplete_run_is_reported_as_failed(place):
     assert run("actions", "report", "preflight.json").stdout == "## Failed\n"
 
 
-@pytest.mark.parametrize("text", ["{", "5", '{"error": 5}', '{"commit_url": 5}', '{"status": []}'])
-def test_a_file_that_no_step_wrote_is_one_message(tmp_path, text):
-    (tmp_path / "merge.json").write_text(text)
-    with pytest.raises(OutputError, match="merge.json: not what --json prints"):
-        run("actions", "report", str(tmp_path / "merge.json"))
-
-
 def test_push_uses_the_publish_settings_of_the_recipe(hub, place):
     hub.api().create_repo("lewis/again")
     write(hub, landing="pull-request")
@@ -286,3 +279,37 @@ def test_push_needs_a_repo_if_the_recipe_names_none(place):
 
     assert done.exit_code == 2
     assert "the recipe of model does not name a repo: add it as OWNER/NAME." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "merge.json is not JSON: "),
+        ("[1]", "merge.json is not what a command prints with --json"),
+        ("5", "merge.json is not what a command prints with --json"),
+        ('{"status": []}', "`status` in merge.json is not what a command prints with --json"),
+        ('{"commit_url": 5}', "`commit_url` in merge.json is not what a command prints"),
+        ('{"error": "no"}', "`error` in merge.json is not what a command prints with --json"),
+        ('{"error": {"message": 1}}', "`error` in merge.json has no message"),
+        ('{"error": {"kind": "a"}}', "`error` in merge.json has no message"),
+        ('{"scores": [1]}', "`scores` in merge.json is not what a command prints with --json"),
+        ("[" * 5000, "merge.json is not JSON: "),
+    ],
+)
+def test_documents_that_no_command_printed_are_one_message(tmp_path, monkeypatch, text, problem):
+    monkeypatch.chdir(tmp_path)
+    Path("merge.json").write_text(text)
+
+    done = run("actions", "report", "merge.json")
+
+    assert done.exit_code == 1
+    assert problem in done.output
+
+
+@pytest.mark.parametrize("text", ['{"scores": {"a": 1}}', '{"gate": {"a": 1}}'])
+def test_scores_and_gates_that_no_command_printed_are_refused(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    Path("merge.json").write_text(text)
+
+    with pytest.raises(LewisHubError):
+        run("actions", "report", "merge.json")

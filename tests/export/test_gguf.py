@@ -339,3 +339,15 @@ def test_a_tensor_that_does_not_fit_the_format_is_refused_in_time(shape, tmp_pat
 
     with pytest.raises(ExportError):
         planned(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_numbers_that_are_not_finite_are_refused_before_anything_is_written(tmp_path, key, value):
+    folder = build("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (config if key in config else config["rope_parameters"])[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ExportError):
+        planned(folder)

@@ -388,21 +388,22 @@ def test_the_schema_command_prints_either_schema():
 
 def test_weights_by_statistics_may_differ_by_rounding_and_others_by_nothing(tmp_path):
     torch.manual_seed(0)
-    matrix, steps = torch.randn(64, 64), torch.arange(4)
+    matrix, steps = torch.randn(64, 64), torch.arange(4) + (1 << 24)  # float32 rounds these
     other = matrix + 1e-6 * matrix.norm() / 64 * torch.randn(64, 64)
     for name, tensors in {
         "stored": {"a.weight": matrix, "steps": steps},
         "rounded": {"a.weight": other, "steps": steps},
         "swapped": {"a.weight": matrix.flip(0), "steps": steps},
         "counted": {"a.weight": matrix, "steps": steps + 1},
+        "shaped": {"a.weight": matrix, "steps": steps.reshape(2, 2)},
     }.items():
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
 
     alike = {
         name: weight_files_within_tolerance(tmp_path / "stored", tmp_path / name)
-        for name in ("stored", "rounded", "swapped", "counted")
+        for name in ("stored", "rounded", "swapped", "counted", "shaped")
     }
 
-    whole = {"model.safetensors"}
-    assert alike == {"stored": whole, "rounded": whole, "swapped": set(), "counted": set()}
+    whole, none = {"model.safetensors"}, dict.fromkeys(("swapped", "counted", "shaped"), set())
+    assert alike == {"stored": whole, "rounded": whole, **none}
