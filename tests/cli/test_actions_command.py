@@ -12,8 +12,8 @@ from huggingface_hub import CommitOperationAdd
 from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.errors import OutputError
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import OutputError
 
 RECIPE = """
 base_model: zoo/base
