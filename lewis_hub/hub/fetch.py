@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
 MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
+MAX_READ = 1000
+# digest of a file -> beginning, end and digest of what was read of it alone
+READ: dict[str, set[tuple[int, int, bytes]]] = {}
 MIN_TRANSFER_BYTES = 1 << 16  # of several attempts in a row: fewer would take days
 
 
@@ -267,9 +271,19 @@ def _fetch_file(
     if not is_checked and _digest(path, file) != file.digest:  # huggingface_hub compares sizes
         blob.unlink(missing_ok=True)
     elif not path.is_symlink() or path.readlink().name == blob.name:
+        _require_as_read(hub_repo, file, path)
         return
     path.unlink()
     raise _another(hub_repo, file.path)
+
+
+def _require_as_read(hub_repo: HubRepo, file: SourceFile, path: Path) -> None:
+    """Refuse a file of which other bytes came before it was downloaded, such as another header."""
+    for start, stop, digest in READ.pop(file.digest, ()):
+        with path.open("rb") as opened:
+            opened.seek(start)
+            if sha256(opened.read(stop - start)).digest() != digest:
+                raise _another(hub_repo, file.path)
 
 
 def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
@@ -533,7 +547,11 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
             stored.seek(start)
             return stored.read(stop - start)
     hub_repo = HubRepo.of(api, source)
-    return call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
+    content = call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
+    if len(READ) >= MAX_READ:
+        READ.clear()
+    READ.setdefault(file.digest, set()).add((start, stop, sha256(content).digest()))
+    return content
 
 
 def _read_until(hub_repo: HubRepo, file: SourceFile, start: int, stop: int) -> bytes:

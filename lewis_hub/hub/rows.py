@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
+ONLY_TABLES: ContextVar[bool] = ContextVar("ONLY_TABLES", default=False)
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 README = "README.md"
@@ -68,7 +71,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
     call = _dataset_call(source, config, split)
-    with _dataset_failures(api, source, config, split):
+    with _dataset_failures(api, source, config, split), only_tables():
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
@@ -83,23 +86,47 @@ def library() -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    _limit_parquet()
+    _limit_readers()
     return datasets
 
 
-@cache
-def _limit_parquet() -> None:
-    """Let `datasets` read parquet in small pieces, and no more than real files have.
+@contextmanager
+def only_tables() -> Iterator[None]:
+    """Inside the block `datasets` refuses what is no table, or far larger than its file."""
+    library()
+    before = ONLY_TABLES.set(True)
+    try:
+        yield
+    finally:
+        ONLY_TABLES.reset(before)
 
-    Equal rows take no room in such a file: 20 million fit into 250 kB, and it reads a whole group
-    of rows at once. A file that has more is a ValueError.
+
+@cache
+def _limit_readers() -> None:
+    """Let `datasets` read tables only, and parquet in pieces and up to a limit, if it is asked to.
+
+    The files of a repo choose what reads them. HDF5 may name any file of this machine, and an
+    archive may hold pickles. Equal rows take no room in parquet: 20 million fit into 250 kB, and
+    `datasets` reads a whole group of rows at once. What is refused is a ValueError.
     """
+    import datasets.builder
     from datasets.packaged_modules.parquet.parquet import Parquet
 
-    builder: Any = Parquet
-    generate = builder._generate_tables
+    every: Any = datasets.builder.DatasetBuilder
+    parquet: Any = Parquet
+    prepare, generate = every.download_and_prepare, parquet._generate_tables
 
-    def within_limits(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+    def prepare_tables(self: Any, *args: Any, **options: Any) -> Any:
+        reader = type(self).__module__.rpartition(".")[2]
+        if ONLY_TABLES.get() and reader not in READERS:
+            problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
+            raise ValueError(problem)
+        return prepare(self, *args, **options)
+
+    def generate_some(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+        if not ONLY_TABLES.get():
+            yield from generate(self, files, *args, **options)
+            return
         self.config.batch_size = self.config.batch_size or ROWS_AT_ONCE
         stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
         left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
@@ -109,7 +136,8 @@ def _limit_parquet() -> None:
                 raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
             yield key, table
 
-    builder._generate_tables = within_limits
+    every.download_and_prepare = prepare_tables
+    parquet._generate_tables = generate_some
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,23 @@ def test_files_from_xet_are_read_from_the_cache(api, push, xet, monkeypatch):
     assert offline.keys() == FILES.keys() | {"tokenizer.model"}
 
 
+def test_a_file_is_the_one_of_which_a_part_was_read_before(api, source, hub):
+    shard = "model-00001-of-00002.safetensors"
+    stored = hub.store.blobs.path(sha256(SHARD).hexdigest())
+    stored.write_bytes(SHARD[::-1])
+    assert read_range(api, source, shard, 8, 16) == SHARD[::-1][8:16]
+    stored.write_bytes(SHARD)
+
+    with pytest.raises(SourceError) as error:
+        fetch(api, source, lambda _: None, (shard,))
+    assert str(error.value) == (
+        f"{source.pinned}: `{shard}` is another file than {hub.url} lists.\n"
+        "Run the same command again; it resolves the files again."
+    )
+    assert read_range(api, source, shard, 8, 16) == SHARD[8:16]
+    assert (fetch(api, source, lambda _: None, (shard,)) / shard).read_bytes() == SHARD
+
+
 def test_rows_of_two_hubs_have_caches_of_their_own(monkeypatch):
     ours = commit_cache("0" * 40)
     monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")

@@ -283,3 +283,20 @@ def test_a_revision_of_a_dataset_may_have_slashes(api, push):
     found = resolve_dataset(api, "me/rows", "convert/parquet")
     assert found.revision == "convert/parquet"
     assert len(load_rows(api, found, None, "train")) == 1
+
+
+@pytest.mark.parametrize(("name", "reader"), [("train.h5", "hdf5"), ("train.tar", "webdataset")])
+def test_files_that_are_no_tables_are_not_opened(api, push, name, reader):
+    push("me/rows", {name: b"no table"}, "dataset")
+    with pytest.raises(SourceError) as raised:
+        load_rows(api, resolve_dataset(api, "me/rows"), None, "train")
+    assert f"its rows could not be read (they are read by `{reader}`; tables are read by " in str(
+        raised.value
+    )
+
+
+def test_programs_that_use_datasets_themselves_are_not_limited(tmp_path, api):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    load_rows(api, resolve_dataset(api, str(tmp_path / "rows.jsonl")), None, "train")
+    made = datasets.Dataset.from_generator(lambda: iter([{"a": 1}]), cache_dir=str(tmp_path))
+    assert made.to_list() == [{"a": 1}]
