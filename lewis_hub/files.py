@@ -6,10 +6,13 @@ import errno
 import hashlib
 import os
 import shutil
+from itertools import chain
 from pathlib import Path, PurePath
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from tempfile import TemporaryDirectory
 
 from lewis_hub.errors import LocatedError, OutputError
+from lewis_hub.system import create_binary
 
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -40,7 +43,8 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
 def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """Refuse a path in a folder that is not a file of this folder.
 
-    A snapshot in huggingface_hub's cache consists of links to the blobs of its repo.
+    A snapshot in huggingface_hub's cache consists of links to the blobs of its repo, and those
+    from Xet are links to blobs of the whole cache.
 
     Raises:
         LocatedError: of the type `error`: the path leads out of the folder, to a hidden file or to
@@ -48,7 +52,8 @@ def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """
     root, target = (Path(os.path.realpath(one)) for one in (folder, path))
     cached = [one.parent for one in (root, *root.parents)[:-1] if one.parent.name == "snapshots"]
-    roots = [root, *(snapshots.with_name("blobs") for snapshots in cached)]
+    blobs = [(one.with_name("blobs"), one.parent.with_name("blobs")) for one in cached]
+    roots = [root, *(place for both in blobs for place in both)]
     part = path.relative_to(folder)
     inside = [target.relative_to(one) for one in roots if target.is_relative_to(one)]
     if not inside or not target.exists():
@@ -67,11 +72,51 @@ def is_hidden(part: PurePath) -> bool:
     return any(piece.startswith(".") for piece in part.parts)
 
 
+def text_of(path: Path, max_bytes: int) -> str:
+    """The text of a file that may be of others; what is no UTF-8 in it is replaced.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is a FIFO or a device, which may never end.
+    """
+    if not path.is_file():
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content.decode("utf-8", errors="replace")
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new, never a part."""
+    """Write a text file atomically: a reader sees the old content or the new, never a part.
+
+    A link at `path` is replaced, not followed.
+    """
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8", newline="\n")
+    with os.fdopen(create_binary(new), "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
     new.replace(path)
+
+
+def require_no_links(folder: Path) -> None:
+    """Refuse a folder to write to that is a link, or has links in it.
+
+    What is written or deleted there would be elsewhere. A recipe that others wrote may come with
+    such a folder.
+
+    Raises:
+        OutputError: it names the link, the FIFO, the socket or the device.
+    """
+    inside = (Path(root, name) for root, *names in os.walk(folder) for name in chain(*names))
+    for path in chain([folder], inside):
+        try:
+            mode = path.lstat().st_mode
+        except OSError:  # it does not exist, or not any more
+            continue
+        if not (S_ISDIR(mode) or S_ISREG(mode)):
+            kind = "a link" if S_ISLNK(mode) else "a FIFO, a socket or a device"
+            problem = f"it is {kind}, and files are written only in folders that you name"
+            raise OutputError(str(path), problem, "Delete it, or name another folder with -o.")
 
 
 def require_room(folder: Path, n_bytes: int, content: str, remedy: str, where: str = "") -> None:

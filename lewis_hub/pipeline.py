@@ -23,7 +23,7 @@ from lewis_hub.distribution import requirement
 from lewis_hub.errors import CalibrationError, ExportError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_room, require_writable
+from lewis_hub.files import require_no_links, require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.hub.source import Source
@@ -163,6 +163,7 @@ def calibrate(
         (0.3, 0.8)
     """
     output, progress, api = Path(output), shown(progress), hub_api()
+    require_no_links(output)
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     execution = execution or Execution()
@@ -433,8 +434,8 @@ def verify(
         model: a repo, repo@revision or folder of a merge.
         execution: settings of a rebuild.
         progress: True: shown on stderr; False: nothing; or what shows it.
-        rebuild: also repeat the merge from the lock, and compare weights, configuration, tokenizer
-            and code.
+        rebuild: also repeat the merge from the lock, with all measurements, and compare weights,
+            configuration, tokenizer and code.
         public_key: PEM file of the key that must have signed it; None: signatures are ignored.
 
     Raises:
@@ -456,7 +457,7 @@ def verify(
         return verdict
     with TemporaryDirectory() as folder:
         output = Path(folder) / "merged"
-        same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
+        same = replace(execution, max_shard_bytes=lock.max_shard_bytes, measures_again=True)
         rounds_differently = _make_again(lock, source, output, same, progress)
         again = verification.read_lock(resolve_one(output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()

@@ -101,6 +101,11 @@ def open_binary(path: Path, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
 
 
+def create_binary(path: Path, flags: int = os.O_WRONLY | os.O_TRUNC) -> int:
+    """Open a file to write, which is created if it is missing; an OSError if it is a link."""
+    return open_binary(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+
+
 def read_at(descriptor: int, into: memoryview, position: int) -> int:
     """Read bytes from a position on; returns their number, 0 at the end. Threads may share a file.
 

@@ -32,6 +32,7 @@ DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
 MAX_UNUSED = 1 << 16  # ids that may be unused beside one for each token
 MAX_GROWTH = 100_000  # how much longer the steps of a tokenizer may make a text
+MAX_WRITTEN = 100  # how much longer it may make what a model wrote
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -147,13 +148,23 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
 
     with refused_by_library(label):
         tokenizer = Tokenizer.from_str(json.dumps(document))
-    parts = [document.get(part) for part in ("normalizer", "pre_tokenizer")]
-    if math.prod(_growth(parts)) > MAX_GROWTH:
-        problem = f"it may make a text more than {MAX_GROWTH:,} times as long"
-        raise TokenizerError(f"{label}: tokenizer.json", problem, DAMAGED)
+    require_modest(label, document)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def require_modest(label: str, document: Document) -> None:
+    """Refuse a `tokenizer.json` that makes texts very long, before or after their tokens.
+
+    Raises:
+        TokenizerError: its steps together may exceed MAX_GROWTH, or MAX_WRITTEN.
+    """
+    steps = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
+    for parts, limit in steps.items():
+        if math.prod(_growth([document.get(part) for part in parts])) > limit:
+            problem = f"it may make a text more than {limit:,} times as long"
+            raise TokenizerError(f"{label}: tokenizer.json", problem, DAMAGED)
 
 
 def _growth(part: object) -> Iterator[int]:

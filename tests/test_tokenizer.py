@@ -353,3 +353,14 @@ def test_a_tokenizer_that_makes_a_text_very_long_is_refused():
 
     with pytest.raises(TokenizerError, match="it may make a text more than 100,000 times as long"):
         read_vocabulary("org/model", {"tokenizer.json": json.dumps(document).encode()})
+
+
+def test_a_tokenizer_that_makes_what_a_model_wrote_very_long_is_refused():
+    step = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 1000}
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "decoder": {"type": "Sequence", "decoders": [step] * 3},
+    }
+
+    with pytest.raises(TokenizerError, match="it may make a text more than 100 times as long"):
+        read_vocabulary("org/model", {"tokenizer.json": json.dumps(document).encode()})

@@ -104,8 +104,7 @@ def end_tokens(model: PreTrainedModel, prompts: CalibrationTokens) -> tuple[int,
     stated = settings.eos_token_id if settings else None
     stated = config_value(model, "eos_token_id") if stated is None else stated
     listed = stated if isinstance(stated, list) else [stated]
-    found = {one for one in (*listed, prompts.end) if one is not None}
-    return tuple(sorted(found))
+    return tuple(sorted({one for one in (*listed, prompts.end) if type(one) is int}))
 
 
 def _most_padding(model: PreTrainedModel, prompts: CalibrationTokens) -> int:

@@ -21,7 +21,7 @@ from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import SINGLE
 from lewis_hub.errors import OutputError
 from lewis_hub.files import unwritable
-from lewis_hub.system import leave_cache, open_binary, read_at, reserve, write_at
+from lewis_hub.system import create_binary, leave_cache, read_at, reserve, write_at
 
 ALIGNMENT = 8
 # a recipe's dtypes -> safetensors'
@@ -151,7 +151,7 @@ class ShardWriter:
         self._writing, self._hashing = threading.Lock(), threading.Lock()
         self._read_back = bytearray(HASHED_BYTES)
         try:
-            self._descriptor = open_binary(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            self._descriptor = create_binary(self.path, os.O_RDWR | os.O_TRUNC)
         except OSError as error:
             raise unwritable(self.path, error) from None
         try:

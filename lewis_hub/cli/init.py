@@ -12,7 +12,7 @@ import click
 from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.distribution import requirement
-from lewis_hub.files import starts_like_path
+from lewis_hub.files import starts_like_path, write_whole
 from lewis_hub.workflow.draft import Outline, draft_recipe, render
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def init(
     if github:
         document["workflow"] = str(write_workflow(output, gated_user, force=force))
         shown.append(f"Wrote {document['workflow']}. {ACCESS}")
-    output.write_text(draft.text, encoding="utf-8", newline="\n")
-    schema_file.write_text(read.schema(), encoding="utf-8", newline="\n")
+    write_whole(output, draft.text)
+    write_whole(schema_file, read.schema())
     terminal.finish(document, *shown)
 
 
@@ -198,10 +198,10 @@ def write_workflow(recipe: Path, gated_user: str | None, *, force: bool) -> Path
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; replace it with --force")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_workflow(relative, gated_user), encoding="utf-8", newline="\n")
+    write_whole(output, render_workflow(relative, gated_user))
     updates = root / ".github" / DEPENDABOT
     if not updates.exists():
-        updates.write_text(render(f"workflows/{DEPENDABOT}"), encoding="utf-8", newline="\n")
+        write_whole(updates, render(f"workflows/{DEPENDABOT}"))
     return output
 
 

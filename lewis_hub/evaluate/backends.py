@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.documents import MAX_JSON_BYTES, read_json
+from lewis_hub.documents import MAX_JSON_BYTES, MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
+from lewis_hub.files import text_of
 from lewis_hub.recipe.backend import Backend, Option
-from lewis_hub.tokenizer import panics_as_errors
+from lewis_hub.tokenizer import panics_as_errors, require_modest
 
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),
@@ -76,7 +78,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
         with panics_as_errors():
-            _require_buildable(folder)
+            _require_loadable(folder)
             lm = load(path, settings)
             limit_templates(getattr(lm, "tokenizer", None))
             return lm
@@ -94,12 +96,16 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
         raise EvaluationError(str(folder), problem, remedy) from error
 
 
-def _require_buildable(folder: Path) -> None:
+def _require_loadable(folder: Path) -> None:
     """Refuse what would take transformers for ever; it refuses all else by itself."""
     with (folder / "config.json").open("rb") as file:
         config = read_json(file.read(MAX_JSON_BYTES + 1))
     if isinstance(config, dict):
         require_buildable(str(folder), config)
+    with suppress(FileNotFoundError):
+        tokenizer = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        if isinstance(tokenizer, dict):
+            require_modest(str(folder), tokenizer)
 
 
 def _transformers(path: str, settings: EvaluationSettings) -> Any:

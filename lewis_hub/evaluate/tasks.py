@@ -6,16 +6,17 @@ import difflib
 import importlib.resources
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
+from lewis_hub.documents import MAX_DEPTH, MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.code import runs_code
+from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.files import require_inside
@@ -29,8 +30,34 @@ DEFAULT_METRICS = {  # by output type: what lm-eval scores where a file names no
     "multiple_choice": ("acc", "acc_norm"),
     "generate_until": ("exact_match",),
 }
+METRIC_NAMES = (  # that lm-eval has itself
+    "acc acc_all acc_bytes acc_mutual_info acc_norm bits_per_byte bleu brier_score bypass "
+    "byte_perplexity chrf chrf++ exact_match f1 likelihood mcc perplexity ter word_perplexity"
+)
+METRICS = frozenset(METRIC_NAMES.split())
 CORRECT = "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
 ALLOW = "Allow it with `--allow-code-execution`, best in a container without network."
+TEXTS = "text and no list of texts"
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(one, str) for one in value)
+    )
+
+
+Check = Callable[[Any], bool]
+TYPES: Mapping[str, tuple[Check, str]] = {
+    "tag": (_are_texts, TEXTS),
+    "dataset_path": (lambda value: isinstance(value, str), "text"),
+    "dataset_kwargs": (lambda value: isinstance(value, Mapping), "mapping"),
+    **{
+        f"{kind}_split": (lambda value: isinstance(value, str), "text")
+        for kind in ("training", "validation", "test", "fewshot")
+    },
+}
+MAX_READ = 1000  # files for one task
+MAX_REACHED = 20_000  # tasks and groups of one name
 NAME_A_TASK = "Name one of its tasks, here and in `evaluate.tasks`."
 
 
@@ -63,6 +90,13 @@ class TaskFile:
     config: Mapping[str, Any]
     included: tuple[Path, ...] = ()  # the files that it includes, and those that they include
 
+    def __post_init__(self) -> None:
+        """Refuse values of another type, where this program reads them."""
+        for key, (are_right, expected) in TYPES.items():
+            value = self.config.get(key)
+            if not (value is None or are_right(value)):
+                raise EvaluationError(str(self.path), f"`{key}` is no {expected}.", CORRECT)
+
     @property
     def is_group(self) -> bool:
         """Whether it only lists other tasks."""
@@ -71,8 +105,7 @@ class TaskFile:
     @property
     def tags(self) -> tuple[str, ...]:
         """The tags that select this task among others."""
-        tags = self.config.get("tag") or ()
-        return (tags,) if isinstance(tags, str) else tuple(tags)
+        return tuple(_as_list(self.config.get("tag") or []))
 
     @property
     def modules(self) -> list[Path]:
@@ -114,29 +147,63 @@ def read_folder(folder: Path) -> dict[str, TaskFile]:
 
 def read_file(path: Path) -> TaskFile | None:
     """Read the task or group in a file; None for a file that only others include."""
-    included: list[Path] = []
-    config = _merged(path, (), included)
+    included: dict[Path, _Included] = {}
+    config = _merged(path, (), included).config
     name = config.get("task") if "class" in config else _name(config)
     return TaskFile(name, path, config, tuple(included)) if isinstance(name, str) else None
 
 
-def _merged(path: Path, seen: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Included:
+    """The keys of a file, and the number of files that lm-eval reads for it."""
+
+    config: dict[str, Any]
+    n_read: int
+
+
+def _merged(path: Path, above: tuple[Path, ...], known: dict[Path, _Included]) -> _Included:
     """The file's keys over the keys of the files that it includes, as lm-eval merges them.
 
-    `read` gets the included files.
+    `known` gets the included files.
     """
-    if path in seen:
-        raise EvaluationError(str(path), "includes itself.", CORRECT)
+    _require_no_circle(str(path), path, above, "includes")
     config = _parsed(path)
-    includes = config.pop("include", [])
+    includes = config.pop("include", None) or []
+    if not _are_texts(includes):
+        raise EvaluationError(str(path), f"`include` is no {TEXTS}.", CORRECT)
     merged: dict[str, Any] = {}
-    for include in [includes] if isinstance(includes, str) else includes:
+    n_read = 1
+    for include in _as_list(includes):
         included = path.parent / include
-        if not included.is_file():
+        if not _is_file(included):
             raise EvaluationError(str(path), f"includes {included}, which is not a file.", CORRECT)
-        read.append(included.resolve())
-        merged.update(_merged(read[-1], (*seen, path), read))
-    return {**merged, **config}
+        place = included.resolve()
+        if place not in known:
+            known[place] = _merged(place, (*above, path), known)
+        merged.update(known[place].config)
+        n_read += known[place].n_read
+    if n_read > MAX_READ:
+        problem = f"leads to {n_read:,} included files, the limit is {MAX_READ:,}."
+        raise EvaluationError(str(path), problem, CORRECT)
+    return _Included({**merged, **config}, n_read)
+
+
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):  # a name that is too long
+        return path.is_file()
+    return False
+
+
+Place = TypeVar("Place")
+
+
+def _require_no_circle(where: str, place: Place, above: Collection[Place], verb: str) -> None:
+    """Refuse what is in itself, or in others more than MAX_DEPTH deep."""
+    if place in above:
+        raise EvaluationError(where, f"{verb} itself.", CORRECT)
+    if len(above) > MAX_DEPTH:
+        problem = f"is in others that {verb.removesuffix('s')} each other, {MAX_DEPTH} deep."
+        raise EvaluationError(where, problem, CORRECT)
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -259,6 +326,20 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
         unsafe = runs_code(file.modules, bundled_folder())
     if unsafe:
         raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
+    bundled = () if include and file.path.is_relative_to(include) else file.modules
+    if _loads_metric(config) or loads_code(bundled, bundled_folder()):
+        raise EvaluationError(file.name, "runs code of a metric that the Hub has.", ALLOW)
+
+
+def _loads_metric(config: Mapping[str, Any]) -> bool:
+    """Whether lm-eval loads a metric by `evaluate`, because it is asked to or has none itself."""
+    if "class" in config or config.get("process_results") is not None:
+        return False
+    return any(
+        entry.get("hf_evaluate") is True or entry["metric"] not in METRICS
+        for entry in _listed(config, "metric_list")
+        if isinstance(entry.get("metric"), str) and not isinstance(entry["metric"], Function)
+    )
 
 
 class _Catalog:
@@ -272,11 +353,18 @@ class _Catalog:
     def bundled(self) -> TaskIndex:
         return scan_headers(bundled_folder())
 
-    def expand(self, name: str, parent: TaskFile | None = None) -> Iterator[TaskFile]:
-        """The task, or the group and its members, or all tasks of the tag; own ones come first.
+    def expand(self, name: str) -> Iterator[TaskFile]:
+        """The task, or the group and its members, or all tasks of the tag; own ones come first."""
+        for n_reached, file in enumerate(self._expand(name, ()), start=1):
+            if n_reached > MAX_REACHED:
+                problem = f"leads to more than {MAX_REACHED:,} tasks and groups."
+                raise EvaluationError(name, problem, CORRECT)
+            yield file
 
-        `parent` is the group that lists the name.
-        """
+    def _expand(self, name: str, above: tuple[TaskFile, ...]) -> Iterator[TaskFile]:
+        """The files of a name that the last of the groups `above` lists."""
+        parent = above[-1] if above else None
+        _require_no_circle(name, name, [group.name for group in above], "lists")
         file = self.own.get(name)
         tagged = sorted(own.name for own in self.own.values() if name in own.tags)
         if file is None and not tagged:
@@ -286,26 +374,30 @@ class _Catalog:
         if file is not None:
             yield file
             if file.is_group:
-                yield from self._members(file, file.config.get("task"))
+                yield from self._members((*above, file), file.config.get("task"))
             return
         if not tagged:
             raise self._unknown(name, parent)
         self.through_tag |= parent is not None
         for member in tagged:
-            yield from self.expand(member, parent)
+            yield from self._expand(member, above)
 
-    def _members(self, group: TaskFile, members: Any) -> Iterator[TaskFile]:
+    def _members(self, groups: tuple[TaskFile, ...], members: Any) -> Iterator[TaskFile]:
+        group = groups[-1]
         for member in members if isinstance(members, list) else []:
             if isinstance(member, str):
-                yield from self.expand(member, group)
+                yield from self._expand(member, groups)
                 continue
+            if not isinstance(member, Mapping):
+                problem = f"a member of `{group.name}` is neither a name nor a mapping."
+                raise EvaluationError(str(group.path), problem, CORRECT)
             inline = TaskFile(f"{group.name}::{_name(member)}", group.path, member)
             if inline.is_group and isinstance(member.get("task"), list):
-                yield from self._members(inline, member["task"])
+                yield from self._members((*groups, inline), member["task"])
             elif "dataset_path" in member:  # a whole task written inside the group
                 yield inline
             else:
-                yield from self.expand(str(_name(member)), group)
+                yield from self._expand(str(_name(member)), groups)
 
     def _unknown(self, name: str, parent: TaskFile | None) -> EvaluationError:
         known = [*self.own, *self.bundled.files, *self.bundled.tags]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+from huggingface_hub import constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import SourceError
@@ -29,6 +32,9 @@ NO_ROWS = ("its files have no rows", "Use another.")
 README = "README.md"
 CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
 ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
+ROWS_AT_ONCE = 1000
+MAX_EXPANSION = 200  # bytes of rows for a byte of parquet
+MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their file
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -77,7 +83,33 @@ def library() -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    _limit_parquet()
     return datasets
+
+
+@cache
+def _limit_parquet() -> None:
+    """Let `datasets` read parquet in small pieces, and no more than real files have.
+
+    Equal rows take no room in such a file: 20 million fit into 250 kB, and it reads a whole group
+    of rows at once. A file that has more is a ValueError.
+    """
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    builder: Any = Parquet
+    generate = builder._generate_tables
+
+    def within_limits(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+        self.config.batch_size = self.config.batch_size or ROWS_AT_ONCE
+        stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
+        left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
+        for key, table in generate(self, files, *args, **options):
+            left -= table.nbytes
+            if left < 0:
+                raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
+            yield key, table
+
+    builder._generate_tables = within_limits
 
 
 @dataclass(frozen=True)
@@ -167,13 +199,15 @@ def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, A
 
 
 def commit_cache(commit_sha: str) -> str:
-    """The cache folder of a commit.
+    """The cache folder of a commit of this Hub.
 
-    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache.
+    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache. So
+    has each Hub, since nothing says whether rows are those that another one lists.
     """
     from datasets.config import HF_DATASETS_CACHE
 
-    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / commit_sha)
+    endpoint = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:12]
+    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / endpoint / commit_sha)
 
 
 @contextmanager

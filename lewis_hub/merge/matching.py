@@ -177,7 +177,8 @@ class _Finder:
             squares = squares + ours.square().sum(dim=1)
             others = others + theirs.square().sum(dim=1)
         lengths = torch.outer(squares.sqrt(), others.sqrt())
-        return dots / lengths.where(lengths > 0, 1)
+        cosines = dots / lengths.where(lengths > 0, 1)
+        return cosines.nan_to_num(0.0, 0.0, 0.0)  # products of huge weights overflow float32
 
     def _in_order(self, name: str, dimension: int) -> Tensor:
         """A tensor of the other model, with its other dimension in the order found so far."""

@@ -241,8 +241,8 @@ def units_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Units:
         family,
         1 + max((block for name in axes if (block := names.block(name)) is not None), default=-1),
         n_heads,
-        int(config.get("num_key_value_heads") or n_heads),
-        int(config.get("head_dim") or width // max(n_heads, 1)),
+        _number(config, ("num_key_value_heads",)) or n_heads,
+        _number(config, ("head_dim",)) or width // max(n_heads, 1),
         axes,
         shapes,
     )
@@ -275,4 +275,6 @@ def _component(name: str) -> str:
 
 
 def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    return next((int(config[key]) for key in keys if config.get(key)), 0)
+    """The first of these values that is a whole number above 0; 0 if there is none."""
+    values = (config.get(key) for key in keys)
+    return next((one for one in values if type(one) is int and one > 0), 0)

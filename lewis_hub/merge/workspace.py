@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lewis_hub.errors import OutputError
-from lewis_hub.files import unwritable
-from lewis_hub.system import open_binary, rename_folder, sync_folder, try_lock
+from lewis_hub.files import require_no_links, unwritable
+from lewis_hub.system import create_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
 
@@ -62,14 +62,27 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
+def beside(output: Path, ending: str) -> Path:
+    """The folder beside an output that has its name and an ending.
+
+    Raises:
+        OutputError: the output is the root of a disk.
+    """
+    path = output.resolve() if output.name in ("", "..") else output
+    if not path.name:
+        problem = "it is the root of a disk"
+        raise OutputError(str(output), problem, "Name a folder in it with -o.")
+    return path.with_name(path.name + ending)
+
+
 def unfinished(output: Path) -> Path:
     """The folder in which runs for this output work."""
-    return output.with_name(output.name + ".partial")
+    return beside(output, ".partial")
 
 
 def parts_folder(output: Path) -> Path:
     """The folder of the merges that are made for this output."""
-    return output.with_name(output.name + ".parts")
+    return beside(output, ".parts")
 
 
 @contextmanager
@@ -77,15 +90,19 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     """Open the workspace of `output`. After an error its files are kept, if there are any.
 
     Raises:
-        OutputError: the output exists and `replace` is false, another run works on it, or the
-            folder cannot be written.
+        OutputError: the output exists and `replace` is false, another run works on it, the folder
+            cannot be written, or it is a link or has one in it.
     """
+    if output.is_symlink():
+        problem = f"it is a link to {os.path.realpath(output)}"
+        raise OutputError(str(output), problem, "Name that folder itself with -o, or delete it.")
     output = output.resolve()
     _require_free(output, replace=replace)
     folder = unfinished(output)
     # The lock is beside the folder: another run could take one in it while `finish` renames it.
     with alone_at(output.with_name(f".{output.name}{LOCK}"), output):
         _require_free(output, replace=replace)  # another run may have finished it meanwhile
+        require_no_links(folder)
         try:
             (folder / ".scratch").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -132,7 +149,7 @@ def alone_at(lock: Path, output: Path) -> Iterator[None]:
 def _locked(lock: Path) -> int:
     """Open and lock a file; a BlockingIOError if another run has locked it."""
     while True:
-        opened = open_binary(lock, os.O_RDWR | os.O_CREAT)
+        opened = create_binary(lock, os.O_RDWR)
         try:
             if not try_lock(opened):
                 raise BlockingIOError

@@ -14,6 +14,7 @@ from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import ModelEntry, Recipe, Slice
 
 ONE_EACH = "Give each merge that others use its own `name`; one may have none: the last."
+LAST_ONLY = ("evaluate", "publish")  # sections of a recipe
 ADAPTED = "linear"  # the average of one model: the adapter on its base
 
 
@@ -37,12 +38,25 @@ def arranged(recipes: Sequence[Recipe], file: str) -> Recipe:
         if name not in ordered:
             remedy = "Only the last merge is kept: use it there, or move it to a file of its own."
             raise RecipeError(file, "name", f"no other merge uses `{name}`.", remedy)
-    for name, one in ordered.items():
-        for section in ("evaluate", "publish"):
-            if getattr(one, section) is not None:
-                problem = f"`{name}` has `{section}`, but it is only a step to another merge."
-                raise RecipeError(file, section, problem, f"Move `{section}` to the last merge.")
-    return last.model_copy(update={"intermediate": (*last.intermediate, *ordered.values())})
+    whole = last.model_copy(update={"intermediate": (*last.intermediate, *ordered.values())})
+    for _, section, problem, remedy in last_sections(whole):
+        raise RecipeError(file, section, problem, remedy)
+    return whole
+
+
+def last_sections(recipe: Recipe) -> Iterator[tuple[int, str, str, str]]:
+    """Yield each section of an `intermediate` merge that only the last merge may have.
+
+    Yields:
+        The number of the merge, the section, the problem, and what to do.
+    """
+    for number, part in enumerate(recipe.intermediate):
+        for one in all_of(part):
+            for section in LAST_ONLY:
+                if getattr(one, section) is not None:
+                    problem = f"`{one.name}` has `{section}`, but it is only a step to another "
+                    remedy = f"Move `{section}` to the last merge."
+                    yield number, section, f"{problem}merge.", remedy
 
 
 def _add_needed(
@@ -60,6 +74,13 @@ def _add_needed(
                 return circle
             ordered[name] = others[name]
     return None
+
+
+def all_of(recipe: Recipe) -> Iterator[Recipe]:
+    """Yield a recipe and the merges that it starts from, and those that they start from."""
+    yield recipe
+    for part in recipe.intermediate:
+        yield from all_of(part)
 
 
 def references(recipe: Recipe) -> Iterator[ModelReference]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
+from lewis_hub.recipe.parts import last_sections
 from lewis_hub.recipe.reference import REPO, ModelReference
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings, Slice
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, Recipe, Settings, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
@@ -22,6 +24,8 @@ NOT_OF_MIXTURES = (  # fields that have no meaning for a mixture of experts
     *("tokenizer_source", "tokenizer", "missing"),
 )
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
+MERGED_BLOCK = "merged_block"  # of their `inputs`: those in the expert's block
+SEQUENTIAL = ("merged", MERGED_BLOCK)  # `inputs` with which blocks are fitted in sequence
 
 TOP_LEVEL = (  # keys of a recipe that are not parameters
     *("base_model", "chat_template", "dtype", "merge_method", "out_dtype", "random_seed", "seed"),
@@ -34,6 +38,8 @@ Complaint = tuple[FieldPath, str, str]  # where, the problem, what to do
 
 def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     """Find all combinations that cannot be merged; needs no network."""
+    for number, section, problem, remedy in last_sections(recipe):
+        yield ("intermediate", number, section), problem, remedy
     yield from _tokenizer_contradictions(recipe)
     if recipe.routed is not None:
         yield from _mixture_contradictions(recipe)
@@ -68,8 +74,13 @@ def trims_by_activation(recipe: Recipe) -> bool:
 
 
 def fits_in_sequence(recipe: Recipe) -> bool:
-    """Whether each matrix is fitted on the inputs that the merged model gives it, in sequence."""
-    return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") == "merged"
+    """Whether matrices are fitted one block after the other, on what the merged model computes."""
+    return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") in SEQUENTIAL
+
+
+def runs_expert_blocks(recipe: Recipe) -> bool:
+    """Whether they are fitted in the experts' blocks, on the merged model's hidden states."""
+    return fits_in_sequence(recipe) and recipe.parameters.get("inputs") == MERGED_BLOCK
 
 
 def aligns_by_texts(recipe: Recipe) -> bool:
@@ -283,8 +294,9 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         return
     if isinstance(recipe.parameters.get("inputs"), tuple):
         problem = "`inputs` takes one value for all matrices."
-        yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
-    if recipe.parameters.get("affine") and not fits_in_sequence(recipe):
+        yield ("parameters", "inputs"), problem, "Write `own`, `merged` or `merged_block`."
+    in_sequence = fits_in_sequence(recipe) and not runs_expert_blocks(recipe)
+    if recipe.parameters.get("affine") and not in_sequence:
         problem = "norms and biases are fitted in sequence only."
         yield ("parameters", "affine"), problem, "Write `inputs: merged` beside it, or remove it."
     option = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, draw_key
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.backends import POSITIONS
@@ -174,10 +174,11 @@ def _further(
             )
             if row not in rows and known.isdisjoint(filter(None, text.fixing)) and len(ids) > 1
         ]
-        n_lacking, n_drawn = n_texts - len(places), len(tokens.ids) + tokens.n_empty
-        if n_lacking <= 0 or n_drawn < tokens.n_asked:
-            return _chosen(drawn, places)
-        n_more += n_lacking
+        n_drawn = len(tokens.ids) + tokens.n_empty
+        if len(places) >= n_texts or n_drawn < tokens.n_asked:
+            places.sort(key=lambda place: draw_key(settings.seed, tokens.rows[place]))
+            return _chosen(drawn, sorted(places[:n_texts]))
+        n_more *= 2  # many rows may be equal
 
 
 def _has_same_rows(settings: TextSettings, one: Calibration, other: Calibration) -> bool:

@@ -219,7 +219,7 @@ class Tuner:
         """Return the schedule of the job's guide, with known measurements; None without a guide."""
         if job.guide is None:
             return None
-        stores = [folder / "importance.json" for folder in (self.output, job.guide.beside)]
+        stores = [folder / "importance.json" for folder in (self.output, *job.guide.beside)]
         loader, needed = job.loader(self.files, self.scratch, progress), job.statistics
         left = wanted(needed, self.sets, loader, self.output) if needed else ()
         return guide(job.guide, self.sets, loader, stores, left).schedule

@@ -20,10 +20,11 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
-from lewis_hub.errors import AlignmentError, ExtraMissingError
+from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
 from lewis_hub.merge.symmetries import Units, permute, units_of
+from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.recipe.schema import Align, ModelEntry
 from lewis_hub.workflow.depth import blocks_of, placed
 from lewis_hub.workflow.fetch import ModelLoader
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
 PIECE = 1 << 16  # entries of a matrix that are compared at a time, of all blocks
+BROKEN = "It cannot be compared: use an intact copy, or remove `align` from the model."
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ def _require_alike(reference: OpenedSource, expert: OpenedSource) -> None:
         problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
         raise AlignmentError(expert.name, problem, "Merge models of one architecture and size.")
+    for one, units in ((reference, ours), (expert, theirs)):
+        require_units(one.name, units)
+    for name in sorted(ours.axes.keys() ^ theirs.axes.keys()):
+        lacks, has = (expert, reference) if name in ours.axes else (reference, expert)
+        problem = f"it lacks {name}, which {has.name} has"
+        raise AlignmentError(lacks.name, problem, "Remove `align` from the model.")
 
 
 def align(settings: AlignmentSettings, sets: Sets, loader: ModelLoader) -> tuple[AlignedModel, ...]:
@@ -216,22 +224,28 @@ def _matrices(
     for name, first in of_models[0][0].items():
         if len(first.shape) == 2:
             stored = [[block[name] for block in blocks] for blocks in of_models]
-            yield _pieces(first.n_elements, stored, readers)
+            yield _pieces(pair, stored, readers)
 
 
 def _pieces(
-    n_elements: int, stored: Sequence[Sequence[TensorHeader]], readers: Sequence[Reader]
+    pair: Sequence[OpenedSource],
+    stored: Sequence[Sequence[TensorHeader]],
+    readers: Sequence[Reader],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     import torch
 
     from lewis_hub.merge.quantised import read_floats
 
+    n_elements = stored[0][0].n_elements
     for start in range(0, n_elements, PIECE):
         size = min(PIECE, n_elements - start)
         ours, theirs = (
             torch.stack([torch.from_numpy(read_floats(reader, one, start, size)) for one in blocks])
             for blocks, reader in zip(stored, readers, strict=True)
         )
+        for source, blocks, piece in zip(pair, stored, (ours, theirs), strict=True):
+            if not piece.isfinite().all():
+                raise NonFiniteError(blocks[0].name, source.name, BROKEN)
         yield ours, theirs
 
 
@@ -297,7 +311,14 @@ def _model(
 
     with _reader(source, loader) as reader:
         seen = None if activations is None else lambda site: read_activations(activations, site)
-        yield ComparedModel(lambda name: read_tensor(reader, source.checkpoint.tensors[name]), seen)
+
+        def read(name: str) -> Tensor:
+            tensor = read_tensor(reader, source.checkpoint.tensors[name])
+            if not tensor.isfinite().all():
+                raise NonFiniteError(name, source.name, BROKEN)
+            return tensor
+
+        yield ComparedModel(read, seen)
 
 
 @contextmanager

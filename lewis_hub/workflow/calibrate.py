@@ -13,8 +13,9 @@ from lewis_hub.calibration.profile import ImportanceProfile, Measure, SourceImpo
 from lewis_hub.calibration.subject import Snapshot, Subject, missing
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.display import TextTable, to_html
+from lewis_hub.documents import MAX_TABLE_BYTES
 from lewis_hub.errors import ProfileError, RecipeError
-from lewis_hub.files import write_whole
+from lewis_hub.files import text_of, write_whole
 from lewis_hub.guides import schedule as schedules
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.guides.schedule import DensitySchedule, ScheduleSettings, schedule
@@ -36,7 +37,7 @@ class GuideSettings:
     experts: tuple[OpenedSource, ...]  # in the recipe's order
     schedule: ScheduleSettings
     calibration: Mapping[str, Any]  # the recipe's settings, for the profile
-    beside: Path  # folder in which `lewis-hub importance` writes its files
+    beside: tuple[Path, ...]  # folders in which measurements of an earlier run may be
     plan: PlanSettings
 
 
@@ -177,7 +178,7 @@ def _known(settings: GuideSettings, stores: Sequence[Path]) -> ImportanceProfile
 def known_profile(path: Path) -> ImportanceProfile | None:
     """Read the profile of an earlier run; None if it is missing or damaged."""
     try:
-        return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), str(path))
+        return ImportanceProfile.from_json(text_of(path, MAX_TABLE_BYTES), str(path))
     except (OSError, ProfileError):
         return None
 

@@ -12,6 +12,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.depth import Blocks, first_places, in_places, require_same_blocks
 from lewis_hub.merge.symmetries import units_of
+from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.recipe.schema import ModelEntry
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 
@@ -104,3 +105,5 @@ def _require_same_family(reference: OpenedSource, expert: OpenedSource) -> None:
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
         raise AlignmentError(expert.name, problem, OTHER)
     require_same_blocks(reference.checkpoint, expert.checkpoint)
+    for one, units in ((reference, ours), (expert, theirs)):
+        require_units(one.name, units)

@@ -26,10 +26,16 @@ from lewis_hub.merge.modules import MODULES, module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.rules import aligns_by_texts, all_parameters, fits_in_sequence
-from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
+from lewis_hub.recipe.rules import (
+    aligns_by_texts,
+    all_parameters,
+    fits_in_sequence,
+    runs_expert_blocks,
+)
+from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
@@ -42,6 +48,7 @@ from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_setting
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
 
 
@@ -52,7 +59,9 @@ def measurement_of(recipe: Recipe) -> Measurement:
     if needs_moments(recipe):
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
-        moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
+        moments = resources.MomentSettings(
+            widest, solved, fits_in_sequence(recipe), runs_expert_blocks(recipe)
+        )
     on_texts = moments is not None or aligns_by_texts(recipe)
     on_texts = on_texts or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, resolve.calibrations_of(recipe) if on_texts else ())
@@ -404,6 +413,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
     notes += writing_notes(measurement, sources, workload.loading)
+    notes += uncompensated_notes(measurement.moments, donor)
     if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)
         notes += passed_over(first, others)

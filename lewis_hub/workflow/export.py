@@ -83,6 +83,7 @@ def write_exports(
         name, n_bytes = file_name(export), gguf_bytes(plan, export)
         require_room(target, n_bytes, f"`{name}`", FREE)
         partial = target / f".{name}.partial"
+        partial.unlink(missing_ok=True)  # it may be a link
         title = f"Exporting {name}"
         try:
             with (

@@ -25,9 +25,10 @@ from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import ExportFormat
-from lewis_hub.recipe.rules import fits_in_sequence, trims_by_activation
-from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
+from lewis_hub.recipe.rules import fits_in_sequence, runs_expert_blocks, trims_by_activation
+from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
@@ -208,9 +209,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         sources=sources,
         texts=TextSettings(
             *(inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations),
-            (Path(recipe.locate("importance")), Path(recipe.locate("."))),
+            beside=_beside(recipe, execution, "importance", "."),
         ),
-        guide=_guide_settings(recipe, sources, measurement, plan),
+        guide=_guide_settings(recipe, execution, sources, measurement, plan),
         statistics=statistics,
         alignment=alignment_settings(resolve.merged_entries(recipe), sources)
         if sources.are_read
@@ -231,8 +232,17 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     )
 
 
+def _beside(recipe: Recipe, execution: Execution, *names: str) -> tuple[Path, ...]:
+    """Return folders beside the recipe, in which measurements of an earlier run may be."""
+    return () if execution.measures_again else tuple(Path(recipe.locate(one)) for one in names)
+
+
 def _guide_settings(
-    recipe: Recipe, sources: MergeSources, measurement: resources.Measurement, plan: PlanSettings
+    recipe: Recipe,
+    execution: Execution,
+    sources: MergeSources,
+    measurement: resources.Measurement,
+    plan: PlanSettings,
 ) -> calibrate.GuideSettings | None:
     entry, guide = recipe.guide, measurement.guide
     if entry is None or guide is None or sources.base is None:
@@ -249,7 +259,7 @@ def _guide_settings(
         calibration=texts.model_dump(mode="json", by_alias=True, exclude_none=True)
         if texts
         else {},
-        beside=Path(recipe.locate("importance")),
+        beside=_beside(recipe, execution, "importance"),
         plan=plan,
     )
 
@@ -296,6 +306,7 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
         software=planned.software,
         stack=_stacked_blocks(recipe, inputs),
         in_sequence=fits_in_sequence(recipe),
+        in_expert_blocks=runs_expert_blocks(recipe),
         trims_by_activation=trims_by_activation(recipe),
         exports=recipe.export or (),
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,

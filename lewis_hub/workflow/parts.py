@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_yaml
 from lewis_hub.errors import CheckFailedError, MergeError
-from lewis_hub.files import write_whole
+from lewis_hub.files import require_no_links, write_whole
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.settings import require_valid
@@ -52,6 +52,7 @@ def with_parts(
         return
     if problems := examine_parameters((*parts, recipe)):
         raise CheckFailedError(tuple(problems))
+    require_no_links(folder)
     whole, made = recipe, list[Recipe]()
     for number, part in enumerate(parts, start=1):
         name, place = str(part.name), folder / _folder_name(number, part)

@@ -17,7 +17,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import write_whole
+from lewis_hub.files import require_no_links, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -255,7 +255,7 @@ def push(
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
         private=asked.private,
-        expected_parent=destination.target.head,
+        expected_parent=destination.target.head or hub_publish.NO_REPO,
     )
     with progress.stage("Publishing", hub_publish.folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance, sent)
@@ -343,8 +343,9 @@ def preflight(
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
     if previous and job.guide:
-        place, profile = job.guide.beside / "importance.json", previous.read(IMPORTANCE, api)
+        place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():
+            require_no_links(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
     return found

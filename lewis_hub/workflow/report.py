@@ -17,7 +17,8 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.aligned import FILE as ALIGNMENT
 from lewis_hub.merge.aligned import alignment_json
 from lewis_hub.merge.engine import ShardResult
-from lewis_hub.recipe.schema import Benchmark, Calibration
+from lewis_hub.recipe.evaluation import Benchmark
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
 from lewis_hub.report.blocks import draw_blocks
@@ -127,7 +128,9 @@ def described(facts: CardFacts, folder: Path) -> CardFacts:
     config = read_json((folder / "config.json").read_bytes())
     parents = [facts.models[source.pinned] for source in facts.sources]
     usage = usage_of(folder, config, parents)
-    return replace(facts, config=config, usage=usage, chat=has_chat_template(folder))
+    generated = (folder / "lewis" / GENERATED).exists()
+    chat = has_chat_template(folder)
+    return replace(facts, config=config, usage=usage, chat=chat, generated=generated)
 
 
 def write_guidance(folder: Path, guided: Guided) -> Guided:

@@ -27,10 +27,11 @@ from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, 
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
-from lewis_hub.recipe.parts import parts_of, references
+from lewis_hub.recipe.evaluation import Evaluation
+from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
+from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 
@@ -361,6 +362,19 @@ def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
         return ()
     calibrations = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
     return tuple(calibration for calibration in calibrations if calibration)
+
+
+def calibrates_on_own_tasks(recipe: Recipe) -> bool:
+    """Return whether a recipe, or a merge that it starts from, names own task files for texts."""
+    return any(
+        one.include
+        for part in all_of(recipe)
+        for one in (
+            *(part.calibration, part.guide.calibration if part.guide else None),
+            *(entry.calibration for entry in part.models),
+        )
+        if one
+    )
 
 
 def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:

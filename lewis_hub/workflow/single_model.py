@@ -26,7 +26,13 @@ from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_inside, require_room, require_writable, write_whole
+from lewis_hub.files import (
+    require_inside,
+    require_no_links,
+    require_room,
+    require_writable,
+    write_whole,
+)
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
@@ -36,8 +42,9 @@ from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.schema import Calibration, Evaluation, Recipe
+from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
@@ -295,6 +302,7 @@ def measure_model(
         problem = "an expert writes its texts for a merge, and this is a model alone"
         remedy = "Give texts with answers, or name the recipe of the merge."
         raise CalibrationError(f"calibration on {calibration.data}", problem, remedy)
+    require_no_links(output)
     require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)

@@ -22,7 +22,7 @@ from lewis_hub.hub.target import open_repo
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Backend, Ray
-from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
+from lewis_hub.merge.workspace import Workspace, beside, open_workspace, unfinished
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import report_nan, write_weights
@@ -60,9 +60,9 @@ class FolderSink:
         """Download whole sources."""
         return fetch_whole(self.api, sources, self.progress)
 
-    def profiles(self, beside: Path) -> list[Path]:
+    def profiles(self, beside: Sequence[Path]) -> list[Path]:
         """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
-        folders = (self.work.scratch, self.work.output / "lewis", beside)
+        folders = (self.work.scratch, self.work.output / "lewis", *beside)
         previous = self.destination.previous if self.destination else None
         published = published_importance(previous, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
@@ -113,10 +113,11 @@ class HubSink:
         """Fetch small files; weights are read by byte ranges."""
         return open_ranges(self.api, sources)
 
-    def profiles(self, beside: Path) -> list[Path]:
+    def profiles(self, beside: Sequence[Path]) -> list[Path]:
         """Return profiles in the workspace, on the Hub and beside the recipe."""
         published = published_importance(self.destination.previous, self.api, self.work.scratch)
-        return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
+        near = (folder / "importance.json" for folder in beside)
+        return [self.work.scratch / "importance.json", *published, *near]
 
     def texts(self, beside: Sequence[Path]) -> list[Path]:
         """Return files with texts that experts wrote: as `profiles`, but of several folders."""
@@ -181,7 +182,7 @@ Sink = FolderSink | HubSink
 
 def work_folder(output: Path) -> Path:
     """Return the workspace of a stream, which is deleted at the end."""
-    return output.with_name(output.name + ".stream")
+    return beside(output, ".stream")
 
 
 def written_in(folders: Sequence[Path], previous: PreviousMerge | None, api: HfApi) -> list[Path]:

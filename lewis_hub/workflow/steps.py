@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import read_json
-from lewis_hub.files import write_whole
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
+from lewis_hub.files import text_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Gate
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
-from lewis_hub.recipe.schema import Gate, Recipe
+from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
@@ -113,7 +114,7 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
 def _recorded(output: Path) -> tuple[Any, Any] | None:
     """The digests of the steps and of the lock that a folder states."""
     try:
-        found = read_json((output / FILE).read_bytes())
+        found = read_json(text_of(output / FILE, MAX_JSON_BYTES))
     except (OSError, ValueError):
         return None
     return (found.get("digest"), found.get("lock")) if isinstance(found, dict) else None

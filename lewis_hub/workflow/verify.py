@@ -30,13 +30,15 @@ from lewis_hub.report import cost, difference, mergekit, page
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
-from lewis_hub.workflow.resolve import calibrations_of
+from lewis_hub.workflow.generated import FILE as GENERATED
+from lewis_hub.workflow.resolve import calibrates_on_own_tasks
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
     from torch import Tensor
 
 
+TEXTS = f"lewis/{GENERATED}"
 UNSIGNED = ("README.md", difference.FILE, SIGNATURE)
 # model-signing's message, inside the repr of a list, where quotes may be escaped
 MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
@@ -61,6 +63,7 @@ def sign(folder: Path, private_key: Path) -> None:
                 return
     signer.set_hashing_config(_known(found))
     new = folder / f".{SIGNATURE}.new"
+    new.unlink(missing_ok=True)  # it may be a link
     signer.sign(folder, new)
     new.replace(folder / SIGNATURE)
 
@@ -204,7 +207,7 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
-    if any(one.include for one in calibrations_of(recipe)) and not (source.folder and allow_code):
+    if calibrates_on_own_tasks(recipe) and not (source.folder and allow_code):
         problem = "it was calibrated on its own task files, and those are code."
         remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
         raise OutputError(source.pinned, problem, remedy)
@@ -248,14 +251,15 @@ def verify_files(
 def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple[str, ...]:
     """Return the files of a model that differ when the same merge is made again.
 
-    Weights, configuration, tokenizer and code are compared. Files in `lewis/` only describe the
-    merge, and plots differ between library versions. Weight files in `alike` count as equal.
+    Weights, configuration, tokenizer, code and the texts that experts wrote are compared. Other
+    files in `lewis/` only describe the merge, and plots differ between library versions. Weight
+    files in `alike` count as equal.
     """
     locked, again = (
         {
             path: file.sha256
             for path, file in one.outputs.items()
-            if not path.startswith("lewis/") and path != mergekit.FILE
+            if path == TEXTS or not (path.startswith("lewis/") or path == mergekit.FILE)
         }
         for one in (lock, made)
     )

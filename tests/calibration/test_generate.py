@@ -167,3 +167,13 @@ def test_models_that_cannot_write_the_texts_are_refused():
     encoder_decoder = transformers.T5ForConditionalGeneration(config)
     with pytest.raises(CalibrationModelError, match="does not continue a text"):
         texts_of(encoder_decoder, prompts_of())
+
+
+@pytest.mark.parametrize(
+    ("stated", "used"), [("2", (7,)), (["2", 3], (3, 7)), ([None, 3.5], (7,)), ({"a": 1}, (7,))]
+)
+def test_end_tokens_that_are_no_numbers_are_left_out(stated, used):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = stated
+
+    assert end_tokens(model, prompts_of(end=7)) == used

@@ -8,7 +8,13 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Olmo2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lewis_hub.calibration import block_runs, meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
@@ -51,6 +57,8 @@ T5 = {  # as FLAN-T5; cross-attention takes k and v from the encoder's output
     ],
 }
 STACKS = {name: {BLOCKS[name]: levels} for name, levels in LEVELS.items()} | {"t5": T5}
+NORMED = {"gemma3": Gemma3TextConfig, "olmo2": Olmo2Config}  # they norm what a block adds
+STACKS |= {name: {BLOCKS["llama"]: LEVELS["llama"]} for name in NORMED}
 TEXTS = [
     [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
     [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
@@ -62,7 +70,9 @@ def models(tmp_path):
     """A base, two experts and their average, and where the last three lie."""
 
     def make(architecture):
-        build = tiny_t5 if architecture == "t5" else partial(tiny_model, architecture)
+        build = {"t5": tiny_t5, **{name: partial(tiny_normed, name) for name in NORMED}}.get(
+            architecture, partial(tiny_model, architecture)
+        )
         found = [build(seed) for seed in range(3)]
         average = build(0)
         with torch.no_grad():
@@ -85,6 +95,19 @@ def tiny_t5(seed):
     )
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_normed(architecture, seed):
+    small = {**conftest.LLAMA, "num_hidden_layers": 2}
+    if architecture == "gemma3":
+        small |= {"head_dim": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    config = NORMED[architecture](**small, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def read(model, ids):
@@ -152,7 +175,7 @@ def naive(architecture, models, alpha):
                 (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
                 for expert, texts in zip(experts, TEXTS, strict=True)
             ]
-            gaps, last = [], level is levels[-1]
+            gaps, last = [], level is levels[-1] and architecture not in NORMED
             if last:
                 gaps = [
                     beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
@@ -183,6 +206,52 @@ def naive(architecture, models, alpha):
     return found
 
 
+def rows_in_block(expert, merged, block, names, ids):
+    """What modules of an expert's block are handed, which gets the merged model's hidden states."""
+    is_decoder, before, encoded = block.startswith("decoder."), [], []
+    handles = [
+        merged.get_submodule(block).register_forward_pre_hook(lambda _, a: before.append(a[0]))
+    ]
+    if is_decoder:
+        handles.append(merged.encoder.register_forward_hook(lambda _, _a, o: encoded.append(o)))
+    read(merged, ids)
+    handles.append(
+        expert.get_submodule(block).register_forward_pre_hook(lambda _, a: (*before, *a[1:]))
+    )
+    if is_decoder:
+        handles.append(expert.encoder.register_forward_hook(lambda _, _a, _o: encoded[0]))
+    found = [rows(expert, name, [ids]) for name in names]
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def naive_in_blocks(architecture, models, alpha):
+    """RegMean++: RegMean of a block on its input in the merged model, block after block."""
+    _, *experts, merged = models
+    found = {}
+    for path, levels in STACKS[architecture].items():
+        for number in range(len(merged.get_submodule(path))):
+            block = f"{path}.{number}"
+            names = [f"{block}.{name}" for level in levels for name in level]
+            each = []
+            for expert, texts in zip(experts, TEXTS, strict=True):
+                by_text = [rows_in_block(expert, merged, block, names, ids) for ids in texts]
+                each.append([torch.cat(one) for one in zip(*by_text, strict=True)])
+            for name, inputs in zip(names, zip(*each, strict=True), strict=True):
+                total, wanted = 0, 0
+                for x, expert in zip(inputs, experts, strict=True):
+                    gram = shrunk(x.T @ x / len(x), x.T @ x / len(x), alpha)
+                    weight = expert.get_submodule(name).weight.detach().double()
+                    total, wanted = total + gram, wanted + turned(architecture, weight) @ gram
+                fitted = torch.linalg.solve(total, wanted.T).T
+                found[name] = turned(architecture, fitted).float()
+            for name in names:
+                with torch.no_grad():
+                    merged.get_submodule(name).weight.copy_(found[name])
+    return found
+
+
 def turned(architecture, weight):
     return weight.T if architecture == "gpt2" else weight
 
@@ -210,14 +279,15 @@ def solver(models, alpha, asked=None):
     return solve
 
 
-def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
+def run(folders, solve, output, texts=TEXTS, advance=lambda _: None, inputs="merged"):
     output.mkdir(exist_ok=True)
     *experts, merged = folders
     asked = [
         ExpertTexts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
         for folder, own in zip(experts, texts, strict=True)
     ]
-    files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    given = (in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    files = fit(*given, inputs=inputs)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -228,6 +298,18 @@ def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_pat
     found = run(folders, solver(made, 0.7), tmp_path / "fitted")
 
     expected = naive(architecture, made, 0.7)
+    assert set(found) == {f"{path}.weight" for path in expected}
+    for path, weight in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba", "t5", "olmo2"])
+def test_an_experts_block_gets_the_merged_models_hidden_states(models, tmp_path, architecture):
+    made, folders = models(architecture)
+
+    found = run(folders, solver(made, 0.7), tmp_path / "fitted", inputs="merged_block")
+
+    expected = naive_in_blocks(architecture, made, 0.7)
     assert set(found) == {f"{path}.weight" for path in expected}
     for path, weight in expected.items():
         torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)

@@ -13,6 +13,7 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import OutputError
 
 RECIPE = """
 base_model: zoo/base
@@ -256,6 +257,13 @@ def test_an_incomplete_run_is_reported_as_failed(place):
     Path("preflight.json").write_text('{"status": "merge", "why": "", "repo": "me/mine"}')
 
     assert run("actions", "report", "preflight.json").stdout == "## Failed\n"
+
+
+@pytest.mark.parametrize("text", ["{", "5", '{"error": 5}', '{"commit_url": 5}', '{"status": []}'])
+def test_a_file_that_no_step_wrote_is_one_message(tmp_path, text):
+    (tmp_path / "merge.json").write_text(text)
+    with pytest.raises(OutputError, match="merge.json: not what --json prints"):
+        run("actions", "report", str(tmp_path / "merge.json"))
 
 
 def test_push_uses_the_publish_settings_of_the_recipe(hub, place):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.code import runs_code
+from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.tasks import (
+    METRICS,
     TaskSelection,
     bundled_folder,
     locate_tasks,
@@ -182,6 +183,40 @@ def test_every_module_of_lm_eval_that_runs_code_itself_or_by_an_import_is_known(
     }
 
 
+@pytest.mark.parametrize("name", ["kobest_copa", "squadv2", "polemo2_in", "scrolls_narrativeqa"])
+def test_lm_evals_tasks_whose_metric_is_code_of_the_hub_are_refused(name):
+    assert refusal(name) == f"{name}: runs code of a metric that the Hub has.\n{ALLOW}"
+
+
+@pytest.mark.parametrize("metric", ["{metric: f1, hf_evaluate: true}", "{metric: rouge}"])
+def test_an_own_task_whose_metric_is_code_of_the_hub_is_refused(tmp_path, metric):
+    include = write(tmp_path, sums=f"task: sums\nmetric_list: [{metric}]\n")
+    assert refusal("sums", include=include) == (
+        f"sums: runs code of a metric that the Hub has.\n{ALLOW}"
+    )
+    allowed = TaskSelection(("sums",), include, allow_code=True)
+    assert [task.name for task in locate_tasks(allowed).tasks] == ["sums"]
+
+
+def test_the_metrics_of_lm_eval_are_known():
+    from lm_eval.api import metrics, registry
+
+    assert metrics
+    assert set(registry.metric_registry.keys()) == METRICS
+
+
+def test_every_module_of_lm_eval_that_loads_code_is_known():
+    root = bundled_folder()
+    modules = [path for path in root.rglob("*.py") if path.parent != root]
+    found = {path.relative_to(root).parts[0] for path in modules if loads_code([path], root)}
+    names = (
+        "afrobench careqa catalan_bench darija_bench evalita_llm french_bench galician_bench "
+        "humaneval humaneval_infilling mbpp meddialog mediqa_qa2019 medtext meqsum mimic_repsum "
+        "mts_dialog noreval noticia olaph scrolls slr_bench spanish_bench squadv2 wmt2016"
+    )
+    assert found == {*names.split()}
+
+
 def test_own_functions_are_read_but_not_imported(tmp_path):
     (tmp_path / "own.py").write_text("raise SystemExit('imported')\n")
     include = write(tmp_path, sums="task: sums\nprocess_docs: !function own.process\n")
@@ -244,3 +279,66 @@ def test_a_tag_of_lm_eval_stands_for_all_its_tasks():
     located = locate_tasks(TaskSelection(("ai2_arc",)))
 
     assert [task.name for task in located.tasks] == ["arc_challenge", "arc_easy"]
+
+
+SCORED = "dataset_path: json\ndataset_kwargs: {data_files: {test: x.jsonl}}\ntest_split: test\n"
+DEEP = 24
+
+
+def included_twice():
+    files = {f"{n}.yaml": f"include: [{n + 1}.yaml, {n + 1}.yaml]\n" for n in range(DEEP)}
+    return files | {f"{DEEP}.yaml": "x: 1\n", "one.yaml": f"task: one\ninclude: 0.yaml\n{SCORED}"}
+
+
+def listed_twice():
+    names = ["one", *(f"g{n}" for n in range(1, DEEP + 1))]
+    groups = zip(names, names[1:], strict=False)
+    files = {f"{name}.yaml": f"group: {name}\ntask: [{inner}, {inner}]\n" for name, inner in groups}
+    return files | {f"g{DEEP}.yaml": f"task: g{DEEP}\n{SCORED}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (included_twice(), "included files, the limit is 1,000."),
+        (listed_twice(), "one: leads to more than 20,000 tasks and groups."),
+        ({"one.yaml": "group: one\ntask: [one]\n"}, "one: lists itself."),
+        (
+            {"one.yaml": "group: one\ntask: [two]\n", "two.yaml": "group: two\ntask: [one]\n"},
+            "one: lists itself.",
+        ),
+        ({"one.yaml": "group: one\ntask: [5]\n"}, "`one` is neither a name nor a mapping."),
+        ({"one.yaml": f"task: one\ninclude: 5\n{SCORED}"}, "`include` is no text and no list"),
+        ({"one.yaml": f"task: one\ninclude: [5]\n{SCORED}"}, "`include` is no text and no list"),
+        ({"one.yaml": f"task: one\ninclude: {'a' * 5000}\n{SCORED}"}, "which is not a file."),
+        ({"one.yaml": f"task: one\ntag: 5\n{SCORED}"}, "`tag` is no text and no list of texts."),
+        ({"one.yaml": f"task: one\ntag: [[1]]\n{SCORED}"}, "`tag` is no text and no list"),
+        ({"one.yaml": "task: one\ndataset_path: [json]\n"}, "`dataset_path` is no text."),
+        ({"one.yaml": "task: one\ndataset_kwargs: [1]\n"}, "`dataset_kwargs` is no mapping."),
+        ({"one.yaml": f"task: one\nfewshot_split: [a]\n{SCORED}"}, "`fewshot_split` is no text."),
+    ],
+)
+def test_task_files_without_end_or_of_other_types_are_refused(tmp_path, files, problem):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    with pytest.raises(EvaluationError) as caught:
+        locate_tasks(TaskSelection(("one",), tmp_path))
+
+    assert problem in str(caught.value)
+
+
+def test_a_file_that_several_include_is_read(tmp_path):
+    files = {
+        "a.yaml": "x: 1\n",
+        "b.yaml": "include: a.yaml\n",
+        "c.yaml": "include: [a.yaml]\ny: 2\n",
+    }
+    files["one.yaml"] = f"task: one\ninclude: [b.yaml, c.yaml]\n{SCORED}"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    [found] = locate_tasks(TaskSelection(("one",), tmp_path)).files
+
+    assert (found.config["x"], found.config["y"]) == (1, 2)
+    assert sorted(path.name for path in found.included) == ["a.yaml", "b.yaml", "c.yaml"]

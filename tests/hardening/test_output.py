@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from zoo_hub import put_zoo
 
+import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, OutputError
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import read_recipe
 
@@ -154,3 +155,52 @@ def test_nothing_outside_of_a_source_reaches_the_output(kind, name, tmp_path):
     assert not any(CANARY.encode() in path.read_bytes() for path in made)
     assert not [path for path in made if path.is_symlink() or path.suffix == ".bin"]
     assert not Path("pwned").exists()
+
+
+def writers(recipe, output):
+    """All that write into a folder of their own; a merge is tested beside them."""
+    texts = lewis_hub.Calibration(dataset="rows.jsonl", text="{text}")
+    yield lambda: lewis_hub.calibrate(recipe, output, progress=False)
+    yield lambda: lewis_hub.tune_recipe(recipe, lewis_hub.Search(), output, progress=False)
+    yield lambda: lewis_hub.measure_model("zoo/base", texts, output, progress=False)
+
+
+@pytest.mark.parametrize("place", ["", "importance.json.new", "importance.png", "study.log"])
+def test_nothing_is_written_through_a_link_that_came_with_a_recipe(tmp_path, place):
+    recipe = read_recipe(zoo_folder() / "recipe.yaml")
+    mine, output = tmp_path / "mine", tmp_path / "output"
+    mine.write_text(CANARY)
+    (output / place).parent.mkdir(exist_ok=True)
+    (output / place).symlink_to(mine)
+
+    for write in writers(recipe, output):
+        with pytest.raises(OutputError, match="it is a link"):
+            write()
+
+    assert mine.read_text() == CANARY
+
+
+def test_an_export_does_not_follow_a_hidden_link(tmp_path):
+    pytest.importorskip("gguf")
+    model, mine = shutil.copytree(zoo_folder() / "base", tmp_path / "base"), tmp_path / "mine"
+    mine.write_text(CANARY)
+    (model / ".model-F16.gguf.partial").symlink_to(mine)
+
+    path = lewis_hub.export_model(model, "gguf:f16", progress=False)
+
+    assert (mine.read_text(), path.read_bytes()[:4]) == (CANARY, b"GGUF")
+
+
+def test_merges_on_the_way_are_not_written_through_a_link(tmp_path):
+    base, mine = zoo_folder() / "base", tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / "merged.parts").symlink_to(mine)
+    one = f"base_model: {base}\nmerge_method: linear\nmodels: [{zoo_folder() / 'expert-cipher'}]\n"
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: first\n{one}---\nmerge_method: linear\nmodels: [first]\n"
+    )
+
+    with pytest.raises(OutputError, match="merged.parts: it is a link"):
+        pipeline.merge_models(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged")
+
+    assert list(mine.iterdir()) == []

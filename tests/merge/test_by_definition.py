@@ -1,6 +1,7 @@
 """Methods without a kernel: the engine gives the bytes of their definitions."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +185,20 @@ def test_what_is_not_finite_is_told_by_tensor_and_source(zoo, name, place):
         zoo.merge(replace(asked, base=None if without else base, experts=experts))
 
     assert str(caught.value).startswith(f"model.layers.1.a holds NaN or infinity in {place}.\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_huge_weights_are_merged_or_refused_by_one_message(zoo, name):
+    """Finite in float32, but their products are not."""
+    asked = settings(zoo, name)
+    huge = {
+        key: 1e25 * t if t.is_floating_point() else t
+        for key, t in tensors(5, torch.float32).items()
+    }
+    first, *others = asked.experts
+    asked = replace(asked, experts=(zoo.source("huge", huge, first.parameters), *others))
+
+    refused = pytest.raises(NonFiniteError, match="holds NaN or infinity in the merged model")
+    with refused if name == "wudi" else nullcontext():
+        found = zoo.merge(asked, "inline", runner=Runner()).tensors
+        assert all(tensor.isfinite().all() for tensor in found.values())

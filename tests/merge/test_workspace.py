@@ -1,10 +1,12 @@
 import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
 from lewis_hub.errors import OutputError
-from lewis_hub.merge.workspace import alone_at, open_workspace
+from lewis_hub.files import write_whole
+from lewis_hub.merge.workspace import alone_at, open_workspace, parts_folder
 
 
 def test_the_folder_appears_with_exactly_the_files_that_belong_to_it(tmp_path):
@@ -167,3 +169,99 @@ def test_what_a_failed_run_made_stays_for_the_next(tmp_path):
         fail(tmp_path / "merged", "importance.json")
 
     assert (tmp_path / "merged.partial" / ".scratch" / "importance.json").read_text() == "{}"
+
+
+def elsewhere(tmp_path):
+    """A folder with a file that nobody may touch."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place", ["merged.partial", "merged.partial/config.json", "merged.partial/.scratch/fitted"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_links_that_came_with_a_recipe_are_not_followed(tmp_path, place, kind):
+    folder = elsewhere(tmp_path)
+    link = tmp_path / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(folder if kind == "folder" else folder / "thesis.txt")
+
+    with pytest.raises(OutputError) as caught, open_workspace(tmp_path / "merged", replace=True):
+        pass
+
+    problem = "it is a link, and files are written only in folders that you name."
+    remedy = "Delete it, or name another folder with -o."
+    assert str(caught.value) == f"{link}: {problem}\n{remedy}"
+    assert (folder / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_output_that_is_a_link_is_refused(tmp_path, replace):
+    folder, output = elsewhere(tmp_path), tmp_path / "merged"
+    output.symlink_to(folder)
+
+    with (
+        pytest.raises(OutputError, match=r"it is a link to .*elsewhere"),
+        open_workspace(output, replace=replace),
+    ):
+        pass
+
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_lock_that_is_a_link_makes_no_file_elsewhere(tmp_path):
+    (tmp_path / ".merged.lock").symlink_to(tmp_path / "made")
+
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        open_workspace(tmp_path / "merged", replace=False),
+    ):
+        pass
+
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_fifo_in_the_way_is_refused(tmp_path):
+    (tmp_path / "merged.partial").mkdir()
+    os.mkfifo(tmp_path / "merged.partial" / "model.safetensors")
+
+    with (
+        pytest.raises(OutputError, match="it is a FIFO, a socket or a device"),
+        open_workspace(tmp_path / "merged", replace=False),
+    ):
+        pass
+
+
+def test_a_file_is_written_in_the_place_of_a_link(tmp_path):
+    own = elsewhere(tmp_path) / "thesis.txt"
+    (tmp_path / "lock.json").symlink_to(own)
+
+    write_whole(tmp_path / "lock.json", "{}")
+
+    assert (own.read_text(), (tmp_path / "lock.json").is_symlink()) == ("mine", False)
+    (tmp_path / "lock.json.new").symlink_to(own)
+    with pytest.raises(OSError, match="symbolic links"):
+        write_whole(tmp_path / "lock.json", "{}")
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_an_output_without_a_name_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+
+    with (
+        pytest.raises(OutputError, match="it exists and holds"),
+        open_workspace(Path(name), replace=False),
+    ):
+        pass
+    if name == "/":
+        with pytest.raises(OutputError, match="it is the root of a disk"):
+            parts_folder(Path(name))
+    else:
+        folder = Path(name).resolve()
+        assert parts_folder(Path(name)) == folder.with_name(f"{folder.name}.parts")

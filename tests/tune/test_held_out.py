@@ -1,13 +1,20 @@
 """What a search by drift refuses, from its options and models alone."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 
-from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, draw_rows
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
+from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.tune.held_out import (
     HeldOut,
+    hold_out,
     length_problems,
     missing_problems,
     model_problems,
@@ -15,6 +22,8 @@ from lewis_hub.tune.held_out import (
 )
 from lewis_hub.tune.objective import Search
 from lewis_hub.tune.space import declared_calibrations
+from lewis_hub.workflow.resolve import resolve_one
+from lewis_hub.workflow.texts import TextSettings
 
 TEXTS = "{dataset: o/data, text: '{question}'}"
 
@@ -88,3 +97,20 @@ def test_each_expert_has_its_own_texts_or_those_of_the_guide_and_all_without_are
     ]
     assert [*missing_problems(declared_calibrations(guided))] == []
     assert [one for _, one in declared_calibrations(guided)] == [guided.guide.calibration]
+
+
+def test_the_first_other_rows_are_held_out_however_many_are_equal(tmp_path):
+    """A round for each few rows would take hours with a data set of equal ones."""
+    rows = [{"text": "equal"}] * 20_000 + [{"text": f"row {n}"} for n in range(40)]
+    path, api = tmp_path / "rows.jsonl", HfApi()
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = Calibration(dataset=str(path), text="{text}", samples=2)
+    donor = resolve_one(str(zoo_folder() / "base"), api)
+    data = {asked: resolve_dataset(api, str(path))}
+
+    found = hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
+
+    assert found.problems == ()
+    in_order = draw_rows(len(rows), len(rows), 42)
+    others = [row for row in in_order if row >= 20_000 and row not in in_order[:2]]
+    assert found.held_out[asked].rows == tuple(sorted(others[:8]))

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
-from lewis_hub.errors import RecipeError
+from lewis_hub.errors import NonFiniteError, RecipeError
 from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.symmetries import permute, units_of
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resolve import require_streamable
+from lewis_hub.workflow.resources import Execution
 from tests.unit_orders import random_orders
 
 N_TOKENS = 390  # of the zoo's tokenizer
@@ -204,3 +205,45 @@ def test_other_tokenizers_are_refused(models):
     ).problems
 
     assert problems[0].startswith("two cannot be aligned with one: `align` compares both on the ")
+
+
+BY_WEIGHTS = RECIPE.replace("dual_space", "{method: dual_space, weight_similarity: 1}")
+
+
+@pytest.mark.parametrize("allow_nan", [False, True])
+def test_weights_that_are_not_finite_are_one_message(models, tmp_path, allow_nan):
+    name, found = "model.layers.1.mlp.up_proj.weight", weights(models / "two")
+    found[name][3, 4] = float("nan")
+    save_file(found, models / "two" / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(NonFiniteError, match=f"{name} holds NaN or infinity in two"):
+        lewis_hub.merge_models(
+            recipe(models, BY_WEIGHTS), tmp_path / "out", Execution(allow_nan=allow_nan)
+        )
+
+
+def test_weights_whose_products_overflow_are_aligned_by_the_others(models, tmp_path):
+    for folder in (models / "one", models / "two"):
+        found = weights(folder)
+        for name in found:
+            if "mlp" in name:
+                found[name] *= 1e25
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    merged = lewis_hub.merge_models(recipe(models, BY_WEIGHTS), tmp_path / "out").output
+
+    assert weights(merged).keys() == weights(models / "one").keys()
+
+
+def test_a_tensor_that_one_of_two_models_lacks_is_named(models):
+    found = weights(models / "two")
+    found["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(32)
+    save_file(found, models / "two" / "model.safetensors", metadata={"format": "pt"})
+    asked = recipe(models, BY_WEIGHTS + "missing: base\n")
+
+    [problem] = lewis_hub.check(asked).problems
+
+    assert problem == (
+        "one: it lacks model.layers.0.self_attn.o_proj.bias, which two has. "
+        "Remove `align` from the model."
+    )

@@ -94,6 +94,15 @@ def test_a_trim_by_activation_needs_one_number_an_input_and_regmean_a_matrix(job
     assert len(trimmed.texts.calibrations) == 2
 
 
+def test_a_rebuild_reads_no_measurement_or_text_beside_the_recipe(job):
+    guided = RECIPE.replace("parameters: {density: 0.5}", "guide: {name: magnitude}")
+
+    usual, again = (job("", guided, measures_again=flag) for flag in (False, True))
+
+    assert [path.name for path in usual.guide.beside] == ["importance"]
+    assert (again.guide.beside, again.texts.beside) == ((), ())
+
+
 def test_a_lock_does_not_change_with_the_way_that_the_work_is_done(job):
     first = job("")
     other = job("", runner="inline", max_memory_bytes=1 << 30)

@@ -17,7 +17,7 @@ from zoo_hub import put_zoo
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import OutputError
+from lewis_hub.errors import LewisHubError, OutputError
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.reference import ModelReference
@@ -76,6 +76,74 @@ def forge(merged, files):
     forged = replace(true, outputs=true.outputs | told)
     (merged / "lewis/lock.json").write_text(forged.to_json())
     (merged / "lewis/provenance.json").write_text(provenance(forged, NOW, NOW))
+
+
+def put_lock(merged, lock):
+    """A lock, with a provenance that fits it."""
+    (merged / "lewis/lock.json").write_text(lock.to_json())
+    (merged / "lewis/provenance.json").write_text(provenance(lock, NOW, NOW))
+
+
+@pytest.mark.slow
+def test_a_rebuild_uses_no_measurement_that_is_in_the_folder(tmp_path):
+    """Else made-up measurements would give weights that the recipe does not give."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base_model: {zoo_folder() / 'base'}\nmerge_method: ties\nguide: {{name: magnitude}}\n"
+        f"models: [{zoo_folder() / 'expert-reverse'}, {zoo_folder() / 'expert-cipher'}]\n"
+    )
+    true = lewis_hub.merge_models(lewis_hub.read_recipe(recipe), tmp_path / "true").output
+    profile = json.loads((true / "lewis/importance.json").read_text())
+    for source in profile["sources"]:
+        names = list(source["modules"])
+        source["modules"] = dict(zip(names, reversed(source["modules"].values()), strict=True))
+    made_up = tmp_path / "importance" / "importance.json"
+    made_up.parent.mkdir()
+    made_up.write_text(json.dumps(profile))
+    forged = lewis_hub.merge_models(lewis_hub.read_recipe(recipe), tmp_path / "forged").output
+    place = forged / "lewis/importance/importance.json"
+    place.parent.mkdir()
+    shutil.copy(made_up, place)
+    shutil.rmtree(made_up.parent)
+    lock = Lock.from_json((forged / "lewis/lock.json").read_text())
+    planted = OutputFile(sha256_of(place), place.stat().st_size)
+    outputs = lock.outputs | {"lewis/importance/importance.json": planted}
+    put_lock(forged, replace(lock, outputs=outputs))
+
+    assert verify(forged)[1]["problems"] == []
+    code, told = verify(forged, "--rebuild")
+
+    assert (code, told["status"]) == (1, "failed")
+    [problem] = told["problems"]
+    assert problem.startswith("model.safetensors: made again it has sha256 ")
+
+
+@pytest.mark.parametrize("section", ["evaluate", "calibration"])
+def test_a_rebuild_runs_no_code_of_a_merge_on_the_way(merged, section):
+    tasks, ran = merged / "lewis/tasks", merged.parent / "ran"
+    tasks.mkdir()
+    (tasks / "own.py").write_text(f"open({str(ran)!r}, 'w')\ndef process(docs): return docs\n")
+    data = zoo_folder() / "data/reverse/test.jsonl"
+    (tasks / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "test_split: test\nprocess_docs: !function own.process\ndoc_to_text: '{{question}}'\n"
+        "doc_to_target: '{{answer}}'\n"
+    )
+    lock = Lock.from_json((merged / "lewis/lock.json").read_text())
+    part = {k: v for k, v in lock.recipe.items() if k != "dtype"} | {"name": "first"}
+    if section == "evaluate":
+        part["evaluate"] = {"tasks": ["own"], "include": "tasks", "limit": 1, "compare": []}
+    else:
+        own = {"task": "own", "include": "tasks", "split": "test", "samples": 2}
+        part |= {"merge_method": "regmean", "calibration": {**own, "allow_overlap": True}}
+        part["models"] = [{**part["models"][0], "parameters": {}}]
+    recipe = {**lock.recipe, "models": [{"model": "first"}], "intermediate": [part]}
+    put_lock(merged, replace(lock, recipe=recipe))
+
+    with pytest.raises(LewisHubError, match=r"only a step to another merge|own task files"):
+        lewis_hub.verify(ModelReference(name=str(merged)), rebuild=True)
+
+    assert not ran.exists()
 
 
 def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):
