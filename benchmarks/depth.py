@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import random
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,15 +22,18 @@ import puzzles
 import torch
 from alignment import batched, load, loss
 from puzzles import Item
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train_zoo import IGNORED, Stage, batches, new_llama, sgd, train, zoo_tokenizer
 from transformers import LlamaForCausalLM
 
 import lewis_hub
+from lewis_hub.checkpoint import names
 
 N_TEXTS, N_ITEMS = 64, 512
 TRUE = (0, 1, 2, None, 3, 4, 5, None)  # the base's block in each place of the deeper expert
 NAIVE = (0, 1, 2, 3, 4, 5, None, None)
+REMOVED = (9, 20)
 CIPHER = Stage("cipher", 60, 64, sgd(0.1), lesson_share=0.7)
 STARTS = {"one": 6, "two": 8}  # models of different starts -> number of blocks
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the model that is aligned
@@ -214,6 +219,36 @@ def from_different_starts(out: Path) -> None:
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in losses.values())} |")
 
 
+def without(source: Path, folder: Path, removed: Sequence[int]) -> None:
+    """Write a model of one file without some of its blocks."""
+    shutil.copytree(source, folder)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    kept = [block for block in range(config["num_hidden_layers"]) if block not in removed]
+    config["num_hidden_layers"] = len(kept)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        block = names.block(name)
+        if block is None or block in kept:
+            place = name if block is None else names.renumbered(name, kept.index(block))
+            tensors[place] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def find_removed(out: Path, base: Path, expert: Path, texts: Path) -> None:
+    """Print which blocks of the base have no match in an expert without two of its blocks."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "removed").exists():
+        without(expert, out / "removed", REMOVED)
+    lines = itertools.islice(texts.read_text(encoding="utf-8").splitlines(keepends=True), 128)
+    (out / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
+    pair = {str(base): 0.5, "removed": 0.5}
+    for name, align in (("half", "segment_wise"), ("outputs", OUTPUTS)):
+        merged(out, name, pair, "texts", align)
+        found = places(out, name)["removed"]
+        print(f"{name}: no match for {[n for n, one in enumerate(found) if one is None]}")
+
+
 def main(out: Path) -> None:
     """Train, merge and print the tables."""
     make(out)
@@ -224,6 +259,14 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path, help="output folder; finished models in it are kept")
+    told = "only find blocks 9 and 20, which are removed from EXPERT, in BASE"
+    parser.add_argument(
+        "--removed", nargs=3, type=Path, metavar=("BASE", "EXPERT", "TEXTS"), help=told
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    main(parser.parse_args().out)
+    asked = parser.parse_args()
+    if asked.removed:
+        find_removed(asked.out, *asked.removed)
+    else:
+        main(asked.out)

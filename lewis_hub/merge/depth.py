@@ -66,15 +66,16 @@ def require_same_blocks(reference: Checkpoint, own: Checkpoint) -> None:
     first = {name: s for name, s in _shapes(reference).items() if names.block(name) in (None, 0)}
     for model in (reference, own):
         found = _shapes(model)
+        like = "its first block" if model is reference else reference.label
         blocks = dict.fromkeys(names.block(name) or 0 for name in found)
         wanted = {names.renumbered(name, n): shape for name, shape in first.items() for n in blocks}
         for name in {**wanted, **found}:
             shape, other = found.get(name), wanted.get(name)
             if shape is None or other is None:
                 lacking = f"it lacks {name} of" if other else f"it has {name}, which is not in"
-                raise AlignmentError(model.label, f"{lacking} {reference.label}", REMEDY)
+                raise AlignmentError(model.label, f"{lacking} {like}", REMEDY)
             if shape != other:
-                problem = f"{name} has the shape {list(shape)}, in {reference.label} {list(other)}"
+                problem = f"{name} has the shape {list(shape)}, in {like} {list(other)}"
                 is_rows = names.may_have_tokens(name) and shape[1:] == other[1:]
                 raise AlignmentError(model.label, problem, OTHER_ROWS if is_rows else REMEDY)
 

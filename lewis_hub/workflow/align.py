@@ -244,8 +244,9 @@ def _pieces(
             for blocks, reader in zip(stored, readers, strict=True)
         )
         for source, blocks, piece in zip(pair, stored, (ours, theirs), strict=True):
-            if not piece.isfinite().all():
-                raise NonFiniteError(blocks[0].name, source.name, BROKEN)
+            for one, row in zip(blocks, piece, strict=True):
+                if not row.isfinite().all():
+                    raise NonFiniteError(one.name, source.name, BROKEN)
         yield ours, theirs
 
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lewis_hub
-from lewis_hub.errors import RecipeError
+from lewis_hub.errors import NonFiniteError, RecipeError
 from lewis_hub.merge.aligned import AlignedModel, MatchedBlocks
 from lewis_hub.recipe.read import parse_recipe
 from tests.workflow.test_align import N_TOKENS, permuted_copy
@@ -301,6 +301,37 @@ def test_models_that_differ_in_more_than_depth_are_refused(folder):
     assert problem == (
         "wide: model.layers.1.mlp.up_proj.weight has the shape [40, 32], in one [48, 32]. `depth` "
         "matches the blocks of models that differ in their number only."
+    )
+
+
+def test_blocks_that_differ_within_a_model_are_refused(folder):
+    write_model(folder / "one", 3)
+    write_model(folder / "odd", 2)
+    tensors = weights(folder / "odd")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "odd" / "model.safetensors", metadata={"format": "pt"})
+    remedy = "`depth` matches the blocks of models that differ in their number only."
+
+    for pair, other in ((("one", "odd"), "one"), (("odd", "one"), "its first block")):
+        problem = f"odd: it lacks model.layers.1.mlp.up_proj.weight of {other}. {remedy}"
+        assert lewis_hub.check(recipe(folder, *pair)).problems == (problem,)
+
+
+def test_a_matrix_with_nan_is_named(folder):
+    write_model(folder / "one", 3)
+    write_model(folder / "two", 2)
+    tensors = weights(folder / "two")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "two" / "model.safetensors", metadata={"format": "pt"})
+    text = written("one", "two", align="{depth: segment_wise, weight_similarity: 1}")
+    asked = parse_recipe(text[: text.index("calibration")], "recipe.yaml").placed_in(folder)
+
+    with pytest.raises(NonFiniteError) as caught:
+        lewis_hub.merge_models(asked, folder / "merged", progress=False)
+
+    assert str(caught.value) == (
+        "model.layers.1.mlp.up_proj.weight holds NaN or infinity in two.\n"
+        "It cannot be compared: use an intact copy, or remove `align` from the model."
     )
 
 
