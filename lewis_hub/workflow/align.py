@@ -25,7 +25,8 @@ from lewis_hub.files import require_room, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
 from lewis_hub.merge.symmetries import Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
-from lewis_hub.recipe.schema import Align, ModelEntry
+from lewis_hub.recipe.alignment import Align
+from lewis_hub.recipe.schema import ModelEntry
 from lewis_hub.workflow.depth import blocks_of, placed
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
