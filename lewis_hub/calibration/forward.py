@@ -103,7 +103,13 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @cache
 def _without_copies() -> Callable[..., Tensor] | None:
-    """The multiplication by oneDNN for torch's compiler: the same bytes, without copies of rows."""
+    """The product by oneDNN for torch's compiler, without copies of rows.
+
+    It has the same bytes with AVX2; with AVX-512 nobody has looked.
+    """
+    backends: Any = torch.backends  # not all typed
+    if backends.cpu.get_cpu_capability() != "AVX2":
+        return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
