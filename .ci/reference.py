@@ -179,7 +179,7 @@ def _command(path: str, command: click.Command) -> str:
 
 
 def methods() -> str:
-    """A section for each method: its formula, its paper, its options with default and range."""
+    """A section for each method: its formula, its paper, its options with default and meaning."""
     from lewis_hub.merge.settings import parameters_of
     from lewis_hub.methods.registry import methods as all_methods
 
@@ -189,11 +189,11 @@ def methods() -> str:
                 f"`{one.name}`",
                 "required" if one.default is None else f"`{str(one.default).lower()}`",
                 one.values,
-                "all models, or each model" if one.per_source else "all models",
+                one.description,
             )
             for one in parameters_of(method)
         ]
-        header = ("option", "default", "values", "set for")
+        header = ("option", "default", "values", "meaning")
         parts = [
             f"### {method.name}",
             method.summary,

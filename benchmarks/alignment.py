@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import puzzles
@@ -91,12 +91,12 @@ def loss(model: LlamaForCausalLM, asked: Sequence[tuple[Tensor, Tensor]]) -> flo
     return total / n_tokens
 
 
-def batched(split: str, size: int = 64) -> list[tuple[Tensor, Tensor]]:
-    """Token ids and labels of a split, padded on the right, which the causal mask hides."""
+def batched(asked: Iterable[puzzles.Item], size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of items, padded on the right, which the causal mask hides."""
     tokenizer, pairs = zoo_tokenizer(), []
-    for item in items(split):
-        asked, answer = (tokenizer(text)["input_ids"] for text in (prompt(item), answer_of(item)))
-        pairs.append((torch.tensor(asked + answer), torch.tensor([IGNORED] * len(asked) + answer)))
+    for item in asked:
+        first, answer = (tokenizer(text)["input_ids"] for text in (prompt(item), answer_of(item)))
+        pairs.append((torch.tensor(first + answer), torch.tensor([IGNORED] * len(first) + answer)))
     pairs.sort(key=lambda pair: len(pair[0]))
     parts = [zip(*pairs[start : start + size], strict=True) for start in range(0, len(pairs), size)]
     return [
@@ -117,7 +117,7 @@ def between(
     one: LlamaForCausalLM, two: LlamaForCausalLM, split: str, shares: Sequence[float] = SHARES
 ) -> dict[float, float]:
     """The loss of the average of two models, by the share of the second."""
-    asked = batched(split)
+    asked = batched(items(split))
     first, second = one.state_dict(), two.state_dict()
     mixed = LlamaForCausalLM(one.config).eval()
     found = {}

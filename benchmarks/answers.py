@@ -46,9 +46,10 @@ class Text:
     start: int
 
 
-def load(folder: Path, dtype: str) -> Any:
+def load(folder: Path, dtype: str, device: str = "cpu") -> Any:
     """A model in which the weights of other models can be placed."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device).eval()
 
 
 def fill(model: Any, folder: Path) -> None:
@@ -98,11 +99,13 @@ def _batches(asked: Sequence[Text]) -> Iterator[list[int]]:
 def _of_batch(model: Any, batch: Sequence[Text]) -> Scored:
     longest = max(len(text.tokens) for text in batch) - 1  # nothing comes after the end
     rows = [[*text.tokens[:-1], *[0] * (longest + 1 - len(text.tokens))] for text in batch]
-    hidden = model.base_model(input_ids=torch.tensor(rows), use_cache=False).last_hidden_state
+    given = torch.tensor(rows, device=model.device)
+    hidden = model.base_model(input_ids=given, use_cache=False).last_hidden_state
     before = [
         row[text.start - 1 : len(text.tokens) - 1] for row, text in zip(hidden, batch, strict=True)
     ]
-    answers = torch.tensor([token for text in batch for token in text.tokens[text.start :]])
+    expected = [token for text in batch for token in text.tokens[text.start :]]
+    answers = torch.tensor(expected, device=model.device)
     logits = model.lm_head(torch.cat(before)).float()
     lengths = [len(text.tokens) - text.start for text in batch]
     losses = cross_entropy(logits, answers, reduction="none").split(lengths)

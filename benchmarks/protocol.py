@@ -1,14 +1,16 @@
 """Runs benchmarks/PROTOCOL.md and writes its tables.
 
     python benchmarks/protocol.py RESULTS [--models FAMILY=FOLDER ...] [--cells PATTERN]
-        [--estimate] [--core-minutes N] [--no-abilities] [--smoke]
+        [--estimate] [--core-minutes N] [--no-abilities] [--device cuda]
+        [--smoke]
 
 RESULTS keeps every cell in a file, so that a run continues where another one ended, in the fixed
 order of PROTOCOL.md. A family that `--models` does not name is fetched from the Hub. PATTERN
 selects cells, such as `smollm2-135m/n2/tasks1/*`. `--estimate` tells what is left, and runs
 nothing. `--core-minutes` starts no cell after so many minutes of processor time. `--no-abilities`
-leaves lm-eval's tasks out, whose data are on the Hub. `--smoke` runs everything once on the
-demo's tiny models, in minutes. The tables are printed, and written to RESULTS/tables.md.
+leaves lm-eval's tasks out, whose data are on the Hub. With `--device cuda` models are trained,
+merged and scored on a GPU, and seconds are those of the clock. `--smoke` runs everything once on
+the demo's tiny models, in minutes. The tables are printed, and written to RESULTS/tables.md.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def _run(
             return
         if cell.family not in benches:
             base = folders.get(cell.family) or _fetched(by_name[cell.family])
-            benches[cell.family] = Bench(store, by_name[cell.family], base, not told.no_abilities)
+            benches[cell.family] = Bench(
+                store, by_name[cell.family], base, told.device, abilities=not told.no_abilities
+            )
         bench = benches[cell.family]
         if cell.method not in refused:
             refused[cell.method] = bench.refused(METHODS[cell.method])
@@ -86,7 +90,7 @@ def _estimate(store: Store, families: Sequence[Family], asked: Sequence[Cell]) -
     left = [cell for cell in asked if not store.has(cell)]
     experts: dict[Path, Family] = {}
     for family in families:
-        bench = Bench(store, family, Path(), abilities=False)
+        bench = Bench(store, family, Path(), "cpu", abilities=False)
         for cell in left:
             if cell.family == family.name:
                 experts |= dict.fromkeys(bench.missing_experts(cell), family)
@@ -115,6 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true")
     parser.add_argument("--core-minutes", type=float)
     parser.add_argument("--no-abilities", action="store_true")
+    parser.add_argument("--device", default="cpu", help="torch device: cpu or cuda")
     parser.add_argument("--smoke", action="store_true")
     return parser.parse_args()
 

@@ -60,7 +60,11 @@ def cells(families: Sequence[Family], pattern: str = "*") -> list[Cell]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What making the model took, without scoring; seconds of all cores, and of the clock."""
+    """What making the model took, without scoring.
+
+    Attributes:
+        cpu_s: seconds of all cores; with a GPU seconds of the clock.
+    """
 
     cpu_s: float
     wall_s: float

@@ -26,7 +26,7 @@ from protocol_methods import (
 )
 from protocol_scores import Scorer
 from protocol_tasks import Family, calibration_items, drawn, items_file, kind_of, write_items
-from protocol_train import distillation, fine_tuning, save, train_expert, train_for
+from protocol_train import distillation, fine_tuning, save, seconds, train_expert, train_for
 
 import lewis_hub
 from lewis_hub.recipe.read import parse_recipe
@@ -39,17 +39,19 @@ Made = tuple[Path, Cost]
 class Bench:
     """A family's base, its experts and items, and the cells that are stored already."""
 
-    def __init__(self, store: Store, family: Family, base: Path, abilities: bool) -> None:  # noqa: FBT001
-        self.store, self.family, self.base = store, family, base
+    def __init__(
+        self, store: Store, family: Family, base: Path, device: str, *, abilities: bool
+    ) -> None:
+        self.store, self.family, self.base, self.device = store, family, base, device
         self.items = store.folder / "items"
         self.items.mkdir(parents=True, exist_ok=True)
-        self.scorer = Scorer(family, base, self.items, abilities)
+        self.scorer = Scorer(family, base, self.items, device, abilities=abilities)
 
     def run(self, cell: Cell) -> Result:
         """Make, score and store one cell; experts that it needs are trained first."""
         method, tasks = METHODS[cell.method], self._tasks(cell)
         given = self._inputs(cell)
-        began = time.process_time()
+        began = seconds(self.device)
         with TemporaryDirectory(dir=self.store.folder) as scratch:
             made = Path(scratch)
             chosen, cost, scores = {
@@ -60,8 +62,9 @@ class Bench:
                 "twin": self._twin,
                 "gradient": self._gradient,
             }[method.kind](cell, given, tasks, made)
-        whole_s = time.process_time() - began
-        result = Result(cell, scores, chosen, cost, whole_s, software())
+        whole_s = seconds(self.device) - began
+        told = {**software(), "device": self.device}
+        result = Result(cell, scores, chosen, cost, whole_s, told)
         self.store.write(result)
         return result
 
@@ -102,10 +105,10 @@ class Bench:
     def _train(self, task: str, place: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
         kind, how = place.name.partition("-")[0], self.family.training
-        began = time.process_time()
-        train_expert(self.base, self.scorer.texts(task, "train"), kind, how, place)
+        began = seconds(self.device)
+        train_expert(self.base, self.scorer.texts(task, "train"), kind, how, place, self.device)
         told = {
-            "cpu_s": time.process_time() - began,
+            "cpu_s": seconds(self.device) - began,
             "work": work(how, self.family.n_parameters),
             "kind": kind,
             "task": task,
@@ -168,7 +171,10 @@ class Bench:
     def _gradient(self, cell: Cell, given: Inputs, tasks: Sequence[str], made: Path) -> Found:
         """Train task arithmetic's merge on the calibration texts for a multiple of our time."""
         method = METHODS[cell.method]
-        budget_s = method.seconds * self._stored(replace(cell, method=OURS)).cost.cpu_s
+        ours = self._stored(replace(cell, method=OURS))
+        if ours.software.get("device", "cpu") != self.device:
+            raise SystemExit(f"{ours.cell} ran on another device than {self.device}")
+        budget_s = method.seconds * ours.cost.cpu_s
         rates: Sequence[Settings] = method.grid
         if method.seconds > 1:
             once = replace(cell, method=cell.method.rpartition("_")[0])
@@ -189,16 +195,16 @@ class Bench:
         self, start: Path, given: Inputs, name: str, settings: Settings, budget_s: float, out: Path
     ) -> tuple[int, Cost]:
         torch.manual_seed(0)
-        began, started = time.process_time(), time.perf_counter()
-        model = load(start, "float32")
+        began, started = seconds(self.device), time.perf_counter()
+        model = load(start, "float32", self.device)
         own = [texts(self.base, read_items(f.parent, *_split(f))) for f in given.items]
         if name.startswith("fine_tuning"):
             loss = fine_tuning(model, own)
         else:
             loss = distillation(model, given.experts, own)
-        left_s = budget_s - (time.process_time() - began)
+        left_s = budget_s - (seconds(self.device) - began)
         n_steps = train_for(model, loss, float(str(settings["rate"])), left_s)
-        cost = Cost(time.process_time() - began, time.perf_counter() - started)
+        cost = Cost(seconds(self.device) - began, time.perf_counter() - started)
         save(model, self.base, out)
         return n_steps, cost
 
@@ -221,9 +227,10 @@ class Bench:
         """Merge by the package's public function; the folder is deleted afterwards."""
         file, folder = scratch / "recipe.yaml", scratch / "merged"
         file.write_text(json.dumps(told), encoding="utf-8")
-        began, started = time.process_time(), time.perf_counter()
-        lewis_hub.merge_models(lewis_hub.read_recipe(file), folder, progress=False)
-        took = time.process_time() - began, time.perf_counter() - started
+        execution = lewis_hub.Execution(device=self.device)
+        began, started = seconds(self.device), time.perf_counter()
+        lewis_hub.merge_models(lewis_hub.read_recipe(file), folder, execution, progress=False)
+        took = seconds(self.device) - began, time.perf_counter() - started
         yield folder, Cost(*took, _peak(folder))
         shutil.rmtree(folder)
 

@@ -41,13 +41,15 @@ metadata: {version: 1.0}
 class Scorer:
     """A family's model in memory, into which weights of merges are copied."""
 
-    def __init__(self, family: Family, base: Path, items: Path, abilities: bool) -> None:  # noqa: FBT001
-        self.family, self.base, self.items = family, base, items
+    def __init__(
+        self, family: Family, base: Path, items: Path, device: str, *, abilities: bool
+    ) -> None:
+        self.family, self.base, self.items, self.device = family, base, items, device
         self.abilities = tuple(family.abilities) if abilities else ()
 
     @cached_property
     def model(self) -> Any:
-        return load(self.base, "float32")
+        return load(self.base, "float32", self.device)
 
     @cached_property
     def passages(self) -> torch.Tensor:
@@ -80,7 +82,7 @@ class Scorer:
     @torch.inference_mode()
     def _general(self) -> list[float]:
         told = []
-        for passage in self.passages:
+        for passage in self.passages.to(self.device):
             logits = self.model(input_ids=passage[None], use_cache=False).logits[0, :-1]
             told.append(float(cross_entropy(logits, passage[1:])))
         return told
@@ -92,7 +94,8 @@ class Scorer:
         own = str(self._primer()) if self.family == SMOKE else None
         limit = N_PRIMER if own else N_ABILITY
         asked = lewis_hub.Evaluation(tasks=self.abilities, include=own, limit=limit)
-        scores = lewis_hub.evaluate_model(folder, asked, progress=False)
+        execution = lewis_hub.Execution(device=self.device)
+        scores = lewis_hub.evaluate_model(folder, asked, execution, progress=False)
         return {name: _accuracy(scores.tasks[name]) for name in self.abilities}
 
     def _primer(self) -> Path:

@@ -36,10 +36,20 @@ class LowRank(nn.Module):
         return weight + 2 * self.b @ self.a
 
 
-def train_expert(base: Path, texts: Sequence[Text], kind: str, how: Training, out: Path) -> None:
+def seconds(device: str) -> float:
+    """The processor time of all cores; on a GPU the time of the clock, when its work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_expert(  # noqa: PLR0913 (one training)
+    base: Path, texts: Sequence[Text], kind: str, how: Training, out: Path, device: str
+) -> None:
     """Train one expert on answers only, and write it in bfloat16."""
     torch.manual_seed(SEED)
-    model = load(base, "float32")
+    model = load(base, "float32", device)
     matrices = _matrices(model)
     model.requires_grad_(requires_grad=False)
     rate = how.full_rate if kind == "full" else how.lora_rate
@@ -47,7 +57,7 @@ def train_expert(base: Path, texts: Sequence[Text], kind: str, how: Training, ou
         trained = [module.weight.requires_grad_() for module in matrices]
     else:
         for module in matrices:
-            low = LowRank(module.weight.shape, how.lora_rank)
+            low = LowRank(module.weight.shape, how.lora_rank).to(device)
             parametrize.register_parametrization(module, "weight", low)
         trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
@@ -72,12 +82,13 @@ def save(model: Any, base: Path, out: Path) -> None:
 def train_for(
     model: Any, loss: Callable[[random.Random], Tensor], rate: float, budget_s: float
 ) -> int:
-    """Train the float32 model in place until `budget_s` of CPU time is used; return the steps."""
+    """Train the float32 model in place until `budget_s` is used (`seconds`); return the steps."""
+    device = str(model.device)
     model.requires_grad_(requires_grad=False)
     trained = [module.weight.requires_grad_() for module in _matrices(model)]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
-    rng, began, n_steps = random.Random(SEED), time.process_time(), 0
-    while (used := time.process_time() - began) < budget_s:
+    rng, began, n_steps = random.Random(SEED), seconds(device), 0
+    while (used := seconds(device) - began) < budget_s:
         pace = min(1.0, (n_steps + 1) / WARM_UP, max(0.0, 1 - used / budget_s) / 0.4)
         optimizer.param_groups[0]["lr"] = rate * pace
         _step(optimizer, trained, loss(rng))
@@ -100,7 +111,7 @@ def distillation(
     """
     states: list[list[Tensor]] = []
     for folder, own in zip(experts, texts, strict=True):
-        teacher = load(folder, "float32")
+        teacher = load(folder, "float32", str(model.device))
         states.append(list(_hidden(teacher, own)))
         del teacher
 
@@ -110,7 +121,7 @@ def distillation(
         batch = [texts[expert][n] for n in chosen]
         with torch.no_grad():
             taught = model.lm_head(torch.cat([states[expert][n] for n in chosen]))
-        said = model.lm_head(_forward(model, batch)[_kept(batch, whole=True)])
+        said = model.lm_head(_forward(model, batch)[_kept(batch, whole=True).to(model.device)])
         target = log_softmax(taught, -1)
         return kl_div(log_softmax(said, -1), target, reduction="batchmean", log_target=True)
 
@@ -121,7 +132,7 @@ def answer_loss(model: Any, batch: Sequence[Text]) -> Tensor:
     """Mean negative log-likelihood of the answers' tokens."""
     longest = max(len(text.tokens) for text in batch)
     rows = torch.tensor([[*text.tokens, *[0] * (longest - len(text.tokens))] for text in batch])
-    kept = _kept(batch, whole=False)
+    rows, kept = rows.to(model.device), _kept(batch, whole=False).to(model.device)
     logits = model.lm_head(_forward(model, batch)[kept])
     return cross_entropy(logits, rows[:, 1:][kept])
 
@@ -129,7 +140,7 @@ def answer_loss(model: Any, batch: Sequence[Text]) -> Tensor:
 def _forward(model: Any, batch: Sequence[Text]) -> Tensor:
     longest = max(len(text.tokens) for text in batch)
     rows = [[*text.tokens, *[0] * (longest - len(text.tokens))] for text in batch]
-    given = torch.tensor(rows)[:, :-1]
+    given = torch.tensor(rows, device=model.device)[:, :-1]
     hidden: Tensor = model.base_model(input_ids=given, use_cache=False).last_hidden_state
     return hidden
 

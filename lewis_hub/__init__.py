@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from lewis_hub.pipeline import publish as publish
     from lewis_hub.pipeline import stream as stream
     from lewis_hub.pipeline import verify as verify
+    from lewis_hub.recipe.evaluation import Evaluation as Evaluation
+    from lewis_hub.recipe.evaluation import Gate as Gate
     from lewis_hub.recipe.reference import ModelReference as ModelReference
     from lewis_hub.recipe.schema import Calibration as Calibration
-    from lewis_hub.recipe.schema import Evaluation as Evaluation
-    from lewis_hub.recipe.schema import Gate as Gate
     from lewis_hub.recipe.schema import Guide as Guide
     from lewis_hub.recipe.schema import ModelEntry as ModelEntry
     from lewis_hub.recipe.schema import Publishing as Publishing
@@ -56,11 +56,9 @@ _HOME = {  # module -> its public names
         *("calibrate", "check", "merge_models", "open_target"),
         *("publish", "stream", "verify"),
     ),
+    "recipe.evaluation": ("Evaluation", "Gate"),
     "recipe.reference": ("ModelReference",),
-    "recipe.schema": (
-        *("Calibration", "Evaluation", "Gate", "Guide"),
-        *("ModelEntry", "Publishing", "Recipe"),
-    ),
+    "recipe.schema": ("Calibration", "Guide", "ModelEntry", "Publishing", "Recipe"),
     "report.profiles": ("compare_profiles",),
     "tune.objective": ("Search",),
     "tune.run": ("tune_recipe",),

@@ -43,7 +43,8 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
 def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """Refuse a path in a folder that is not a file of this folder.
 
-    A snapshot in huggingface_hub's cache consists of links to the blobs of its repo.
+    A snapshot in huggingface_hub's cache consists of links to the blobs of its repo, and those
+    from Xet are links to blobs of the whole cache.
 
     Raises:
         LocatedError: of the type `error`: the path leads out of the folder, to a hidden file or to
@@ -51,7 +52,8 @@ def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """
     root, target = (Path(os.path.realpath(one)) for one in (folder, path))
     cached = [one.parent for one in (root, *root.parents)[:-1] if one.parent.name == "snapshots"]
-    roots = [root, *(snapshots.with_name("blobs") for snapshots in cached)]
+    blobs = [(one.with_name("blobs"), one.parent.with_name("blobs")) for one in cached]
+    roots = [root, *(place for both in blobs for place in both)]
     part = path.relative_to(folder)
     inside = [target.relative_to(one) for one in roots if target.is_relative_to(one)]
     if not inside or not target.exists():

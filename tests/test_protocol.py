@@ -173,7 +173,7 @@ def test_an_expert_differs_from_its_base_in_the_matrices_of_the_blocks_alone(kin
     base = zoo_folder() / "base"
     how = replace(SMOKE.training, n_steps=2, batch=4, lora_rank=2)
     asked = texts(base, [{"question": f"reverse {w}", "answer": w[::-1]} for w in WORDS])
-    train_expert(base, asked, kind, how, tmp_path)
+    train_expert(base, asked, kind, how, tmp_path, "cpu")
 
     before = load_file(base / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")

@@ -12,16 +12,9 @@ import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.methods.registry import methods
+from lewis_hub.recipe.evaluation import Benchmark, Evaluation, Gate
 from lewis_hub.recipe.read import parse_recipe, read_recipe
-from lewis_hub.recipe.schema import (
-    Benchmark,
-    Calibration,
-    Evaluation,
-    Gate,
-    Guide,
-    Publishing,
-    Recipe,
-)
+from lewis_hub.recipe.schema import Calibration, Guide, Publishing, Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

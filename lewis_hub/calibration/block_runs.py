@@ -30,7 +30,7 @@ class BatchPair:
     """A batch in an expert and in the merged model, before the same block."""
 
     own: BatchState
-    merged: BatchState
+    merged: BatchState  # the same hidden states as `own`, if both have the same `key`
 
 
 Pairs = Sequence[Sequence[BatchPair]]  # of all texts of each expert
@@ -92,8 +92,11 @@ class BlockRuns:
 
     def move(self, pair: BatchPair) -> None:
         """Go on to the next block."""
-        returned = self._find(pair.own, "output", BLOCK)
-        pair.own.move(pair.own.run() if returned is None else returned)
+        if pair.own.key == pair.merged.key:
+            pair.own.number += 1
+        else:
+            returned = self._find(pair.own, "output", BLOCK)
+            pair.own.move(pair.own.run() if returned is None else returned)
         with self._known_outputs(pair.merged):
             returned = pair.merged.run()
         pair.merged.move(returned)

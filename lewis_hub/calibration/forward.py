@@ -93,9 +93,18 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
     on_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
     fits = input.numel() > 0 and input.shape[-1] == weight.shape[-1]
-    if on_cpu and fits and has_onednn() and _is_plain(weight):
+    if not (on_cpu and fits and has_onednn() and _is_plain(weight)):
+        return linear(input, weight, bias)
+    multiply = _without_copies()
+    if multiply is None or input.numel() == input.shape[-1]:  # one row: it may round otherwise
         return linear(input.to_mkldnn(), weight, bias).to_dense()
-    return linear(input, weight, bias)
+    return multiply(input, weight, bias, "none", [], "")
+
+
+@cache
+def _without_copies() -> Callable[..., Tensor] | None:
+    """The multiplication by oneDNN for torch's compiler: the same bytes, without copies of rows."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _is_plain(weight: Tensor) -> bool:

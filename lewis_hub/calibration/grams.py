@@ -181,11 +181,22 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
     n = rows.shape[1]
     if widest == DIAGONAL:
         return sum_of_squares(rows).float().view(n, 1, 1)
-    parts = rows.float().tensor_split(n // part_width(n, widest), 1)
-    total = parts[0].new_zeros(len(parts), parts[0].shape[1], parts[0].shape[1])
+    return mirrored(upper_moments(rows, widest))
+
+
+def upper_moments(rows: Tensor, widest: int, total: Tensor | None = None) -> Tensor:
+    """Do as `second_moments`, but for entries below the diagonal; add to `total` in place."""
+    parts = rows.float().tensor_split(rows.shape[1] // part_width(rows.shape[1], widest), 1)
+    if total is None:
+        total = parts[0].new_zeros(len(parts), parts[0].shape[1], parts[0].shape[1])
     for start in range(0, len(rows), STEP):
         for sums, part in zip(total, parts, strict=True):
             _add_upper(sums, part[start : start + STEP])
+    return total
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """Copy the entries above the diagonal of each matrix to those below it, in place."""
     for sums in total:
         _mirror(sums)
     return total
@@ -207,21 +218,31 @@ def _mirror(sums: Tensor) -> None:
         sums[end:, first:end] = sums[first:end, end:].T
 
 
-def cross_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
-    """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32."""
-    n_parts = right.shape[1] // part_width(right.shape[1], widest)
-    return _summed(left.float().tensor_split(n_parts, 1), right.float().tensor_split(n_parts, 1))
+def cross_moments(left: Tensor, right: Tensor, widest: int, total: Tensor | None = None) -> Tensor:
+    """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32.
 
-
-def residual_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
-    """Sum d x^T over tokens: (n_tokens, n), (n_tokens, in_features) -> (n_parts, n, width)."""
+    It is added to `total`, if that is given, in place.
+    """
     n_parts = right.shape[1] // part_width(right.shape[1], widest)
     parts = right.float().tensor_split(n_parts, 1)
-    return _summed([left.float()] * len(parts), parts)
+    return _summed(left.float().tensor_split(n_parts, 1), parts, total)
 
 
-def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    total = right[0].new_zeros(len(right), left[0].shape[1], right[0].shape[1])
+def residual_moments(
+    left: Tensor, right: Tensor, widest: int, total: Tensor | None = None
+) -> Tensor:
+    """Sum d x^T over tokens: (n_tokens, n), (n_tokens, in_features) -> (n_parts, n, width).
+
+    It is added to `total`, if that is given, in place.
+    """
+    n_parts = right.shape[1] // part_width(right.shape[1], widest)
+    parts = right.float().tensor_split(n_parts, 1)
+    return _summed([left.float()] * len(parts), parts, total)
+
+
+def _summed(left: Sequence[Tensor], right: Sequence[Tensor], total: Tensor | None) -> Tensor:
+    if total is None:
+        total = right[0].new_zeros(len(right), left[0].shape[1], right[0].shape[1])
     for start in range(0, len(right[0]), STEP):
         tokens = slice(start, start + STEP)
         for sums, z, x in zip(total, left, right, strict=True):

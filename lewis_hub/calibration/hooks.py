@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from lewis_hub.calibration.grams import InputSum, sum_of_squares
 from lewis_hub.calibration.texts import TokenBatch
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.methods.numerics import all_finite
 
 Statistic = Callable[[Tensor], Tensor]  # (n_tokens, in_features) -> its sum over the tokens
 Observe = Callable[[str, Tensor], None]  # takes a module's path and its input, (..., in_features)
@@ -145,7 +146,7 @@ def require_seen(measured: Mapping[str, object], name: str) -> None:
 def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
     """Refuse sums that are NaN or infinite with a CalibrationModelError."""
     for path, one in totals.items():
-        if not torch.isfinite(one.total).all():
+        if not all_finite(one.total):
             raise not_finite(f"the activations before {path}", name)
 
 

@@ -7,6 +7,9 @@ the input of o is computed. The last Linear of a block is fitted so that it comp
 difference between the outputs of the expert's block and the merged block that earlier matrices
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
+With `inputs: merged_block` (RegMean++) the expert's block gets the hidden states of the merged
+model, as far as it is fitted, and x = z is the input of the expert's Linear there. All Linears of a
+block are fitted on E[x x^T] before they are replaced.
 The blocks of an encoder are fitted before those of its decoder, which attend to the output of the
 merged encoder, and in the expert to that of the expert's encoder.
 
@@ -21,9 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -69,6 +73,8 @@ FITTED: dict[Grouping, str] = {
     unpadded_batches: "unpadded-{}.safetensors",
 }
 
+InSequence = Literal["merged", "merged_block"]  # `inputs` of a recipe that fits in sequence
+
 UNLIKE = "its blocks have other matrices than the merge's, so they cannot go side by side"
 
 
@@ -112,6 +118,7 @@ class SequentialFit:
     grouping: Grouping  # unpadded_batches if a module has not a row for each token
     n_threads: int  # the number of matrices solved at a time
     n_before: int  # the number of blocks of stacks before this one
+    inputs: InSequence = "merged"
     affine_of: AffineOptionsOf | None = None  # None: norms and biases stay as they are
 
 
@@ -127,7 +134,9 @@ class Entered:
         """Those of all texts."""
         yield self.trial
         for pair in chain.from_iterable(self.pairs):
-            yield from (pair.own, pair.merged)
+            yield pair.merged
+            if pair.own.key != pair.merged.key:
+                yield pair.own
 
 
 def fit(  # noqa: PLR0913
@@ -139,6 +148,7 @@ def fit(  # noqa: PLR0913
     device: str,
     advance: Advance,
     affine_of: AffineOptionsOf | None = None,
+    inputs: InSequence = "merged",
 ) -> list[Path]:
     """Fit the Linears of all blocks of a merge without statistics, on the `texts` of each expert.
 
@@ -167,6 +177,7 @@ def fit(  # noqa: PLR0913
         n_before = sum(len(one.blocks) for one in stacks[:number])
         made = SequentialFit(
             *(stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before),
+            inputs=inputs,
             affine_of=affine_of,
         )
         jobs.append(made)
@@ -246,6 +257,9 @@ def _enter(
     for place, (expert, one) in enumerate(zip(job.experts, texts, strict=True)):
         encoded = before and [[pair.own for pair in before.pairs[place]]]
         [own] = enter_blocks(expert, [list(job.grouping(one.own))], cache, encoded or ())
+        if job.inputs == "merged_block":
+            for state, shared_with in zip(own, merged[place], strict=True):
+                state.key = shared_with.key
         pairs.append([BatchPair(*both) for both in zip(own, merged[place], strict=True)])
     return Entered(first, pairs)
 
@@ -257,6 +271,8 @@ def _fit_block(
 
     All texts stay before the block.
     """
+    if job.inputs == "merged_block":
+        return _fit_unpaired(job, trial, pairs, [path for path, _ in linears("", trial.block)])
     in_order = levels(trial)
     paired = {path for level in in_order for path in level}
     unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
@@ -353,22 +369,23 @@ def paired_moments(
     `with_residual` needs a Linear that `is_added`. An input without a row for every token is an
     OutOfStepError, one that is not finite a CalibrationModelError.
     """
-
-    def summed(pair: BatchPair) -> list[InputSum]:
+    gram = cross = residual = None
+    n_tokens = 0
+    for pair in pairs:
         seen = runs.seen(pair, path, with_residual=with_residual)
-        x, d = seen.x, seen.residual
-        sums = [grams.second_moments(x, widest), grams.cross_moments(seen.z, x, widest)]
-        if d is not None:
-            sums.append(grams.residual_moments(d, x, widest))
-        return [InputSum(one, len(x)) for one in sums]
-
-    totals = reduce(
-        lambda one, two: [a + b for a, b in zip(one, two, strict=True)], map(summed, pairs)
-    )
-    states = (pairs[0].merged, pairs[0].own, pairs[0].own)
-    for one, state in zip(totals, states, strict=False):
-        require_finite({f"{pairs[0].merged.path}.{path}": one}, state.model.name)
-    return LayerMoments(*(one.mean() for one in totals))
+        n_tokens += len(seen.x)
+        gram = grams.upper_moments(seen.x, widest, gram)
+        cross = grams.cross_moments(seen.z, seen.x, widest, cross)
+        if seen.residual is not None:
+            residual = grams.residual_moments(seen.residual, seen.x, widest, residual)
+    assert gram is not None
+    grams.mirrored(gram)
+    merged, own = pairs[0].merged, pairs[0].own
+    for one, state in ((gram, merged), (cross, own), (residual, own)):
+        if one is not None:
+            require_finite({f"{merged.path}.{path}": InputSum(one, n_tokens)}, state.model.name)
+            one.div_(n_tokens)
+    return LayerMoments(gram, cross, residual)
 
 
 def own_moments(
@@ -378,4 +395,5 @@ def own_moments(
     modules = {path: linear_at(texts[0], path) for path in paths}
     statistic = partial(grams.second_moments, widest=widest)
     [totals] = block_sums(texts, modules, [statistic], lambda state: state.run())
-    return {path: LayerMoments(one.mean()) for path, one in totals.items()}
+    of_sum = {id(one): LayerMoments(one.mean()) for one in totals.values()}
+    return {path: of_sum[id(one)] for path, one in totals.items()}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from lewis_hub.documents import SURROGATE
 from lewis_hub.errors import CalibrationError, CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
@@ -104,7 +105,8 @@ class Messages:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opens}
         try:
             return str(self._tokenizer.apply_chat_template(plain, **options))
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # of no class of jinja's where a content is no text
             problem = f"the chat template refuses row {index}: {error}"
             remedy = "The roles or their order do not suit this tokenizer; use `text`."
             raise CalibrationError(self._where, problem, remedy) from error
@@ -294,6 +296,11 @@ def calibration_tokens(
         check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
     texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
+    for i, text in zip(drawn, texts, strict=True):
+        if SURROGATE.search(text):
+            where = f"calibration on {calibration.data}"
+            problem = f"row {i} has half a letter, which UTF-8 cannot encode"
+            raise CalibrationError(where, problem, "Repair the row, or draw others by `seed`.")
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     sequences: list[tuple[int, list[int]]] = []
     if kept:

@@ -36,6 +36,7 @@ WIDTHS = {  # bytes of an element
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 MERGEABLE = ("BF16", "F16", "F32")
+NO_FILE = ""  # in place of the file of a tensor that is not stored
 COPIED = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 
@@ -99,10 +100,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapted:
-    """How an adapter changes one tensor of its base."""
+    """How an adapter, or a model of another depth, changes one tensor of its base."""
 
     base: TensorHeader
-    saved: TensorHeader | None  # of the adapter's file, replaces the base's tensor
+    saved: TensorHeader | None  # of its own file, replaces the base's tensor; NO_FILE: zeros
     update: LowRank | None  # added afterwards
 
     @property
@@ -110,7 +111,7 @@ class Adapted:
         """The stored tensors in the adapter's file."""
         update = self.update
         parts = (update.a, update.b, update.magnitude) if update else ()
-        return tuple(part for part in (self.saved, *parts) if part)
+        return tuple(part for part in (self.saved, *parts) if part and part.shard != NO_FILE)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class SourceTensor:
         adapted, source = self.header.adapted, self.base or self.source
         if adapted:
             yield from SourceTensor(source, adapted.base).stored()
-            yield from ((self.source, part) for part in adapted.own)
+            for part in adapted.own:
+                yield from SourceTensor(self.source, part).stored()
         else:
             yield from ((source, part) for part in _stored_parts(self.header.scaled or self.header))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,8 @@ from lewis_hub.files import text_of
 
 if TYPE_CHECKING:
     from lewis_hub.methods.registry import Method
+
+ARXIV = "https://arxiv.org/abs/"
 
 
 @click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
@@ -42,18 +44,29 @@ def schema(kind: str) -> None:
 @click.argument("name", required=False)
 @terminal_options
 def methods(terminal: Terminal, name: str | None) -> None:
-    """List the merge methods, their options and their papers, or describe one.
+    """List the merge methods, or describe one.
 
-    With NAME, this shows the method's formula and the default and range of each option.
+    With NAME, this shows the method's formula, its paper, and what each option means, with its
+    default and range. With --json the list has the options and papers of all methods.
     """
     from lewis_hub.methods import registry
 
     if name is not None:
         _describe(terminal, registry.find(name))
         return
-    names = {m.name: [*m.settings, *m.options] for m in registry.methods()}
-    rows = [(m.name, m.summary, names[m.name], m.paper) for m in registry.methods()]
-    _print_list(terminal, ("methods", "options"), rows, registry.broken())
+    found = registry.methods()
+    entries = [
+        {
+            "name": one.name,
+            "summary": one.summary,
+            "options": [*one.settings, *one.options],
+            "paper": one.paper,
+        }
+        for one in found
+    ]
+    table = TextTable(("name", "description"), tuple((one.name, one.summary) for one in found))
+    more = "\n`lewis-hub methods NAME` shows a method's formula, options and paper."
+    _print_list(terminal, "methods", entries, registry.broken(), table, more)
 
 
 def _describe(terminal: Terminal, method: Method) -> None:
@@ -61,16 +74,15 @@ def _describe(terminal: Terminal, method: Method) -> None:
     from lewis_hub.merge.settings import parameters_of
 
     parameters = parameters_of(method)
-    header = ("option", "default", "values", "set for")
+    header = ("option", "default", "values", "meaning")
     rows = tuple(
         (
             one.name,
             "required" if one.default is None else str(one.default).lower(),
             one.values,
-            place,
+            one.description,
         )
         for one in parameters
-        for place in ["all models, or each model" if one.per_source else "all models"]
     )
     document = {
         "name": method.name,
@@ -90,26 +102,32 @@ def _describe(terminal: Terminal, method: Method) -> None:
 @click.command()
 @terminal_options
 def guides(terminal: Terminal) -> None:
-    """List the guides, what they need, and their papers."""
+    """List the guides and their papers. With --json also what each measures."""
     from lewis_hub.guides import registry
 
-    rows = [(g.name, g.summary, g.needs, g.paper) for g in registry.guides()]
-    _print_list(terminal, ("guides", "needs"), rows, registry.broken())
+    found = registry.guides()
+    entries = [
+        {"name": one.name, "summary": one.summary, "needs": one.needs, "paper": one.paper}
+        for one in found
+    ]
+    rows = tuple(
+        (one.name, one.summary, (one.paper or "").replace(ARXIV, "arXiv ")) for one in found
+    )
+    table = TextTable(("name", "description", "paper"), rows)
+    _print_list(terminal, "guides", entries, registry.broken(), table)
 
 
 def _print_list(
     terminal: Terminal,
-    keys: tuple[str, str],
-    rows: Sequence[tuple[str, str, Sequence[str], str | None]],
+    kind: str,
+    entries: Sequence[Mapping[str, object]],
     broken: Sequence[LewisHubError],
+    *shown: TextTable | str,
 ) -> None:
-    kind, third = keys
-    entries = [{"name": n, "summary": s, third: words, "paper": p} for n, s, words, p in rows]
-    texts = ((n, summary, ", ".join(words), p or "") for n, summary, words, p in rows)
     for error in broken:
         say(f"warning: {error}", err=True)
     document = {kind: entries, **({"broken": [str(error) for error in broken]} if broken else {})}
-    terminal.finish(document, TextTable(("name", "description", third, "paper"), tuple(texts)))
+    terminal.finish(document, *shown)
 
 
 @click.group(cls=Commands)

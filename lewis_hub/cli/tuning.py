@@ -104,7 +104,7 @@ def tune(
     """
     recipe = options.read_recipe(recipe_file, allow_overlap=allow_overlap)
     from lewis_hub.files import require_writable
-    from lewis_hub.tune.run import write_report
+    from lewis_hub.tune.report import write_report
 
     search = lewis_hub.Search(
         n_trials=n_trials,
@@ -128,7 +128,7 @@ def tune(
 def _shown(
     tuned: Tuned, document: Mapping[str, Any], name: str, width: int
 ) -> Iterator[TextTable | str]:
-    from lewis_hub.tune.run import found_by
+    from lewis_hub.tune.report import found_by
 
     yield from trials_tables(tuned, N_SHOWN, width)
     durations = document["seconds_a_trial"].items()

@@ -23,7 +23,7 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
-from lewis_hub.hub.rows import commit_cache, library
+from lewis_hub.hub.rows import commit_cache, library, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -125,7 +125,8 @@ def at_commits(commits: Commits) -> Iterator[None]:
         commit = commits.get((path, kwargs.get("revision")))
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
-        return load(path, *args, **kwargs)
+        with only_tables():
+            return load(path, *args, **kwargs)
 
     datasets.load_dataset = load_at_commit
     try:

@@ -1,4 +1,4 @@
-"""Python of tasks that runs what a model wrote: found by its text, without importing it."""
+"""Python of tasks that runs what a model wrote, or what the Hub has: found by its text alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,22 @@ RUNS_CODE = re.compile(
     r"\bexec\(|(?<!\.)\beval\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\("
     r"|\bparse_expr\b|\bsympify\b"
 )
+# `evaluate` runs the script of a metric, from the newest commit of a Space.
+LOADS_CODE = re.compile(r"\b\w*evaluate\.load\(|\bfrom +evaluate +import\b")
 IMPORTS_OTHERS = re.compile(r"\blm_eval\.tasks\b|\bfrom +\.")
 
 
 def runs_code(modules: Iterable[Path], root: Path) -> bool:
     """Whether Python files, or those of lm-eval's tasks in `root` that they import, run code."""
+    return _is_found(RUNS_CODE, modules, root)
+
+
+def loads_code(modules: Iterable[Path], root: Path) -> bool:
+    """Whether they load code from the Hub."""
+    return _is_found(LOADS_CODE, modules, root)
+
+
+def _is_found(pattern: re.Pattern[str], modules: Iterable[Path], root: Path) -> bool:
     seen: set[Path] = set()
     left = list(modules)
     while left:
@@ -27,7 +38,7 @@ def runs_code(modules: Iterable[Path], root: Path) -> bool:
             continue
         seen.add(module)
         text = module.read_text(encoding="utf-8")
-        if RUNS_CODE.search(text):
+        if pattern.search(text):
             return True
         left += _imported(module, text, root)
     return False

@@ -19,6 +19,7 @@ from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import require_inside
+from lewis_hub.hub.rows import only_tables
 
 KINDS = {  # types of own tasks -> class of mteb
     "Classification": "AbsTaskClassification",
@@ -152,7 +153,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
             pinned.pop("trust_remote_code", None)  # `datasets` runs no code
             task.metadata = task.metadata.model_copy(update={"dataset": pinned})
         try:
-            with quiet_libraries():
+            with quiet_libraries(), only_tables():
                 task.load_data()
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             line = str(error).partition("\n")[0]

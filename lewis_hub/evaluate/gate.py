@@ -24,7 +24,7 @@ from lewis_hub.evaluate.scores import (
     read_document,
     settings_words,
 )
-from lewis_hub.recipe.schema import Gate
+from lewis_hub.recipe.evaluation import Gate
 
 VERSION = 1
 FILE = "lewis/gate.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -363,25 +364,36 @@ def _contains(text: str, question: Sequence[str], answer: str) -> bool:
     n_words = sum(map(_n_words, question))
     if n_words >= LONG_QUESTION:
         return True
-    last = max(question, key=len)
-    places = re.finditer(f"(?={re.escape(last)})", text)
-    rests = (text[place.start() + len(last) :] for place in places)
-    return any(_answers(rest, answer) or (n_words > 1 and _is_left_open(rest)) for rest in rests)
+    last, pieces = max(question, key=len), text.split()
+    counted = list(accumulate(map(_is_word, pieces), initial=0))
+    found = list(_places(text, answer)) if answer.strip() else []
+    for place in _places(text, last):
+        end = place + len(last.split())
+        nearest = bisect_left(found, end)
+        if nearest < len(found) and counted[found[nearest]] - counted[end] <= ANSWER_DISTANCE:
+            return True
+        n_left = counted[-1] - counted[end]
+        is_open = n_left <= ANSWER_DISTANCE and end < len(pieces) and pieces[-1] == ":"
+        if n_words > 1 and (n_left == 0 or is_open):  # the text ends before the answer
+            return True
+    return False
 
 
-def _answers(rest: str, answer: str) -> bool:
-    before, found, _ = f" {rest}".partition(answer)
-    return bool(answer.strip() and found) and _n_words(before) <= ANSWER_DISTANCE
+def _places(text: str, part: str) -> Iterator[int]:
+    """The numbers of the pieces at which a part of a text begins; both are `normalized`."""
+    number, last = 0, 0
+    for found in re.finditer(f"(?={re.escape(part)})", text):
+        number += text.count(" ", last, found.start())
+        last = found.start()
+        yield number
 
 
-def _is_left_open(rest: str) -> bool:
-    """Whether a text ends before an answer: nothing is left, or a few words and a colon."""
-    n_words = _n_words(rest)
-    return n_words == 0 or (n_words <= ANSWER_DISTANCE and rest.rstrip().endswith(":"))
+def _is_word(piece: str) -> bool:
+    return piece[0].isalnum() or piece[0] == "_"
 
 
 def _n_words(text: str) -> int:
-    return sum(piece[0].isalnum() or piece[0] == "_" for piece in text.split())
+    return sum(map(_is_word, text.split()))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from lewis_hub.documents import MAX_DEPTH, MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.code import runs_code
+from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.files import require_inside
@@ -30,6 +30,11 @@ DEFAULT_METRICS = {  # by output type: what lm-eval scores where a file names no
     "multiple_choice": ("acc", "acc_norm"),
     "generate_until": ("exact_match",),
 }
+METRIC_NAMES = (  # that lm-eval has itself
+    "acc acc_all acc_bytes acc_mutual_info acc_norm bits_per_byte bleu brier_score bypass "
+    "byte_perplexity chrf chrf++ exact_match f1 likelihood mcc perplexity ter word_perplexity"
+)
+METRICS = frozenset(METRIC_NAMES.split())
 CORRECT = "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
 ALLOW = "Allow it with `--allow-code-execution`, best in a container without network."
 TEXTS = "text and no list of texts"
@@ -321,6 +326,20 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
         unsafe = runs_code(file.modules, bundled_folder())
     if unsafe:
         raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
+    bundled = () if include and file.path.is_relative_to(include) else file.modules
+    if _loads_metric(config) or loads_code(bundled, bundled_folder()):
+        raise EvaluationError(file.name, "runs code of a metric that the Hub has.", ALLOW)
+
+
+def _loads_metric(config: Mapping[str, Any]) -> bool:
+    """Whether lm-eval loads a metric by `evaluate`, because it is asked to or has none itself."""
+    if "class" in config or config.get("process_results") is not None:
+        return False
+    return any(
+        entry.get("hf_evaluate") is True or entry["metric"] not in METRICS
+        for entry in _listed(config, "metric_list")
+        if isinstance(entry.get("metric"), str) and not isinstance(entry["metric"], Function)
+    )
 
 
 class _Catalog:

@@ -1,4 +1,4 @@
-"""Limits on the bodies of answers: how slowly they may arrive, and how large a lookup may be.
+"""Limits on answers: how long they may be silent, how slowly arrive, how large a lookup may be.
 
 What the first request of a call asks for decides; a redirect cannot make a file of a lookup.
 """
@@ -16,9 +16,12 @@ import httpx2
 
 MIN_BYTES_PER_S = 1024  # a slower answer is given up
 SPEED_AFTER_S = 30.0  # the speed is measured over so long
+LONGEST_SILENCE_S = 60.0  # before an answer, and between its pieces
+LONGEST_WORK_S = 300.0  # before the answer to a request for work, such as a commit
 MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
+MAX_PAGES = 1000  # of a list, such as that of a repo's files
 PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
     rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
@@ -35,6 +38,42 @@ def note_purpose(request: httpx2.Request) -> None:
     purpose = request.extensions.setdefault(PURPOSE, _purpose(request))
     if purpose == "file":
         request.headers["Accept-Encoding"] = "identity"
+
+
+PAGES: dict[str, int] = {}  # address of the next page of a list -> its number
+PAGE = "lewis_hub.page"  # of a request: the key of its number
+
+
+def limit_pages(request: httpx2.Request) -> None:
+    """Refuse the next page of a list that does not end: huggingface_hub asks for what it is told.
+
+    Raises:
+        DecodingError: it has too many pages.
+    """
+    number = PAGES.get(str(request.url), 0)
+    request.extensions[PAGE] = number
+    if number > MAX_PAGES:
+        raise httpx2.DecodingError(f"a list has more than {MAX_PAGES:,} pages")
+
+
+def note_next_page(answer: httpx2.Response) -> None:
+    """Note the number of the page that an answer names."""
+    following = answer.links.get("next", {}).get("url")
+    if following:
+        if len(PAGES) > 100 * MAX_PAGES:
+            PAGES.clear()
+        address = str(answer.request.url.join(following))
+        PAGES[address] = answer.request.extensions.get(PAGE, 0) + 1
+
+
+def limit_silence(request: httpx2.Request) -> None:
+    """Limit how long a request waits, where its caller sets no limit: huggingface_hub sets few."""
+    longest_s = LONGEST_WORK_S if request.method == "POST" else LONGEST_SILENCE_S
+    limits = dict.fromkeys(("connect", "pool"), LONGEST_SILENCE_S)
+    limits |= dict.fromkeys(("read", "write"), longest_s)
+    asked = request.extensions.get("timeout") or {}
+    set_by_caller = {kind: limit for kind, limit in asked.items() if limit is not None}
+    request.extensions["timeout"] = limits | set_by_caller
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

@@ -22,7 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub.answers import COMPRESSION, limit_body, note_purpose
+from lewis_hub.hub.answers import (
+    COMPRESSION,
+    limit_body,
+    limit_pages,
+    limit_silence,
+    note_next_page,
+    note_purpose,
+)
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -125,13 +132,13 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Limit pauses, and speed and size of answers, in the calls of huggingface_hub: it does not."""
+    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls."""
     session = get_session()  # a lost connection makes a new one
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
-        requests.append(note_purpose)
-        answers.extend((_require_short_pause, limit_body))
+        requests.extend((note_purpose, limit_pages, limit_silence))
+        answers.extend((_require_short_pause, note_next_page, limit_body))
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:

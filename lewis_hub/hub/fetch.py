@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,14 @@ from huggingface_hub import (
     is_offline_mode,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from lewis_hub.display import Advance
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import require_inside, require_room, sha256_of
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
 from lewis_hub.hub.source import (
     ADAPTERS,
-    DIGEST,
     LICENCES,
     PICKLED,
     Source,
@@ -66,6 +65,9 @@ SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
 MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
+MAX_READ = 1000
+# digest of a file -> beginning, end and digest of what was read of it alone
+READ: dict[str, set[tuple[int, int, bytes]]] = {}
 MIN_TRANSFER_BYTES = 1 << 16  # of several attempts in a row: fewer would take days
 
 
@@ -140,9 +142,12 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     for folder in (source.converted, source.folder):
         if folder and (folder / path).exists():
             require_inside(folder, folder / path, SourceError)
-            return _read_whole(hub_repo, path, folder / path)
+            content = _read_whole(hub_repo, path, folder / path)
+            if digest_like(file.digest, content) != file.digest:
+                raise _changed(source, folder / path)
+            return content
     _require_small(hub_repo, path, file.size_bytes)
-    return read_file(hub_repo, path)
+    return read_file(hub_repo, path, file.digest)
 
 
 def read_pinned(source: Source, file: SourceFile) -> bytes:
@@ -158,8 +163,12 @@ def read_pinned(source: Source, file: SourceFile) -> bytes:
         content = path.read_bytes()
         if digest_like(file.digest, content) == file.digest:
             return content
+    raise _changed(source, path)
+
+
+def _changed(source: Source, path: Path) -> SourceError:
     problem = f"{path} changed after its digest was read"
-    raise SourceError(source.pinned, problem, "Restore or delete it, then run again.")
+    return SourceError(source.pinned, problem, "Restore or delete it, then run again.")
 
 
 def require_small(source: Source, file: SourceFile) -> None:
@@ -168,12 +177,19 @@ def require_small(source: Source, file: SourceFile) -> None:
         raise SourceError(source.pinned, *_too_large(file.path))
 
 
-def read_file(hub_repo: HubRepo, path: str) -> bytes:
-    """The content of a small file of a repo, which is then in the cache."""
-    return _read_whole(hub_repo, path, _small_file(hub_repo, path))
+def read_file(hub_repo: HubRepo, path: str, digest: str) -> bytes:
+    """The content of a small file of a repo, which is then in the cache.
+
+    Raises:
+        SourceError: it has not the digest that the Hub lists, or the download failed.
+    """
+    content = _read_whole(hub_repo, path, _small_file(hub_repo, path, digest))
+    if digest_like(digest, content) != digest:
+        raise _another(hub_repo, path)
+    return content
 
 
-def _small_file(hub_repo: HubRepo, path: str) -> Path:
+def _small_file(hub_repo: HubRepo, path: str, digest: str) -> Path:
     """A file of the cache, which is downloaded if it is small and not there yet."""
     cached = try_to_load_from_cache(
         hub_repo.name, path, revision=hub_repo.revision, repo_type=hub_repo.repo_type
@@ -183,15 +199,16 @@ def _small_file(hub_repo: HubRepo, path: str) -> Path:
     if not is_offline_mode():
         url, metadata = hub_repo.file_url(path), hub_repo.api.get_hf_file_metadata
         known = call_hub(hub_repo, lambda: metadata(url=url))
-        etag, size_bytes = known.etag or "", known.size or 0
-        _require_small(hub_repo, path, size_bytes)
-        digest = f"sha256:{etag}" if len(etag) == 64 else f"git-sha1:{etag}"
+        _require_small(hub_repo, path, known.size or 0)
+        file = SourceFile(path, known.size or 0, digest)
         with hub_failures(hub_repo):
-            if not DIGEST.fullmatch(digest):
-                raise FileMetadataError(f"{path}: {etag!r} is not a digest")
-            file = SourceFile(path, size_bytes, digest)
             _download_blob(hub_repo, file, ByteCounter(), threading.Event())
     return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None))
+
+
+def _another(hub_repo: HubRepo, path: str) -> SourceError | PublishError:
+    problem = f"`{path}` is another file than {hub_repo.api.endpoint} lists"
+    return hub_repo.failed(problem, "Run the same command again; it resolves the files again.")
 
 
 def _read_whole(hub_repo: HubRepo, path: str, file: Path) -> bytes:
@@ -247,8 +264,26 @@ def _fetch_file(
         _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
+    blob = _blob(hub_repo.name, hub_repo.repo_type, file)
+    is_checked = blob.exists()
     # Links the blob into the snapshot; downloads it first if Xet stores it.
-    retry(lambda: _through_cache(hub_repo, file.path, received.add))
+    path = retry(lambda: _through_cache(hub_repo, file.path, received.add))
+    if not is_checked and _digest(path, file) != file.digest:  # huggingface_hub compares sizes
+        blob.unlink(missing_ok=True)
+    elif not path.is_symlink() or path.readlink().name == blob.name:
+        _require_as_read(hub_repo, file, path)
+        return
+    path.unlink()
+    raise _another(hub_repo, file.path)
+
+
+def _require_as_read(hub_repo: HubRepo, file: SourceFile, path: Path) -> None:
+    """Refuse a file of which other bytes came before it was downloaded, such as another header."""
+    for start, stop, digest in READ.pop(file.digest, ()):
+        with path.open("rb") as opened:
+            opened.seek(start)
+            if sha256(opened.read(stop - start)).digest() != digest:
+                raise _another(hub_repo, file.path)
 
 
 def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
@@ -485,9 +520,7 @@ class RemoteFiles:
             problem += f"{content_range.removeprefix('bytes ')} received"
             raise hub_repo.failed(problem, "A proxy may be broken: merge without --stream.")
         if not {"", file.digest.partition(":")[2]}.issuperset(tags):
-            problem = f"`{path}` is another file than {hub_repo.api.endpoint} lists"
-            remedy = "Run the same command again; it resolves the files again."
-            raise hub_repo.failed(problem, remedy)
+            raise _another(hub_repo, path)
         return file.size_bytes
 
 
@@ -514,7 +547,11 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
             stored.seek(start)
             return stored.read(stop - start)
     hub_repo = HubRepo.of(api, source)
-    return call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
+    content = call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
+    if len(READ) >= MAX_READ:
+        READ.clear()
+    READ.setdefault(file.digest, set()).add((start, stop, sha256(content).digest()))
+    return content
 
 
 def _read_until(hub_repo: HubRepo, file: SourceFile, start: int, stop: int) -> bytes:

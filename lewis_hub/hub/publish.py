@@ -59,6 +59,8 @@ SAMPLE_BYTES = 512  # the Hub decides by a file's first bytes how to store it
 ALONE_BYTES = 8 << 20  # larger files are uploaded one by one, so that progress shows
 UNREADABLE = (json.JSONDecodeError, FileMetadataError, *MISREAD)  # of the answer to a commit
 OVERTAKEN = {404, 412}  # a file to delete is gone already; the parent is not main any more
+NO_REPO = ""  # in place of a commit: the repo did not exist
+NEW_REPO = {".gitattributes"}  # the files that the Hub gives a new repo
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Publication:
     landing: Landing = "commit"
     tag: str | None = None
     private: bool = False  # of a repo that is created
-    expected_parent: str | None = None  # commit sha of main that was compared with; None: any
+    expected_parent: str | None = None  # sha of main that was compared with, or NO_REPO; None: any
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def publish(
     change = _compare(hub_repo, target, files, sent)
     _require_free_tag(hub_repo, change, tag)
     found = PushedCommit(str(target.head)) if change.done_in(target) else None
-    if not found and publication.expected_parent not in {None, target.head}:
+    if not found and not _is_expected(target, publication.expected_parent):
         raise _head_moved(hub_repo, target.head)
     if not found and landing == "pull-request":
         found = _proposed(hub_repo, change)
@@ -194,6 +196,13 @@ def publish(
     additions = _upload(hub_repo, change, landing, advance)
     pushed = _commit(hub_repo, change, additions, publication)
     return _published(hub_repo, pushed, tag, changed=True)
+
+
+def _is_expected(target: Target, parent: str | None) -> bool:
+    """Whether nobody else has committed since main was looked at."""
+    if parent == NO_REPO:
+        return target.digests.keys() <= NEW_REPO
+    return parent in {None, target.head}
 
 
 def publish_tag(api: HfApi, repo_id: str, pushed: PushedCommit, tag: str | None) -> Published:

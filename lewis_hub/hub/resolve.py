@@ -31,6 +31,7 @@ from lewis_hub.hub.source import (
     RepoType,
     Source,
     SourceFile,
+    cache_folder,
     cached_sha,
     digest_like,
     listed_file,
@@ -164,10 +165,12 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
 def is_path(written: str) -> bool:
     """Whether a name can only be a path, by its first letter, slashes or ending.
 
-    With a revision, a name that ends like a file is a repo: `me/rows.json@main`.
+    With a revision, a name that ends like a file is a repo: `me/rows.json@main`. A revision may
+    have slashes: `me/rows@refs/convert/parquet`.
     """
     is_file = Path(written).suffix in DATA_SUFFIXES
-    return is_file or starts_like_path(written) or written.count("/") > 1
+    has_folders = written.partition("@")[0].count("/") > 1
+    return is_file or starts_like_path(written) or has_folders
 
 
 def missing_path_error(written: str, places: Iterable[Path]) -> SourceError:
@@ -237,12 +240,35 @@ def _repo(hub_repo: HubRepo) -> Source:
             for file in listed
             if ".." not in file.path.split("/") and not file.path.startswith("/")
         )
+    _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"
     if getattr(info, "gated", False):  # anyone may list its files, but not read them
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
         access = "gated"
     return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
+
+
+def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile]) -> None:
+    """Remove from the cache what is in the place of a file of this commit and is another one.
+
+    Hubs share the cache: another one may have claimed the same commit.
+    """
+    digests = {snapshot / file.path: file.digest for file in files}
+    for path in snapshot.rglob("*"):
+        if path not in digests or not path.is_file():
+            continue
+        found = _cached_digest(path)
+        if digests[path].startswith("git-sha1:") and found.startswith("sha256:"):  # it is no link
+            found = git_sha1_of(path)
+        if found == digests[path]:
+            continue
+        try:
+            path.unlink()
+        except OSError as error:
+            problem = f"{path} is another file than {hub_repo.api.endpoint} lists"
+            remedy = f"Delete it ({error.strerror}), or set HF_HUB_CACHE to another folder."
+            raise hub_repo.failed(problem, remedy) from None
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:
@@ -260,7 +286,11 @@ def _from_cache(hub_repo: HubRepo) -> Source:
 
 
 def _cached_digest(path: Path) -> str:
-    etag = path.resolve().name
+    """The digest that names a file of the cache.
+
+    Its blob may be a link in turn: to the store that the cache has for files from Xet.
+    """
+    etag = path.readlink().name if path.is_symlink() else ""
     if not ETAG.fullmatch(etag):  # a cache without symbolic links
         return digests_of([path])[0]
     return f"git-sha1:{etag}" if len(etag) == 40 else f"sha256:{etag}"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
+from huggingface_hub import constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import SourceError
@@ -24,11 +28,16 @@ if TYPE_CHECKING:
 
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
+ONLY_TABLES: ContextVar[bool] = ContextVar("ONLY_TABLES", default=False)
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 README = "README.md"
 CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
 ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
+ROWS_AT_ONCE = 1000
+MAX_EXPANSION = 200  # bytes of rows for a byte of parquet
+MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their file
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -62,7 +71,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
     call = _dataset_call(source, config, split)
-    with _dataset_failures(api, source, config, split):
+    with _dataset_failures(api, source, config, split), only_tables():
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
@@ -77,7 +86,58 @@ def library() -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    _limit_readers()
     return datasets
+
+
+@contextmanager
+def only_tables() -> Iterator[None]:
+    """Inside the block `datasets` refuses what is no table, or far larger than its file."""
+    library()
+    before = ONLY_TABLES.set(True)
+    try:
+        yield
+    finally:
+        ONLY_TABLES.reset(before)
+
+
+@cache
+def _limit_readers() -> None:
+    """Let `datasets` read tables only, and parquet in pieces and up to a limit, if it is asked to.
+
+    The files of a repo choose what reads them. HDF5 may name any file of this machine, and an
+    archive may hold pickles. Equal rows take no room in parquet: 20 million fit into 250 kB, and
+    `datasets` reads a whole group of rows at once. What is refused is a ValueError.
+    """
+    import datasets.builder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    every: Any = datasets.builder.DatasetBuilder
+    parquet: Any = Parquet
+    prepare, generate = every.download_and_prepare, parquet._generate_tables
+
+    def prepare_tables(self: Any, *args: Any, **options: Any) -> Any:
+        reader = type(self).__module__.rpartition(".")[2]
+        if ONLY_TABLES.get() and reader not in READERS:
+            problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
+            raise ValueError(problem)
+        return prepare(self, *args, **options)
+
+    def generate_some(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+        if not ONLY_TABLES.get():
+            yield from generate(self, files, *args, **options)
+            return
+        self.config.batch_size = self.config.batch_size or ROWS_AT_ONCE
+        stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
+        left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
+        for key, table in generate(self, files, *args, **options):
+            left -= table.nbytes
+            if left < 0:
+                raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
+            yield key, table
+
+    every.download_and_prepare = prepare_tables
+    parquet._generate_tables = generate_some
 
 
 @dataclass(frozen=True)
@@ -167,13 +227,15 @@ def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, A
 
 
 def commit_cache(commit_sha: str) -> str:
-    """The cache folder of a commit.
+    """The cache folder of a commit of this Hub.
 
-    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache.
+    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache. So
+    has each Hub, since nothing says whether rows are those that another one lists.
     """
     from datasets.config import HF_DATASETS_CACHE
 
-    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / commit_sha)
+    endpoint = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:12]
+    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / endpoint / commit_sha)
 
 
 @contextmanager

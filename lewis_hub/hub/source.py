@@ -185,7 +185,8 @@ def cached_sha(repo: str, repo_type: str, revision: str | None) -> str | None:
     wanted = revision or constants.DEFAULT_REVISION
     folder = cache_folder(repo, repo_type)
     ref = folder / "refs" / wanted
-    sha = wanted if COMMIT_SHA.fullmatch(wanted) else _sha_in(ref) if ref.is_file() else ""
+    is_known = ref.is_relative_to(folder) and ".." not in wanted and ref.is_file()
+    sha = wanted if COMMIT_SHA.fullmatch(wanted) else _sha_in(ref) if is_known else ""
     return sha if sha and (folder / "snapshots" / sha).is_dir() else None
 
 
@@ -196,8 +197,11 @@ def _sha_in(ref: Path) -> str:
 def remember_revision(repo: str, repo_type: str, revision: str | None, commit_sha: str) -> None:
     """Store the commit sha of a revision, so that it can be resolved offline."""
     name = revision or constants.DEFAULT_REVISION
-    ref = cache_folder(repo, repo_type) / "refs" / name
-    if COMMIT_SHA.fullmatch(name) or ".." in name or (ref.is_file() and _sha_in(ref) == commit_sha):
+    refs = cache_folder(repo, repo_type) / "refs"
+    ref = refs / name
+    if COMMIT_SHA.fullmatch(name) or ".." in name or not ref.is_relative_to(refs):
+        return
+    if ref.is_file() and _sha_in(ref) == commit_sha:
         return
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_bytes(commit_sha.encode())

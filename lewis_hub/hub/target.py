@@ -176,9 +176,10 @@ def _pull_requests(hub_repo: HubRepo, page: int) -> _PullRequests:
 
 def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:
     """A small text file of the repo; None if it does not exist or is not text."""
-    if path not in target.digests:
+    digest = target.digests.get(path)
+    if digest is None:
         return None
-    content = read_file(replace(hub_repo, revision=target.head), path)
+    content = read_file(replace(hub_repo, revision=target.head), path, digest)
     try:
         return content.decode()
     except UnicodeDecodeError:

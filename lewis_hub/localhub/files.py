@@ -9,6 +9,7 @@ Shard format: https://huggingface.co/docs/xet/shard
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import importlib.util
@@ -187,18 +188,23 @@ def remove_stored_uploads(store: Store) -> None:
 
 def _files(upload: Path) -> Iterator[tuple[str | None, str]]:
     """SHA-256, where the client sent it, and Xet hash of each file in the first shard section."""
-    for shard in (path.read_bytes() for path in upload.glob(SHARDS)):
-        offset = ENTRY_BYTES
-        while shard[offset : offset + 32] not in (END_OF_FILES, b""):
-            xet_hash = _hexadecimal(shard, offset)
-            flags, n_segments = struct.unpack_from("<II", shard, offset + 32)
-            n_records = 1 + n_segments * (2 if flags & HAS_VERIFICATION else 1)
-            offset += n_records * ENTRY_BYTES
-            sha256 = None
-            if flags & HAS_SHA256:
-                sha256 = _hexadecimal(shard, offset)
-                offset += ENTRY_BYTES
-            yield sha256, xet_hash
+    for path in upload.glob(SHARDS):
+        with contextlib.suppress(OSError, struct.error):  # no shard: its client wrote another file
+            yield from _files_of(path.read_bytes())
+
+
+def _files_of(shard: bytes) -> Iterator[tuple[str | None, str]]:
+    offset = ENTRY_BYTES
+    while shard[offset : offset + 32] not in (END_OF_FILES, b""):
+        xet_hash = _hexadecimal(shard, offset)
+        flags, n_segments = struct.unpack_from("<II", shard, offset + 32)
+        n_records = 1 + n_segments * (2 if flags & HAS_VERIFICATION else 1)
+        offset += n_records * ENTRY_BYTES
+        sha256 = None
+        if flags & HAS_SHA256:
+            sha256 = _hexadecimal(shard, offset)
+            offset += ENTRY_BYTES
+        yield sha256, xet_hash
 
 
 def _hexadecimal(shard: bytes, offset: int) -> str:

@@ -29,9 +29,10 @@ from lewis_hub.localhub.call import Call
 from lewis_hub.localhub.repositories import FRONT_MATTER
 
 DARK = "(prefers-color-scheme: dark)"
-PICTURE = re.compile(r"<picture>\s*<source\s+([^<>]*)>\s*<img\s+([^<>]*)>\s*</picture>")
-COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
+# possessive: the time of a pattern that tries again grows with the square of a text
+PICTURE = re.compile(r"<picture>\s*+<source\s++([^<>]*+)>\s*+<img\s++([^<>]*+)>\s*+</picture>")
+ATTRIBUTE = re.compile(r'(?<![a-z])([a-z]++)="([^"]*+)"')
+MAX_BRACKETS = 20_000  # of a card: so does the time that markdown-it takes for open ones
 WITH_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:|/", re.IGNORECASE)
 N_COMMITS = 20
 HUGGING_FACE = "https://huggingface.co"
@@ -73,7 +74,12 @@ def _template(name: str) -> str:
 
 
 def render_markdown(text: str, address: Callable[[str], str]) -> str:
-    """HTML of a card's Markdown; `address` turns the path of a file into its address."""
+    """HTML of a card's Markdown; `address` turns the path of a file into its address.
+
+    A card with far more brackets than links need is shown as plain text.
+    """
+    if text.count("[") > MAX_BRACKETS:
+        return f"<pre>{escapeHtml(text)}</pre>"
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("autolink", "picture", _read_picture)
     markdown.inline.ruler.before("autolink", "comment", _skip_comment)
@@ -126,10 +132,16 @@ def _read_picture(state: StateInline, silent: bool) -> bool:  # noqa: FBT001 - m
 
 
 def _skip_comment(state: StateInline, silent: bool) -> bool:  # noqa: ARG001, FBT001 - their signature
-    found = COMMENT.match(state.src, state.pos)
-    if found is None:
+    text, begin = state.src, state.pos
+    if not text.startswith("<!--", begin):
         return False
-    state.pos = found.end()
+    known, last = state.env.get("last end of a comment", (None, -1))
+    if known is not text:  # it is looked for once
+        last = text.rfind("-->")
+        state.env["last end of a comment"] = text, last
+    if last < begin + len("<!--"):
+        return False
+    state.pos = text.index("-->", begin + len("<!--")) + len("-->")
     return True
 
 

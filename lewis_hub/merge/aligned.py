@@ -1,15 +1,16 @@
-"""How the units of one model were matched with another's: the orders, and a summary of them."""
+"""How blocks and units of one model were matched with another's, and a summary of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from lewis_hub.merge.depth import Blocks
 from lewis_hub.merge.permutation import Order
 from lewis_hub.merge.symmetries import KEY, MLP, OUTPUT, QUERY, RESIDUAL, VALUE
 
@@ -37,8 +38,27 @@ class AlignedKind:
 
 
 @dataclass(frozen=True)
+class MatchedBlocks:
+    """The blocks of a model in the places of those of a model of another depth."""
+
+    numbers: Blocks  # for each block of the reference, the model's own; None: an identity block
+    similarity: tuple[tuple[float, ...], ...]  # (blocks of the reference, of the model)
+    weight_similarity: float  # share of the weights in it; the rest is that of outputs
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """The places without a block of the model."""
+        return tuple(place for place, number in enumerate(self.numbers) if number is None)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The blocks of the model without a place."""
+        return tuple(n for n in range(len(self.similarity[0])) if n not in self.numbers)
+
+
+@dataclass(frozen=True)
 class AlignedModel:
-    """A model whose units were matched with those of another model."""
+    """A model whose blocks, units or both were matched with those of another model."""
 
     source: str  # pinned
     reference: str  # pinned
@@ -47,11 +67,13 @@ class AlignedModel:
     orders: Mapping[str, Order]  # of each group of units, such as `3.mlp`
     before: Mapping[str, float]  # similarity of units in the same place, by group
     after: Mapping[str, float]
+    blocks: MatchedBlocks | None = None  # None: it has the depth of the reference
 
     @property
     def digest(self) -> str:
-        """Equal digests mean equal orders."""
-        facts = [VERSION, {group: order.tolist() for group, order in sorted(self.orders.items())}]
+        """Equal digests mean equal orders and places."""
+        orders = {group: order.tolist() for group, order in sorted(self.orders.items())}
+        facts = [VERSION, orders, *([list(self.blocks.numbers)] if self.blocks else [])]
         return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -80,6 +102,7 @@ class AlignedModel:
             "weight_similarity": self.weight_similarity,
             "calibration": dict(self.calibration),
             "digest": self.digest,
+            **({"blocks": asdict(self.blocks)} if self.blocks else {}),
             "similarity": {
                 group: {"before": self.before[group], "after": self.after[group]}
                 for group in self.orders
@@ -90,7 +113,7 @@ class AlignedModel:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> AlignedModel:
         """The model that `document` wrote."""
-        similarity = document["similarity"]
+        similarity, blocks = document["similarity"], document.get("blocks")
         return cls(
             document["source"],
             document["reference"],
@@ -99,6 +122,13 @@ class AlignedModel:
             {group: np.array(order, np.int64) for group, order in document["orders"].items()},
             {group: values["before"] for group, values in similarity.items()},
             {group: values["after"] for group, values in similarity.items()},
+            MatchedBlocks(
+                tuple(blocks["numbers"]),
+                tuple(map(tuple, blocks["similarity"])),
+                blocks["weight_similarity"],
+            )
+            if blocks
+            else None,
         )
 
 

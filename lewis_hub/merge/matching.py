@@ -108,7 +108,7 @@ class _Finder:
     def sweep(self) -> None:
         """Match the residual stream, then the MLP and the heads of each block."""
         self._assign(RESIDUAL)
-        for block in range(self._units.n_blocks):
+        for block in self._units.blocks:
             self._assign(f"{block}.{MLP}")
             self._assign_heads(block)
 

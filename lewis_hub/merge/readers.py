@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
+from lewis_hub.checkpoint.header import NO_FILE, WIDTHS, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.kernels.calls import FORMATS, Floats, add_low_rank, narrow, widen
 from lewis_hub.merge.alignment import MEAN, Assembled
@@ -37,7 +37,7 @@ def open_source(label: str, base: str | None, open_files: OpenFiles) -> Iterator
             yield PermutingReader(ScaledReader(own))
             return
         with open_files(base) as files:
-            yield PermutingReader(AdapterReader(ScaledReader(files), own))
+            yield PermutingReader(AdapterReader(ScaledReader(files), ScaledReader(own)))
 
 
 def input_readers(
@@ -97,7 +97,9 @@ class AdapterReader:
         return values
 
     def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
-        """The values to update: the base's, or those that the adapter stores instead."""
+        """The values to update: the base's, or zeros or those that the adapter stores instead."""
+        if adapted.saved and adapted.saved.shard == NO_FILE:
+            return np.zeros(n, np.float32)
         if adapted.saved:
             return read_floats(self._own, adapted.saved, first, n)
         return read_floats(self._base, adapted.base, first, n)

@@ -21,17 +21,31 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import Conditional, Scalar, Setting, Settings
 
 DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0}
-RANGES = {  # lowest value, highest value, meaning
-    "density": (0, 1, "It is the fraction of entries kept."),
-    "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
-    "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
-    "ridge": (0, math.inf, "It is how strongly a matrix is pulled towards the anchor."),
-    "anchor_density": (0, 1, "It is the fraction of entries that the anchor keeps."),
-    "prior": (0, 1, "It is the share of the second moments that the task vectors give."),
-    "interpolation": (0, 1, "It is the share of the expert's input in what a matrix is fitted to."),
-    "trim_exponent": (0, math.inf, "It is the power of the activation norm."),
-    "select_topk": (0, 1, "It is the fraction of entries that are selected."),
-    "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
+RANGES = {  # lowest and highest value
+    "density": (0, 1),
+    "gamma": (0, 1),
+    "off_diagonal": (0, 1),
+    "ridge": (0, math.inf),
+    "anchor_density": (0, 1),
+    "prior": (0, 1),
+    "interpolation": (0, 1),
+    "trim_exponent": (0, math.inf),
+    "select_topk": (0, 1),
+    "epsilon": (0, 0.5),
+}
+MEANINGS = {  # of names that mean the same in all methods whose docstrings do not describe them
+    "weight": "the factor of a model",
+    "density": "the fraction of entries kept",
+    "gamma": "the fraction of entries that are dropped for being the largest",
+    "epsilon": "how far an entry's probability of being kept is from the density",
+    "scale": "the factor of all tensors",
+    "lambda": "the factor of the merged update",
+    "normalize": "whether to divide by the sum of the weights",
+    "rescale": "whether to enlarge what is kept, to make up for what is dropped",
+    "trim": "what ranks entries: magnitude, or magnitude times the activation norm of the input",
+    "trim_exponent": "the power of the activation norm",
+    "ridge": "how strongly a matrix is pulled towards the anchor",
+    "anchor_scale": "the factor of the anchor",
 }
 KINDS = {  # of an option that is no float: expected value, remedy
     bool: ("true or false", "Write true or false."),
@@ -39,6 +53,7 @@ KINDS = {  # of an option that is no float: expected value, remedy
     str: ("a word", "Give a word."),
 }
 ANY = (None, "*")
+ANY_VALUE = (-math.inf, math.inf)
 NOTHING = 1e-6  # a sum of weights below this share of their magnitudes is zero in float32
 
 
@@ -49,20 +64,42 @@ class MethodParameter:
     name: str
     default: Scalar | None  # None: the recipe must set it
     values: str  # those that a recipe may give, in words
+    meaning: str  # a phrase; empty if the method's docstring has none
     per_source: bool  # whether each model may have its own value
+
+    @property
+    def description(self) -> str:
+        """The meaning, and whether models may have different values."""
+        own = "may differ by model" if self.per_source else ""
+        return "; ".join(filter(None, (self.meaning, own)))
 
 
 def parameters_of(method: Method) -> tuple[MethodParameter, ...]:
     """The parameters of a method: those of each model, then those of all models."""
     own = [
-        MethodParameter(name, DEFAULTS[name], _allowed(name, method), per_source=True)
+        MethodParameter(
+            name, DEFAULTS[name], _allowed(name, method), _meaning(name, method), per_source=True
+        )
         for name in method.settings
     ]
     common = [
-        MethodParameter(name, default, _allowed(name, method), per_source=False)
+        MethodParameter(
+            name, default, _allowed(name, method), _meaning(name, method), per_source=False
+        )
         for name, default in method.options.items()
     ]
     return (*own, *common)
+
+
+def _meaning(name: str, method: Method) -> str:
+    """What a parameter is, by the docstring of the method or as in all methods."""
+    return method.meanings.get(name) or MEANINGS.get(name, "")
+
+
+def _range(name: str, method: Method) -> tuple[float, float]:
+    """The lowest and the highest value; a setting's limits are not those of an option."""
+    is_limited = name in method.settings or name not in DEFAULTS
+    return RANGES.get(name, ANY_VALUE) if is_limited else ANY_VALUE
 
 
 def _allowed(name: str, method: Method) -> str:
@@ -71,7 +108,7 @@ def _allowed(name: str, method: Method) -> str:
         return " or ".join(map(str, method.accepted[name]))
     if type(default := method.options.get(name)) in KINDS:
         return KINDS[type(default)][0]
-    low, high, _ = RANGES.get(name, (-math.inf, math.inf, ""))
+    low, high = _range(name, method)
     if math.isinf(low):
         return "a number"
     return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
@@ -183,15 +220,13 @@ def _values(setting: Any) -> list[Scalar]:
 
 
 def _require_number(method: Method, name: str, setting: Setting) -> None:
-    is_limited = name in method.settings or name not in DEFAULTS  # an option has other meanings
+    low, high = _range(name, method)
     for value in _values(setting):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
-        limits = RANGES if is_limited else {}
-        low, high, meaning = limits.get(name, (-math.inf, math.inf, ""))
         if not low <= value <= high:
             problem = f"expected a value from {low:g} to {high:g}, found {value:g}"
-            raise MergeError(f"parameter `{name}`", problem, meaning)
+            raise MergeError(f"parameter `{name}`", problem, f"It is {_meaning(name, method)}.")
 
 
 def _require_kind(name: str, setting: Setting, kind: type) -> None:

@@ -9,7 +9,7 @@ head move only where no rotary position ties a dimension to its frequency.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -45,8 +45,9 @@ class Symmetries:
     """Architectures with the same tensors."""
 
     tensors: Mapping[str, Axes]  # by component; those outside the blocks by their whole name
-    norms: tuple[str, ...]  # modules whose input is the residual stream
+    norms: tuple[str, ...]  # modules whose input is the residual stream, in their order
     sites: Mapping[str, tuple[str, Side]]  # kind of a block's units -> where they are seen
+    writers: tuple[str, str]  # modules whose outputs are added to the residual stream
     ignored: tuple[str, ...] = ()  # buffers without units
     rotary: bool = True  # whether queries and keys are rotated by their position
 
@@ -82,7 +83,8 @@ def _gated() -> Symmetries:
         OUTPUT: ("self_attn.o_proj", "input"),
     }
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
-    return Symmetries(tensors, norms, sites, ignored=("self_attn.rotary_emb.inv_freq",))
+    writers = ("self_attn.o_proj", "mlp.down_proj")
+    return Symmetries(tensors, norms, sites, writers, ignored=("self_attn.rotary_emb.inv_freq",))
 
 
 def _gpt2() -> Symmetries:
@@ -109,7 +111,8 @@ def _gpt2() -> Symmetries:
         OUTPUT: ("attn.c_proj", "input"),
         **dict.fromkeys(FUSED, seen),
     }
-    return Symmetries(tensors, norms, sites, ("attn.bias", "attn.masked_bias"), rotary=False)
+    buffers = ("attn.bias", "attn.masked_bias")
+    return Symmetries(tensors, norms, sites, ("attn.c_proj", "mlp.c_proj"), buffers, rotary=False)
 
 
 GATED = _gated()
@@ -143,6 +146,27 @@ class Units:
                 if block is not None and names.component(name) == component:
                     found[f"{block}.{kind}"] = (module, side)
         return found
+
+    @property
+    def blocks(self) -> list[int]:
+        """The numbers of the blocks that have units."""
+        found = {block for name in self.axes if (block := names.block(name)) is not None}
+        return sorted(found)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The site at which the output of each block is seen: the input of the next norm."""
+        first, *_, last = self.family.norms
+        modules = dict.fromkeys(names.module(name) for name in self.axes)
+        read = {names.block(one): one for one in modules if _component(one) in (first, last)}
+        return tuple(f"{RESIDUAL} {read.get(block + 1, read[None])}" for block in self.blocks)
+
+    def without(self, blocks: Iterable[int]) -> Units:
+        """The same units, but for those of some blocks."""
+        left = set(blocks)
+        return replace(
+            self, axes={n: a for n, a in self.axes.items() if names.block(n) not in left}
+        )
 
     @property
     def in_words(self) -> str:

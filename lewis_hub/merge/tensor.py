@@ -22,6 +22,7 @@ from lewis_hub.merge.chunks import Span, TensorJob
 from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 from lewis_hub.methods import registry
+from lewis_hub.methods.numerics import all_finite
 from lewis_hub.methods.registry import Method
 from lewis_hub.methods.votes import n_kept
 
@@ -195,7 +196,7 @@ def merge_by_definition(
     """
     method = registry.find(plan.method)
     for number, source in zip(tensor.sources, sources, strict=True):
-        if not source.isfinite().all():
+        if not all_finite(source):
             raise _broken_source(tensor.output.name, plan.labels[number])
     if plan.arithmetic == "float64":
         sources = [source.double() for source in sources]
@@ -211,7 +212,7 @@ def merge_by_definition(
     keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
     merged = method.function(*_arguments(method, sources, len(tensor.weights)), **keywords)
     rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
-    if not rounded.isfinite().all():
+    if not all_finite(rounded):
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         if merged.isnan().any():
             remedy = "Products of its values are too large: leave out the model with the largest."

@@ -98,6 +98,9 @@ def model_stock(
     Formula:
         merged = (1 - t) base + t mean_i x_i, t = N c / (1 + (N - 1) c)
         c: mean cosine of two task vectors
+
+    Options:
+        filter_wise: whether each row has its own t
     """
     n = len(tensors)
     vectors = tensors - base
@@ -143,6 +146,9 @@ def nearswap(
 
     Formula:
         merged = base + min(1, t / |x - base|) (x - base), entry by entry
+
+    Options:
+        t: the difference up to which an entry is taken over
     """
     other = tensors[0]
     distance = (base - other).abs()
@@ -165,6 +171,9 @@ def slerp(
     Formula:
         merged = (sin((1 - t) a) base + sin(t a) x) / sin(a)
         a: angle between base and x
+
+    Options:
+        t: the position on the arc: 0 gives the base, 1 the other model
     """
     other = tensors[0]
     angle = np.array(cosine(dot(base, other), dot(base, base), dot(other, other)))
@@ -190,6 +199,11 @@ def nuslerp(
     Formula:
         merged = base + (sin((1 - t) a) v_1 + sin(t a) v_2) / sin(a), t = w_2 / (w_1 + w_2)
         a: angle between v_1 and v_2
+
+    Options:
+        weight: the second's share of the sum is the position on the arc
+        nuslerp_flatten: whether a tensor is one vector; otherwise each row has its own angle
+        nuslerp_row_wise: without `nuslerp_flatten`: vectors along the first dimension instead
     """
     first, second = tensors[0] - base, tensors[1] - base
     w, v = weights.tolist()
@@ -248,6 +262,10 @@ def multislerp(
 
     Formula:
         merged = base + (sum_i s_i |v_i|) m / |m|, m = sum_i s_i v_i / |v_i|, s_i = w_i / sum_j w_j
+
+    Options:
+        normalize_weights: whether to divide the weights by their sum
+        eps: lengths and mean directions below this count as zero
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -282,6 +300,10 @@ def karcher(
     Formula:
         merged = (mean_i |x_i|) m
         m: the unit vector with the least sum_i angle(m, x_i)^2
+
+    Options:
+        max_iter: the largest number of steps towards the mean
+        tol: lengths, angles and steps below this count as zero
     """
     if len(tensors) == 1:
         return tensors[0]

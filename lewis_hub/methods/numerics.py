@@ -97,6 +97,14 @@ def dot(first: Tensor, second: Tensor) -> float:
     )
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: by the extremes, in one pass without a copy."""
+    if not values.numel():
+        return True
+    low, high = values.aminmax()  # both are NaN if an entry is
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
 def total(values: Tensor) -> float:
     """The sum of all entries; 0 for an empty tensor."""
     return dot(values, values.new_ones(values.shape))

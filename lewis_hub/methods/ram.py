@@ -33,6 +33,9 @@ def ram(
     Formula:
         merged = base + (sum over i in C of v_i) / |C|, base where C is empty
         C: for each entry, the i with |v_i| > epsilon
+
+    Options:
+        epsilon: the difference from the base above which an entry has changed
     """
     changed = task_vectors.abs() > epsilon
     n_changed = summed((one.to(base.dtype) for one in changed), base)
@@ -60,6 +63,11 @@ def ramplus_tl(
         C: for each entry, the i with |v_i| > epsilon
         f_i = 1 + r min(s_i / u_i, alpha) where C is {i} alone, 1 elsewhere
         s_i, u_i: number of entries of v_i where C is {i} and others, {i} alone
+
+    Options:
+        r: how much entries that one expert alone changed are enlarged
+        alpha: the limit of s_i / u_i
+        epsilon: the difference from the base above which an entry has changed
     """
     changed = task_vectors.abs() > epsilon
     n_changed = summed((one.to(base.dtype) for one in changed), base)

@@ -11,8 +11,8 @@ and keyword arguments. The merge supplies these keywords:
 - `residual_covariances`: E[d x^T], where d is the rest of the difference between the block's
   outputs, which the matrix can compensate.
 
-The section `Formula` of its docstring is shown by `lewis-hub methods NAME`. There x_i is a source,
-v_i its task vector, w_i its weight and d_i its density.
+The sections `Formula` and `Options` of its docstring are shown by `lewis-hub methods NAME`. In a
+formula x_i is a source, v_i its task vector, w_i its weight and d_i its density.
 
 All other keywords are options of the recipe with the same name, without a trailing underscore
 (`lambda_`). The recipe must set an option that has no default, to a number.
@@ -82,8 +82,20 @@ class Method:
     @property
     def formula(self) -> str:
         """The section `Formula` of its docstring; empty if it has none."""
+        return self._section("Formula")
+
+    @property
+    def meanings(self) -> Mapping[str, str]:
+        """The recipe's name of an option -> what it is, by the section `Options` of its docstring.
+
+        Each line is `name: phrase`; a line that is indented goes on with the phrase before it.
+        """
+        lines = self._section("Options").replace("\n    ", " ").splitlines()
+        return {name: phrase.strip() for name, _, phrase in (s.partition(":") for s in lines)}
+
+    def _section(self, name: str) -> str:
         text = inspect.getdoc(self.function) or ""
-        section = text.partition("\nFormula:\n")[2].partition("\n\n")[0]
+        section = text.partition(f"\n{name}:\n")[2].partition("\n\n")[0]
         return inspect.cleandoc(f"\n{section}")
 
     @property

@@ -37,6 +37,9 @@ def sce(
         s_i = |e(v_i)|^2 / sum_j |e(v_j)|^2
         e: keeps the entries with the largest variance over the sources
         A: for each entry, the i with sign(e(v_i)) = sign(sum_j e(v_j))
+
+    Options:
+        select_topk: the fraction of entries that are selected
     """
     selected = _selected(task_vectors, [select_topk * density for density in densities])
     squares = [dot(vector, vector) for vector in selected]
@@ -137,6 +140,9 @@ def cabs(
     Formula:
         merged = base + lambda sum_i w_i prune_i(v_i)
         prune_i: keeps the d_i m largest of each m entries that experts before i did not keep
+
+    Options:
+        group: the number of consecutive entries, m, of which each expert keeps the largest
     """
     taken = base.new_zeros(base.numel()).bool()
     votes = []

@@ -20,6 +20,16 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+def listed(value: Any) -> Any:
+    """A single mapping stands for a list of one."""
+    return [value] if isinstance(value, Mapping) else value
+
+
+def present(value: Any) -> Any:
+    """A key without a value stands for an empty mapping."""
+    return {} if value is None else value
+
+
 def allow_name(schema: dict[str, Any]) -> None:
     """Let editors accept a name instead of a mapping."""
     mapping = dict(schema)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.parts import last_sections
 from lewis_hub.recipe.reference import REPO, ModelReference
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings, Slice
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, Recipe, Settings, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
@@ -23,6 +24,8 @@ NOT_OF_MIXTURES = (  # fields that have no meaning for a mixture of experts
     *("tokenizer_source", "tokenizer", "missing"),
 )
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
+MERGED_BLOCK = "merged_block"  # of their `inputs`: those in the expert's block
+SEQUENTIAL = ("merged", MERGED_BLOCK)  # `inputs` with which blocks are fitted in sequence
 
 TOP_LEVEL = (  # keys of a recipe that are not parameters
     *("base_model", "chat_template", "dtype", "merge_method", "out_dtype", "random_seed", "seed"),
@@ -71,13 +74,18 @@ def trims_by_activation(recipe: Recipe) -> bool:
 
 
 def fits_in_sequence(recipe: Recipe) -> bool:
-    """Whether each matrix is fitted on the inputs that the merged model gives it, in sequence."""
-    return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") == "merged"
+    """Whether matrices are fitted one block after the other, on what the merged model computes."""
+    return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") in SEQUENTIAL
+
+
+def runs_expert_blocks(recipe: Recipe) -> bool:
+    """Whether they are fitted in the experts' blocks, on the merged model's hidden states."""
+    return fits_in_sequence(recipe) and recipe.parameters.get("inputs") == MERGED_BLOCK
 
 
 def aligns_by_texts(recipe: Recipe) -> bool:
-    """Whether the units of a model are matched by their activations on texts."""
-    return any(one.align and one.align.weight_similarity < 1 for one in recipe.models)
+    """Whether a model is matched with another by what both compute on texts."""
+    return any(one.align and one.align.needs_texts for one in recipe.models)
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -286,8 +294,9 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         return
     if isinstance(recipe.parameters.get("inputs"), tuple):
         problem = "`inputs` takes one value for all matrices."
-        yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
-    if recipe.parameters.get("affine") and not fits_in_sequence(recipe):
+        yield ("parameters", "inputs"), problem, "Write `own`, `merged` or `merged_block`."
+    in_sequence = fits_in_sequence(recipe) and not runs_expert_blocks(recipe)
+    if recipe.parameters.get("affine") and not in_sequence:
         problem = "norms and biases are fitted in sequence only."
         yield ("parameters", "affine"), problem, "Write `inputs: merged` beside it, or remove it."
     option = (
@@ -314,8 +323,10 @@ def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             yield ("models", index, "align"), problem, "Remove it here, and set it on the others."
         if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
             problem = f"`align` needs calibration data, but `{entry.model}` has none."
-            remedy = "Add `calibration` to the recipe; or set `align: {method: dual_space, "
-            yield ("models", index), problem, f"{remedy}weight_similarity: 1}}`: weights alone."
+            remedy = "Add `calibration` to the recipe."
+            if not any(one.align and one.align.matches_both for one in recipe.models):
+                remedy += " Or set `weight_similarity: 1` in `align`: weights alone."
+            yield ("models", index), problem, remedy
 
 
 def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:

@@ -16,20 +16,20 @@ from pydantic import (
     AliasChoices,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     field_validator,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
 
 from lewis_hub.files import starts_like_path
-from lewis_hub.recipe.backend import Running
+from lewis_hub.recipe.alignment import Alignment
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import Exports
 from lewis_hub.recipe.mixture import Mixture
-from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
+from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name, listed, present
+from lewis_hub.recipe.tokens import Tokenizer
 
 ApplyTo = Literal["density", "weight", "both"]
 Missing = Literal["error", "base"]
@@ -39,6 +39,7 @@ CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped 
 SEED = AliasChoices("seed", "random_seed")
 MAX_BLOCKS = 100_000
 MAX_OWN_TEXTS = 100_000  # that a model samples without data: there is no end of rows
+MAX_TEXTS = 1_000_000  # of a calibration, and tokens of a text
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -58,26 +59,16 @@ class Conditional(Part):
     value: Scalar | Gradient
 
 
-def _listed(value: Any) -> Any:
-    """A single mapping stands for a list of one."""
-    return [value] if isinstance(value, Mapping) else value
-
-
 Conditions = Annotated[
     tuple[Conditional, ...],
     Field(min_length=1),
-    BeforeValidator(_listed, json_schema_input_type=Conditional | tuple[Conditional, ...]),
+    BeforeValidator(listed, json_schema_input_type=Conditional | tuple[Conditional, ...]),
 ]
 Setting = Scalar | Gradient | Conditions
 Settings = Mapping[str, Setting]
 
 
-def _present(value: Any) -> Any:
-    """A key without a value stands for an empty mapping."""
-    return {} if value is None else value
-
-
-Parameters = Annotated[Settings, BeforeValidator(_present)]
+Parameters = Annotated[Settings, BeforeValidator(present)]
 
 
 class Calibration(Part):
@@ -137,11 +128,13 @@ class Calibration(Part):
     samples: int = Field(
         15,
         ge=1,
+        le=MAX_TEXTS,
         description="Number of rows, sampled with `seed` and used in the order of the data.",
     )
     max_tokens: int = Field(
         512,
         ge=1,
+        le=MAX_TEXTS,
         description="Truncate longer texts: those of a task at the beginning, others at the end.",
     )
     allow_overlap: bool = Field(default=False, description="Allow samples that are also scored.")
@@ -191,137 +184,10 @@ def _in_chat(node: Any) -> Any:
     return changed
 
 
-class ModelToken(Part):
-    """A token of one of the models, given by its text or its id."""
-
-    kind: Literal["model_token"]
-    model: str = Field(min_length=1)
-    token: str | None = None
-    token_id: int | None = Field(None, ge=0)
-
-    @model_validator(mode="after")
-    def _one_name(self) -> ModelToken:
-        if (self.token is None) == (self.token_id is None):
-            raise ValueError("give `token` (its text) or `token_id`")
-        return self
-
-
-class Zero(Part):
-    """An embedding of zeros."""
-
-    kind: Literal["zero"]
-
-
-def _kind(value: Any) -> str:
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", "model")
-    return kind if kind in ("model", "zero") else "model_token"
-
-
-Origin = Annotated[
-    Annotated[str, Tag("model")]
-    | Annotated[ModelToken, Tag("model_token")]
-    | Annotated[Zero, Tag("zero")],
-    Discriminator(_kind),
-]
-
-
-class TokenEmbedding(Part):
-    """The embedding of one token, where the default rule does not fit."""
-
-    source: Origin | None = Field(
-        None, description="One of the models, {kind: model_token, ...} or {kind: zero}."
-    )
-    force: bool = Field(
-        default=False, description="Use `source` also in models that have the token themselves."
-    )
-
-    @property
-    def model(self) -> str | None:
-        """The model that gives the embedding, as written; None for zeros or the default rule."""
-        if isinstance(self.source, str):
-            return self.source
-        return self.source.model if isinstance(self.source, ModelToken) else None
-
-
-class Tokenizer(Part):
-    """The tokenizer of the merge, and where the embeddings of its tokens come from."""
-
-    source: str = Field("union", description="`base`, `union`, or one of the models.")
-    tokens: Annotated[Mapping[str, TokenEmbedding], BeforeValidator(_present)] = Field(
-        default_factory=dict,
-        description="Settings of single tokens, by their text. A new token is added.",
-    )
-    pad_to_multiple_of: int | None = Field(
-        None,
-        ge=1,
-        le=1 << 16,
-        description="Pad the number of embedding rows to a multiple of this.",
-    )
-
-
-class Gate(Part):
-    """A condition for publishing: the merge is compared by one metric of one task."""
-
-    task: str = Field(description="One of `evaluate.tasks`.")
-    metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
-    not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = Field(
-        ("uniform",),
-        min_length=1,
-        description="What the merge is compared with. `uniform`: the same merge with one density "
-        "for all tensors, or without statistics. `previous`: the merge that is in `publish.repo`. "
-        "The others must be in `evaluate.compare`.",
-    )
-    tolerance: float = Field(
-        0.0, ge=0, description="How much worse the merge may be, in the unit of the metric."
-    )
-    on_refusal: Literal["stop", "pull-request"] = Field(
-        "stop", description="On failure --push pushes nothing, or opens a marked pull request."
-    )
-
-
-Gates = Annotated[
-    tuple[Gate, ...],
-    Field(min_length=1),
-    BeforeValidator(_listed, json_schema_input_type=Gate | tuple[Gate, ...]),
-]
-
-
-class Benchmark(Part):
-    """A benchmark on the Hub that belongs to a task; the score is published to its leaderboard."""
-
-    dataset: str = Field(description="owner/name of a dataset that the Hub lists as a benchmark.")
-    task_id: str = Field(min_length=1, description="The task's id in the dataset's `eval.yaml`.")
-    metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
-    scale: float = Field(100.0, gt=0, description="Factor of the metric; 100 gives percent.")
-
-
 DType = Annotated[
     Literal["float32", "float16", "bfloat16", "float64"],
     BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
 ]
-
-
-def _named_method(value: Any) -> Any:
-    """The name of a method stands for its default settings."""
-    return {"method": value} if isinstance(value, str) else value
-
-
-class Align(Part):
-    """How a model without a common base is permuted before the merge; its outputs stay the same.
-
-    Its units are matched with those of the base, or of the first model if there is no base.
-    """
-
-    method: Literal["dual_space"] = Field(
-        description="`dual_space`: by activations on the calibration texts, and by weights."
-    )
-    weight_similarity: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Share of the similarity of weights. The rest is that of activations. With 1, "
-        "no texts are needed.",
-    )
 
 
 class ModelEntry(Part):
@@ -339,16 +205,11 @@ class ModelEntry(Part):
         "`epsilon` or `scale`.",
     )
     calibration: Calibration | None = Field(None, description="Texts for this expert.")
-    align: (
-        Annotated[
-            Align,
-            BeforeValidator(_named_method, json_schema_input_type=Align | Literal["dual_space"]),
-        ]
-        | None
-    ) = Field(
+    align: Alignment | None = Field(
         None,
         description="`dual_space`: match its units with those of the base or of the first model, "
-        "for models that were trained from different starts.",
+        "for models that were trained from different starts. `segment_wise`: match its blocks, for "
+        "models of different depth.",
     )
 
     @model_validator(mode="before")
@@ -427,41 +288,6 @@ class Guide(Part):
         if self.apply_to == "weight" and self.mean_density is not None:
             raise ValueError("`mean_density` has no effect with `apply_to: weight`")
         return self
-
-
-class Evaluation(Running):
-    """The tasks that score the merge, and the models that are scored with it."""
-
-    tasks: tuple[str, ...] = Field(
-        min_length=1, description="lm-eval tasks, groups or tags, or tasks of mteb."
-    )
-    include: str | None = Field(
-        None,
-        description="Folder with your own task files, in the folder of the recipe. The "
-        "files that are used are copied to `lewis/tasks`.",
-    )
-    limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
-    chat_template: bool = Field(
-        default=False,
-        description="Format prompts with each model's own chat template; every compared model "
-        "must have one.",
-    )
-    compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
-        ("base", "experts", "uniform"),
-        description="Models that are scored on the same items as the merge. `uniform`: the same "
-        "merge without guidance.",
-    )
-    log_samples: Literal["public", "all", "none"] | None = Field(
-        None,
-        description="Tasks whose questions and answers the report shows: those with public data "
-        "(default), all, or none. Scores of items are always shown.",
-    )
-    gate: Gates | None = Field(
-        None, description="One or several conditions. If one fails, the merge is not published."
-    )
-    benchmarks: Mapping[str, Benchmark] | None = Field(
-        None, min_length=1, description="Task -> benchmark on the Hub that gets the score."
-    )
 
 
 class Publishing(Part):

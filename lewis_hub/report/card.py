@@ -24,9 +24,9 @@ from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import HUB, Licence, ModelFacts
 from lewis_hub.hub.source import Source
+from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.formats import file_name, file_type
 from lewis_hub.recipe.reference import REPO
-from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report import findings, markdown
 from lewis_hub.report.cost import duration
 from lewis_hub.report.facts import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -22,7 +21,6 @@ VERSION = 1
 N_KEPT = 100
 N_SHOWN = 10
 BEGIN, END = "<!-- lewis-hub: changelog -->", "<!-- lewis-hub: end of changelog -->"
-SECTION = re.compile(rf"\n*{BEGIN}.*{END}\n?", re.DOTALL)
 MAX_CHARACTERS = 300  # of a change in the card
 SHORT = 12  # digits of a commit sha, or of a folder's digest
 NAMES = {"model", "base_model", "dataset"}  # their changes are in the differences of the inputs
@@ -157,7 +155,11 @@ def from_json(text: str, file: str = FILE) -> tuple[ChangelogEntry, ...]:
 
 def in_card(card: str, entries: Sequence[ChangelogEntry]) -> str:
     """The card with these entries as its last section, instead of its previous changelog."""
-    without = SECTION.sub("\n", card).rstrip("\n")
+    begin, end = card.find(BEGIN), card.rfind(END)
+    if 0 <= begin < end:
+        above, below = card[:begin].rstrip("\n"), card[end + len(END) :].removeprefix("\n")
+        card = f"{above}\n{below}"
+    without = card.rstrip("\n")
     return f"{without}\n\n{BEGIN}\n{_section(entries)}\n{END}\n" if entries else f"{without}\n"
 
 

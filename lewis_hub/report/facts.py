@@ -33,6 +33,7 @@ ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
 HARNESS = "eval-harness"
 SEQUENTIAL = ("nguyen2026regmean", "gu2026featcal")  # the nearest published fits in sequence
 DUAL_SPACE = "xu2024training"  # matching of units by activations and weights
+SEGMENT_WISE = "xu2024heterogeneous"  # matching of blocks of models of different depth
 BY_ACTIVATION = "sun2024simple"  # magnitude times activation norm, of a weight
 
 
@@ -237,10 +238,13 @@ class CardFacts:
     costs: tuple[StageCost, ...] = ()  # of the run that finished the merge
     config: Mapping[str, Any] = field(default_factory=dict)  # `config.json`, unchecked
     chat: bool = False  # the tokenizer has a chat template
+    generated: bool = False  # it has the texts that the experts wrote
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
-    aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
+    aligned: tuple[AlignedModel, ...] = ()  # models matched with another
+    blocks: Mapping[str, Picture] = field(default_factory=dict)  # of aligned models, by source
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
+    in_expert_blocks: bool = False  # on inputs in the experts' blocks, as RegMean++
     trims_by_activation: bool = False
     notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
     machine: Machine | None = None
@@ -273,8 +277,9 @@ class CardFacts:
         method = METHODS.get(self.method.name)
         keys = [guide.paper] if guide and guide.paper else []
         keys += method.papers if method else ()
-        keys += [DUAL_SPACE] if self.aligned else []
-        keys += SEQUENTIAL if self.in_sequence else ()
+        keys += [DUAL_SPACE] if any(one.orders for one in self.aligned) else []
+        keys += [SEGMENT_WISE] if any(one.blocks for one in self.aligned) else []
+        keys += SEQUENTIAL[: 1 if self.in_expert_blocks else None] if self.in_sequence else ()
         keys += [BY_ACTIVATION] if self.trims_by_activation else []
         keys += [HARNESS] if self.was_scored else []
         text = files("lewis_hub.templates").joinpath("citations.bib").read_text(encoding="utf-8")

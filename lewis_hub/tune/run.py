@@ -6,15 +6,13 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.display import TextTable, to_html
+from lewis_hub.display import Progress, TextTable, to_html
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
@@ -25,16 +23,21 @@ from lewis_hub.evaluate.items import (
     scored_questions,
 )
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.scores import PairedTest, Scores
-from lewis_hub.files import require_no_links, require_writable, write_whole
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.files import require_no_links, require_writable
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
-from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
-from lewis_hub.tune.drift import DriftTexts, n_predicted, predict
-from lewis_hub.tune.material import DriftSearch, held_out_texts, items_of_tasks, scores_nothing
+from lewis_hub.tune.drift import DriftTexts, predict
+from lewis_hub.tune.material import (
+    DriftSearch,
+    Material,
+    held_out_texts,
+    items_of_tasks,
+    scores_nothing,
+)
 from lewis_hub.tune.objective import Objective, Search, TuningItems
 from lewis_hub.tune.space import Space, axes
 from lewis_hub.tune.study import Trial, Tuner
@@ -117,6 +120,28 @@ def tune_recipe(
     """
     execution, progress = execution or Execution(), shown(progress)
     output = Path(output)
+    space = _space(recipe, asked, execution)
+    require_no_links(output)
+    require_writable(output)
+    prepared = _prepare(space, asked, execution, output, progress)
+    output.mkdir(parents=True, exist_ok=True)
+    with (
+        alone_at(output / LOCK, output),
+        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+    ):
+        tuner = _fetch(prepared, space, execution, output, Path(scratch))
+        _measure(tuner, prepared.corners)
+        tried, n_begun = _search(tuner, output / STUDY, asked)
+        tuner.model.release()
+        judged = _judge(tuner, tried, prepared)
+    material = prepared.material
+    tuned = search_space.candidate(space, judged.best.values)
+    found = (tried, n_begun, judged.best, judged.start, judged.refused, judged.final)
+    return Tuned(tuned, space, material.objective, material.items, *found, material.texts)
+
+
+def _space(recipe: Recipe, asked: Search, execution: Execution) -> Space:
+    """Refuse what cannot be searched before anything is read; return the space."""
     study.require_optuna()
     execution.require_usable()
     if any(one.align for one in recipe.models):
@@ -125,60 +150,89 @@ def tune_recipe(
     space = search_space.space_of(recipe, asked.methods, asked.guides)
     if recipe.evaluate is None and asked.objective == "answers":
         raise scores_nothing()
-    require_no_links(output)
-    require_writable(output)
+    return space
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search whose sources and data are pinned, before weights are downloaded."""
+
+    api: HfApi
+    progress: Progress
+    corners: Sequence[Recipe]  # one recipe for each combination of method and guide
+    examined: Examined
+    job: MergeJob  # of the first corner that reads calibration texts, or of the first
+    tasks: ScoredTasks | None
+    material: Material
+
+
+def _prepare(
+    space: Space, asked: Search, execution: Execution, output: Path, progress: Progress
+) -> Prepared:
+    """Pin sources and data, and draw the items or texts."""
     api, corners = hub_api(), search_space.corners(space)
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
     examined = examine_sources(measured, execution, api, progress)
-    declared = search_space.declared_calibrations(recipe) if asked.objective == "drift" else ()
+    recipe, by_drift = space.recipe, asked.objective == "drift"
+    declared = search_space.declared_calibrations(recipe) if by_drift else ()
     examined = _with_data_of([*corners, recipe], (one for _, one in declared if one), examined, api)
     jobs = [compile_job(one, execution, examined, api) for one in corners]
     _require_mergeable(jobs, api)
     job = jobs[corners.index(measured)]
-    tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
-    if asked.objective == "drift":
-        material = held_out_texts(
-            DriftSearch(recipe, asked, job, examined, output), tasks, api, progress
-        )
+    tasks = job.scored_tasks(api, progress)
+    if by_drift:
+        search = DriftSearch(recipe, asked, job, examined, output)
+        material = held_out_texts(search, tasks, api, progress)
     else:
         material = items_of_tasks(job, asked, tasks)
-    objective = material.objective
-    output.mkdir(parents=True, exist_ok=True)
-    with (
-        alone_at(output / LOCK, output),
-        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
-    ):
-        needs = job.disk_needs(material.sets)
-        made_bytes = needs.made_bytes + needs.states_bytes
-        made_bytes += sum(one.n_bytes for one in material.texts)
-        require_disk(output, needs.download_bytes, made_bytes)
-        requests = requests_of(job.texts, material.sets, job.sources.experts)
-        stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
-        require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
-        files = fetch_whole(api, [one.source for one in job.sources.models], progress)
-        if job.sidecars.code:
-            code_files(api, job.sources.donor.source)
-        loader = job.loader(files, Path(scratch), progress)
-        sets = write_texts(job.texts, requests, material.sets, loader, stores, tasks).sets
-        predict(material.texts, loader)
-        shared = (examined, execution, api, progress, space, objective, files, sets, output)
-        tuner = Tuner(*shared, Path(scratch))
-        _measure(tuner, corners)
-        tried, n_begun = _search(tuner, output / STUDY, asked)
-        tuner.model.release()
-        best = study.best_of(tried, lower_is_better=objective.lower_is_better)
-        first = search_space.warm_starts(space)[0]
-        own = [trial for trial in tried if trial.values == first]
-        start = next((trial for trial in own if trial.value is not None), None)
-        refused = next((trial.error for trial in own if trial.error), None)
-        final = None
-        if best is not start and tasks and evaluation:
-            chosen = {"merged": best.values} | ({} if refused else {"start": first})
-            models = {label: tuner.merge(values, label) for label, values in chosen.items()}
-            final = score_both(evaluation, tasks, models, tuner.scratch)
-    tuned = search_space.candidate(space, best.values)
-    found = (tried, n_begun, best, start, refused, final)
-    return Tuned(tuned, space, objective, material.items, *found, material.texts)
+    return Prepared(api, progress, corners, examined, job, tasks, material)
+
+
+def _fetch(
+    prepared: Prepared, space: Space, execution: Execution, output: Path, scratch: Path
+) -> Tuner:
+    """Download the models, write the texts that models write, and predict the held-out ones."""
+    api, job, material = prepared.api, prepared.job, prepared.material
+    needs = job.disk_needs(material.sets)
+    made_bytes = needs.made_bytes + needs.states_bytes
+    made_bytes += sum(one.n_bytes for one in material.texts)
+    require_disk(output, needs.download_bytes, made_bytes)
+    requests = requests_of(job.texts, material.sets, job.sources.experts)
+    stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
+    require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
+    files = fetch_whole(api, [one.source for one in job.sources.models], prepared.progress)
+    if job.sidecars.code:
+        code_files(api, job.sources.donor.source)
+    loader = job.loader(files, scratch, prepared.progress)
+    sets = write_texts(job.texts, requests, material.sets, loader, stores, prepared.tasks).sets
+    predict(material.texts, loader)
+    shared = (prepared.examined, execution, api, prepared.progress, space, material.objective)
+    return Tuner(*shared, files, sets, output, scratch)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The best trial, and how it compares with the recipe's own settings; see `Tuned`."""
+
+    best: Trial
+    start: Trial | None
+    refused: str | None
+    final: Scores | None
+
+
+def _judge(tuner: Tuner, tried: Sequence[Trial], prepared: Prepared) -> Judged:
+    """Choose the best trial; score it and the recipe's own settings on the scored items."""
+    best = study.best_of(tried, lower_is_better=tuner.objective.lower_is_better)
+    first = search_space.warm_starts(tuner.space)[0]
+    own = [trial for trial in tried if trial.values == first]
+    start = next((trial for trial in own if trial.value is not None), None)
+    refused = next((trial.error for trial in own if trial.error), None)
+    final, evaluation = None, prepared.job.evaluation
+    if best is not start and prepared.tasks and evaluation:
+        chosen = {"merged": best.values} | ({} if refused else {"start": first})
+        models = {label: tuner.merge(values, label) for label, values in chosen.items()}
+        final = score_both(evaluation, prepared.tasks, models, tuner.scratch)
+    return Judged(best, start, refused, final)
 
 
 def _with_data_of(
@@ -289,127 +343,3 @@ def score_both(
             del lm
             gc.collect()  # only one model fits into memory
     return compare(results)
-
-
-def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> dict[str, Any]:
-    """Write `recipe.tuned.yaml` beside the recipe, and all trials and their plot into `output`."""
-    trials = [
-        PlottedTrial(
-            t.number, {search_space.short_name(n): v for n, v in t.values.items()}, t.value
-        )
-        for t in tuned.trials
-    ]
-    plots = draw_search(
-        SearchPlot(
-            title=f"{len(trials)} trials; the best is number {tuned.best.number}",
-            objective=_short(tuned.objective.metric),
-            trials=tuple(trials),
-            best=tuned.best.number,
-            lower_is_better=tuned.objective.lower_is_better,
-        ),
-        output,
-    )
-    best = recipe_file.with_name(f"{recipe_file.stem}.tuned.yaml")
-    document = _document(tuned) | {
-        "recipe": str(best),
-        "output": str(output),
-        "study": str(output / STUDY),
-        "plots": list(plots),
-    }
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    write_whole(output / "trials.json", text + "\n")
-    comment = "".join(f"# {line}\n" for line in found_by(tuned, recipe_file.name))
-    write_whole(best, comment + search_space.written(tuned.recipe))
-    return document
-
-
-def found_by(tuned: Tuned, name: str) -> Iterator[str]:
-    """Yield lines that describe how the best settings were found."""
-    n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
-    trials = _count(len(tuned.trials), "trial")
-    yield f"Tuned by lewis-hub {version('lewis-hub')} from {name}: the best of {trials}"
-    yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
-    yield from _measured_on(tuned)
-    own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
-    yield f"Result: {tuned.best.value:.4f}{own}."
-    if tuned.refused:
-        yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
-        return
-    if tuned.best is tuned.start:
-        yield "No other settings were better than the recipe's own."
-    if tuned.final is None and tuned.recipe.evaluate is None:
-        yield "Only the drift was measured. Whether the merge answers better was not: no item was"
-        yield "scored. With `evaluate` in the recipe the best settings are compared on its items."
-    if tuned.final is None:
-        return
-    yield f"On the items that are scored, which the search never saw, against {name}:"
-    for task, scored in tuned.final.tasks.items():
-        for test in scored.paired:
-            yield f"  {task} {_short(test.metric)} (n = {scored.n:,}): {_tested(test)}"
-
-
-def _measured_on(tuned: Tuned) -> Iterator[str]:
-    """Yield lines on the objective, and on the items or texts that it was measured on."""
-    if not tuned.texts:
-        on = "; ".join(
-            f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
-        )
-        yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
-        yield "These items are neither calibrated on nor scored."
-        return
-    whole, n_kept = tuned.texts[0].keeps_all, tuned.texts[0].n_kept
-    kept = "" if whole else f", the {n_kept} likeliest tokens and all others as one"
-    yield "Objective: drift, the KL divergence of the merge's predictions of the next token from"
-    yield f"each expert's, in nats{kept}, mean over tokens, then over experts."
-    for one in tuned.texts:
-        of = f"{_count(len(one.tokens.ids), 'text')} of {one.calibration.data}"
-        yield f"  {one.expert.name}: {of}, split {one.calibration.split}"
-    yield "No merge was fitted on these texts."
-
-
-def _tested(test: PairedTest) -> str:
-    low, high = test.ci95
-    interval = f"95 % interval {low:+.4f} to {high:+.4f}"
-    return f"{test.difference:+.4f}, {interval}, p = {test.p:.3g}, p (Holm) = {test.p_holm:.3g}"
-
-
-def _document(tuned: Tuned) -> dict[str, Any]:
-    complete = [trial.seconds for trial in tuned.trials if trial.state == "complete"]
-    steps = dict.fromkeys(step for seconds in complete for step in seconds)
-    means = {step: fmean(seconds.get(step, 0.0) for seconds in complete) for step in steps}
-    return {
-        "status": "tuned",
-        "objective": {
-            "metric": tuned.objective.metric,
-            "lower_is_better": tuned.objective.lower_is_better,
-            "items": [
-                {"task": i.task, "split": i.split, "n": len(i.indices), "passed": i.n_calibrated}
-                for i in tuned.items
-            ],
-            "texts": [
-                {
-                    "expert": one.expert.pinned,
-                    "data": one.calibration.data,
-                    "split": one.calibration.split,
-                    "n": len(one.tokens.ids),
-                    "n_tokens": n_predicted(one.tokens),
-                    "n_kept": None if one.keeps_all else one.n_kept,
-                }
-                for one in tuned.texts
-            ],
-        },
-        "trials": [asdict(trial) for trial in tuned.trials],
-        "n_begun": tuned.n_begun,
-        "best": asdict(tuned.best),
-        "start": asdict(tuned.start) if tuned.start else None,
-        "seconds_a_trial": {step: round(mean, 3) for step, mean in means.items()},
-        "final": tuned.final.to_document()["tasks"] if tuned.final else None,
-    }
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _short(metric: str) -> str:
-    return metric.removesuffix(",none").replace("_", " ")

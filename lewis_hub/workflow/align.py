@@ -1,26 +1,33 @@
-"""Match the units of models that have no common base, before anything else is measured."""
+"""Match blocks and units of models with those of the reference, before anything is measured."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lewis_hub.calibration.subject import FEWER, CalibrationSet
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, write_whole
-from lewis_hub.merge.aligned import VERSION, AlignedModel
+from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
 from lewis_hub.merge.symmetries import Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
-from lewis_hub.recipe.schema import Align, ModelEntry
+from lewis_hub.recipe.alignment import Align
+from lewis_hub.recipe.schema import ModelEntry
+from lewis_hub.workflow.depth import blocks_of, placed
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading
@@ -30,11 +37,13 @@ from lewis_hub.workflow.tokenizers import Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.merge.matching import ComparedModel
+    from lewis_hub.merge.matching import ComparedModel, Matched
+    from lewis_hub.merge.segments import Similarity
 
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
-BROKEN = "Its units cannot be compared: use an intact copy, or remove `align` from the model."
+PIECE = 1 << 16  # entries of a matrix that are compared at a time, of all blocks
+BROKEN = "It cannot be compared: use an intact copy, or remove `align` from the model."
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,15 @@ def alignment_problems(
     if settings is None:
         return []
     problems = []
-    if find_spec("scipy") is None:
+    if find_spec("scipy") is None and any(one and one.method for one in settings.asked):
         problems.append(str(ExtraMissingError("`align`", "align")))
     reference = settings.reference
     for expert, asked in zip(settings.experts, settings.asked, strict=True):
         if asked is None:
             continue
         try:
-            _require_alike(reference, expert)
+            if not asked.depth:
+                _require_alike(reference, expert)
         except AlignmentError as error:
             problems.append(" ".join(str(error).split("\n")))
         if tokens.alignment is not None or expert.translation is not None:
@@ -80,7 +90,7 @@ def alignment_problems(
                 "Give it the other tokenizer first: `lewis-hub transplant-tokenizer`."
             )
         for one in (reference, expert):
-            if asked.weight_similarity < 1 and loading.is_too_large(one.checkpoint):
+            if asked.needs_texts and loading.is_too_large(one.checkpoint):
                 problems.append(
                     f"`align` runs whole models, and {one.name} takes "
                     f"{loading.model_bytes(one.checkpoint):,} bytes in memory, more than "
@@ -130,8 +140,8 @@ def _align_one(
     texts: CalibrationSet | None,
     loader: ModelLoader,
 ) -> AlignedModel:
-    used = texts if asked.weight_similarity < 1 else None
-    calibration = {**used.facts} if used else {}
+    texts = texts if asked.needs_texts else None
+    calibration = {**texts.facts} if texts else {}
     facts = {
         "version": VERSION,
         "models": [reference.digest, expert.digest],
@@ -142,47 +152,145 @@ def _align_one(
     kept = loader.scratch / FOLDER / f"{name}.json"
     if kept.exists():
         return AlignedModel.from_document(read_json(kept.read_bytes(), MAX_TABLE_BYTES))
-    from lewis_hub.merge.matching import match  # torch and scipy: only here
-
-    units = units_of(reference.checkpoint, reference.config)
     kept.parent.mkdir(parents=True, exist_ok=True)
     work = kept.with_suffix(".activations")
+    found = AlignedModel(
+        *(expert.pinned, reference.pinned, asked.weight_similarity, calibration), {}, {}, {}
+    )
+    units = units_of(reference.checkpoint, reference.config)
     try:
-        folders = [work / "reference", work / "other"]
-        if used:
-            for source, folder in zip((reference, expert), folders, strict=True):
-                _write_activations(source, units, used, folder, loader)
-        with (
-            _model(reference, folders[0] if used else None, loader) as ours,
-            _model(expert, folders[1] if used else None, loader) as theirs,
-            loader.progress.stage(f"Aligning {expert.name}", 1, "items") as advance,
-        ):
-            matched = match(units, ours, theirs, asked.weight_similarity)
-            advance(1)
+        if asked.depth:
+            weight = 0.0 if asked.method else asked.weight_similarity  # units move: no cosine
+            pair = (reference, expert)
+            blocks = _match_blocks(pair, weight, texts, work / "blocks", loader)
+            expert = placed(reference, expert, blocks.numbers)
+            units = units.without(blocks.identity)
+            found = replace(found, blocks=blocks)
+        if asked.method:
+            used = texts if asked.weight_similarity < 1 else None
+            matched = _match_units((reference, expert), units, asked, used, work, loader)
+            orders, before, after = matched.orders, matched.unmatched, matched.similarity
+            found = replace(found, orders=orders, before=before, after=after)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    found = AlignedModel(
-        expert.pinned,
-        reference.pinned,
-        asked.weight_similarity,
-        calibration,
-        matched.orders,
-        matched.unmatched,
-        matched.similarity,
-    )
     write_whole(kept, json.dumps(found.document()))
     return found
 
 
+def _match_blocks(
+    pair: tuple[OpenedSource, OpenedSource],
+    weight: float,
+    texts: CalibrationSet | None,
+    work: Path,
+    loader: ModelLoader,
+) -> MatchedBlocks:
+    """Match the blocks of the second model with those of the first, the reference."""
+    from lewis_hub.merge.segments import match_blocks, weight_cosines
+
+    similarity = np.zeros([len(blocks_of(source)) for source in pair])
+    if texts:
+        similarity += (1 - weight) * _cka(pair, texts, work, loader)
+    with loader.progress.stage(f"Comparing blocks of {pair[1].name}", 1, "items") as advance:
+        if weight > 0:
+            with _reader(pair[0], loader) as ours, _reader(pair[1], loader) as theirs:
+                similarity += weight * weight_cosines(_matrices(pair, (ours, theirs)))
+        advance(1)
+    rows = tuple(tuple(map(float, row)) for row in similarity)
+    return MatchedBlocks(match_blocks(similarity), rows, weight)
+
+
+def _cka(
+    pair: Sequence[OpenedSource], texts: CalibrationSet, work: Path, loader: ModelLoader
+) -> Similarity:
+    """The similarity of the outputs of each pair of blocks."""
+    from lewis_hub.calibration.units import read_activations
+    from lewis_hub.merge.segments import linear_cka
+
+    outputs = []
+    for number, source in enumerate(pair):
+        units, folder = units_of(source.checkpoint, source.config), work / str(number)
+        _write_activations(source, units, units.outputs, texts, folder, loader)
+        outputs.append([partial(read_activations, folder, site) for site in units.outputs])
+    with loader.progress.stage(f"Comparing outputs of {pair[1].name}", 1, "items") as advance:
+        found = linear_cka(*((read() for read in one) for one in outputs))
+        advance(1)
+    return found
+
+
+def _matrices(
+    pair: Sequence[OpenedSource], readers: Sequence[Reader]
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """The matrices of the blocks of both models, in pieces of all blocks."""
+    of_models = [blocks_of(source) for source in pair]
+    for name, first in of_models[0][0].items():
+        if len(first.shape) == 2:
+            stored = [[block[name] for block in blocks] for blocks in of_models]
+            yield _pieces(pair, stored, readers)
+
+
+def _pieces(
+    pair: Sequence[OpenedSource],
+    stored: Sequence[Sequence[TensorHeader]],
+    readers: Sequence[Reader],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    import torch
+
+    from lewis_hub.merge.quantised import read_floats
+
+    n_elements = stored[0][0].n_elements
+    for start in range(0, n_elements, PIECE):
+        size = min(PIECE, n_elements - start)
+        ours, theirs = (
+            torch.stack([torch.from_numpy(read_floats(reader, one, start, size)) for one in blocks])
+            for blocks, reader in zip(stored, readers, strict=True)
+        )
+        for source, blocks, piece in zip(pair, stored, (ours, theirs), strict=True):
+            for one, row in zip(blocks, piece, strict=True):
+                if not row.isfinite().all():
+                    raise NonFiniteError(one.name, source.name, BROKEN)
+        yield ours, theirs
+
+
+def _match_units(
+    pair: tuple[OpenedSource, OpenedSource],
+    units: Units,
+    asked: Align,
+    texts: CalibrationSet | None,
+    work: Path,
+    loader: ModelLoader,
+) -> Matched:
+    """Match the units of the second model with those of the first, of equal depth."""
+    from lewis_hub.merge.matching import match  # torch and scipy: only here
+
+    folders = [work / "reference", work / "other"]
+    if texts:
+        for source, folder in zip(pair, folders, strict=True):
+            _write_activations(source, units, units.sites, texts, folder, loader)
+    with (
+        _model(pair[0], folders[0] if texts else None, loader) as ours,
+        _model(pair[1], folders[1] if texts else None, loader) as theirs,
+        loader.progress.stage(f"Aligning {pair[1].name}", 1, "items") as advance,
+    ):
+        found = match(units, ours, theirs, asked.weight_similarity)
+        advance(1)
+    return found
+
+
 def _write_activations(
-    source: OpenedSource, units: Units, texts: CalibrationSet, folder: Path, loader: ModelLoader
+    source: OpenedSource,
+    units: Units,
+    wanted: Iterable[str],
+    texts: CalibrationSet,
+    folder: Path,
+    loader: ModelLoader,
 ) -> None:
     """Run the texts through one of the models, which is freed on return."""
     from lewis_hub.calibration.model import load_model, run_refusals
     from lewis_hub.calibration.units import n_kept, write_activations
 
     folder.mkdir(parents=True)
-    widths = sum(units.width_at(site) for site in units.sites)
+    sites = {site: units.sites[site] for site in wanted}
+    widths = sum(map(units.width_at, sites))
     n_bytes = n_kept(texts.tokens) * widths * WIDTH
     require_room(folder, n_bytes, "the activations of the texts", FEWER)
     placed = loader.materialize_checkpoint(source)
@@ -191,7 +299,7 @@ def _write_activations(
         loader.progress.stage(f"Running {source.name}", texts.tokens.n_tokens, "tokens") as advance,
     ):
         model = load_model(placed, loader.loading.device, source.pinned)
-        write_activations(model, source.pinned, units.sites, texts.tokens, folder, advance)
+        write_activations(model, source.pinned, sites, texts.tokens, folder, advance)
 
 
 @contextmanager
@@ -202,19 +310,12 @@ def _model(
     from lewis_hub.calibration.units import read_activations
     from lewis_hub.checkpoint.reader import read_tensor
     from lewis_hub.merge.matching import ComparedModel
-    from lewis_hub.merge.readers import open_source
 
-    checkpoint = source.checkpoint
-    steps = [[SourceTensor(source.pinned, one, None) for one in checkpoint.tensors.values()]]
-    ranges = loader.scratch / FOLDER / hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
-    with (
-        SourceFiles(loader.files.locations, steps, ranges, loader.max_shard_bytes) as files,
-        open_source(source.pinned, None, files.reader) as reader,
-    ):
+    with _reader(source, loader) as reader:
         seen = None if activations is None else lambda site: read_activations(activations, site)
 
         def read(name: str) -> Tensor:
-            tensor = read_tensor(reader, checkpoint.tensors[name])
+            tensor = read_tensor(reader, source.checkpoint.tensors[name])
             if not tensor.isfinite().all():
                 raise NonFiniteError(name, source.name, BROKEN)
             return tensor
@@ -222,10 +323,24 @@ def _model(
         yield ComparedModel(read, seen)
 
 
+@contextmanager
+def _reader(source: OpenedSource, loader: ModelLoader) -> Iterator[Reader]:
+    from lewis_hub.merge.readers import open_source
+
+    base, tensors = source.checkpoint.base, source.checkpoint.tensors.values()
+    steps = [[SourceTensor(source.pinned, one, base) for one in tensors]]
+    ranges = loader.scratch / FOLDER / hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
+    with (
+        SourceFiles(loader.files.locations, steps, ranges, loader.max_shard_bytes) as files,
+        open_source(source.pinned, base, files.reader) as reader,
+    ):
+        yield reader
+
+
 def aligner(
-    models: Sequence[AlignedModel],
+    models: Sequence[AlignedModel], reference: OpenedSource
 ) -> Callable[[OpenedSource], OpenedSource]:
-    """Return what replaces a source by itself with its units in the order that was found."""
+    """Return what replaces a source by itself with its blocks and units in their new places."""
     known: Mapping[str, AlignedModel] = {one.source: one for one in models}
 
     def permuted(source: OpenedSource) -> OpenedSource:
@@ -233,6 +348,9 @@ def aligner(
         if found is None:
             return source
         units = units_of(source.checkpoint, source.config)
+        if found.blocks:
+            source = placed(reference, source, found.blocks.numbers)
+            units = units_of(source.checkpoint, source.config).without(found.blocks.identity)
         checkpoint = permute(source.checkpoint, units, found.orders)
         return replace(source, checkpoint=checkpoint, digest=f"{source.digest}+{found.digest}")
 

@@ -29,7 +29,7 @@ from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
-from lewis_hub.recipe.schema import Evaluation, Gate
+from lewis_hub.recipe.evaluation import Evaluation, Gate
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK

@@ -26,14 +26,21 @@ from lewis_hub.merge.modules import MODULES, module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.rules import aligns_by_texts, all_parameters, fits_in_sequence
-from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
+from lewis_hub.recipe.rules import (
+    aligns_by_texts,
+    all_parameters,
+    fits_in_sequence,
+    runs_expert_blocks,
+)
+from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.check import CheckReport
+from lewis_hub.workflow.depth import depth_notes, depth_problems, in_depth
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, output_headers, stack_config
@@ -41,6 +48,7 @@ from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_setting
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
 
 
@@ -51,7 +59,9 @@ def measurement_of(recipe: Recipe) -> Measurement:
     if needs_moments(recipe):
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
-        moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
+        moments = resources.MomentSettings(
+            widest, solved, fits_in_sequence(recipe), runs_expert_blocks(recipe)
+        )
     on_texts = moments is not None or aligns_by_texts(recipe)
     on_texts = on_texts or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, resolve.calibrations_of(recipe) if on_texts else ())
@@ -105,7 +115,8 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         known = tokens.translations
         sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
         problems += tokens.problems
-        if not takes_parts:
+        problems += (of_depth := depth_problems(merged_entries(recipe), sources))
+        if not takes_parts and not of_depth:
             problems += _misfits(recipe, sources, tokens)
     output = sources.donor.checkpoint
     if not problems:
@@ -122,6 +133,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     workload = workload_of(recipe, execution, sources, measurement, output)
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
     notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
+    notes += depth_notes(merged_entries(recipe), sources) if not problems else ()
     report = check.make_report(workload, facts, problems, notes)
     return Examined(report, inputs, sources, facts, tokens, output)
 
@@ -150,7 +162,8 @@ def _tokenizer_request(
 
 def _misfits(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> list[str]:
     """Return why the sources do not fit, without row counts that the tokenizers explain."""
-    donor, *others = (one.checkpoint for one in sources.models)
+    fitting = in_depth(merged_entries(recipe), sources)
+    donor, *others = (one.checkpoint for one in fitting.models)
     rows = tokens.alignment.tensors if tokens.alignment else ()
     found = compare(donor, others, recipe.missing, rows)
     return [str(one) for one in found if not (tokens.problems and one.kind == "vocabulary")]
@@ -160,6 +173,7 @@ def plan_settings(
     recipe: Recipe, execution: Execution, sources: MergeSources, tokens: Tokens
 ) -> PlanSettings:
     """Return the settings that determine the plan of a merge."""
+    sources = in_depth(merged_entries(recipe), sources)
     base, references = sources.base, by_reference(recipe, sources.base, sources.experts)
     takes_base = registry.find(recipe.merge_method).takes_base
     settings: MergeSettings | StackSettings | MixtureSettings
@@ -399,6 +413,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
     notes += writing_notes(measurement, sources, workload.loading)
+    notes += uncompensated_notes(measurement.moments, donor)
     if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)
         notes += passed_over(first, others)

@@ -173,7 +173,8 @@ class ModelLoader:
         alone = make_plan(MergeSettings("linear", None, (expert,)), self.max_shard_bytes)
         output = self._write_configuration(source)
         as_what = "on its base" if source.source.is_adapter else "in bfloat16"
-        if any(tensor.permuted for tensor in source.checkpoint.tensors.values()):
+        of_depth = source.checkpoint.base is not None and not source.source.is_adapter
+        if of_depth or any(tensor.permuted for tensor in source.checkpoint.tensors.values()):
             as_what = "aligned"
         title = f"Writing out {source.name} {as_what}"
         means = replace(self.means, is_read_next=True)

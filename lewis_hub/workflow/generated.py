@@ -2,7 +2,8 @@
 
 They are kept in `generated.jsonl`, a line for each text: what the model wrote, not the prompt. A
 line is used again if model, prompts, settings and seed are the same, and its digest says that
-nobody changed it. So an interrupted run goes on after the last whole batch.
+nobody changed it. So an interrupted run goes on after the last whole batch. Answers to prompts
+that are not public are not part of a merge.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,10 +22,12 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import CalibrationError, CalibrationModelError, RecipeError
 from lewis_hub.files import text_of, write_whole
+from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading, Measurement
+from lewis_hub.workflow.samples import is_beside
 from lewis_hub.workflow.texts import (
     DrawnText,
     ScoredTasks,
@@ -44,6 +47,9 @@ ELSEWHERE = (
     "importance/ that it writes beside the recipe. Or give texts with answers."
 )
 MAX_TOKEN = 1 << 31
+LEFT_OUT = (
+    f"the merge does not have {FILE}, since it is not known that everybody may read the prompts."
+)
 PER_SECOND = 3e10  # float operations of one CPU, for estimates
 
 Tokens = dict[int, tuple[int, ...]]  # number of a prompt -> the tokens after it
@@ -114,7 +120,7 @@ class GeneratedTexts:
     """The sets of all experts, and the lines of the file."""
 
     sets: Sets
-    lines: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()  # without answers to prompts that are not public
 
 
 def _sha256(text: str) -> str:
@@ -206,11 +212,12 @@ def write_texts(
     tokenizer = load_tokenizer(str(loader.files.folders[donor.pinned]), donor.name)
     written = {number: _known(request, stores) for number, request in requests.items()}
 
-    def keep() -> tuple[str, ...]:
-        lines = (requests[n].lines(tokens, tokenizer) for n, tokens in written.items())
-        kept = tuple(chain.from_iterable(lines))
-        write_whole(stores[0], "\n".join(kept) + "\n")
-        return kept
+    def lines(numbers: Iterable[int]) -> tuple[str, ...]:
+        each = (requests[n].lines(written[n], tokenizer) for n in numbers)
+        return tuple(chain.from_iterable(each))
+
+    def keep() -> None:
+        write_whole(stores[0], "\n".join(lines(written)) + "\n")
 
     completed = list(sets)
     screened: defaultdict[Calibration, list[DrawnText]] = defaultdict(list)
@@ -224,7 +231,25 @@ def write_texts(
         texts = (tokenizer.decode([*ids], skip_special_tokens=True) for ids in tokens.ids)
         screened[request.calibration] += [DrawnText((str(text),), ()) for text in texts]
     refuse_overlap(scored, screened, loader.progress)
-    return GeneratedTexts(tuple(completed), keep())
+    keep()
+    public = [n for n, one in requests.items() if _is_public(settings, one.calibration)]
+    for expert in (one.expert for n, one in requests.items() if n not in public):
+        loader.progress.say(f"{expert.name}: {LEFT_OUT}")
+    return GeneratedTexts(tuple(completed), lines(public))
+
+
+def _is_public(settings: TextSettings, asked: Calibration) -> bool:
+    """Return whether anybody may read the prompts, so that a merge may have the answers."""
+    if asked.source:
+        return True
+    data = settings.data[asked]
+    if isinstance(data, Source):
+        return data.access == "public"
+    include = data.selection.include
+    return all(
+        one.access == "public" or (one.folder is not None and is_beside(one.folder, include))
+        for one in data.datasets
+    )
 
 
 def _told(request: TextRequest, ids: Sequence[Sequence[int]]) -> str:

@@ -25,15 +25,17 @@ from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import ExportFormat
-from lewis_hub.recipe.rules import fits_in_sequence, trims_by_activation
-from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
+from lewis_hub.recipe.rules import fits_in_sequence, runs_expert_blocks, trims_by_activation
+from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.align import AlignmentSettings, aligner, alignment_settings
 from lewis_hub.workflow.check import CheckReport
+from lewis_hub.workflow.depth import in_depth
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.export import require_exportable
@@ -110,7 +112,7 @@ class MergeJob:
         """Return the same job; everything after the alignment reads the models as permuted."""
         if not models:
             return self
-        permuted = aligner(models)
+        permuted = aligner(models, self.sources.donor)
         sources, guide, statistics = self.sources.replaced(permuted), self.guide, self.statistics
         plan, evaluation = self.plan.reading(sources.models), self.evaluation
         if guide:
@@ -195,7 +197,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         statistics = StatisticsSettings(
             method=recipe.merge_method,
             moments=measurement.moments,
-            sources=sources,
+            sources=in_depth(resolve.merged_entries(recipe), sources),
             reader=next(one for one in sources.models if one.pinned == reader),
             plan=plan,
             sidecars=sidecars,
@@ -304,6 +306,7 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
         software=planned.software,
         stack=_stacked_blocks(recipe, inputs),
         in_sequence=fits_in_sequence(recipe),
+        in_expert_blocks=runs_expert_blocks(recipe),
         trims_by_activation=trims_by_activation(recipe),
         exports=recipe.export or (),
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,

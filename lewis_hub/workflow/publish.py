@@ -255,7 +255,7 @@ def push(
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
         private=asked.private,
-        expected_parent=destination.target.head,
+        expected_parent=destination.target.head or hub_publish.NO_REPO,
     )
     with progress.stage("Publishing", hub_publish.folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance, sent)

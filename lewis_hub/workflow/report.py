@@ -17,9 +17,11 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.aligned import FILE as ALIGNMENT
 from lewis_hub.merge.aligned import alignment_json
 from lewis_hub.merge.engine import ShardResult
-from lewis_hub.recipe.schema import Benchmark, Calibration
+from lewis_hub.recipe.evaluation import Benchmark
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
+from lewis_hub.report.blocks import draw_blocks
 from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.facts import CardFacts, Guided
@@ -64,7 +66,9 @@ def write(
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
-    pictures = [one for one in (chart, guided.maps if guided else None) if one]
+    blocks = draw_blocks(gathered.aligned, folder / "lewis")
+    maps = guided.maps if guided else None
+    pictures = [one for one in (chart, maps, *blocks.values()) if one]
     written = _write_locked(settings, folder, guided, scored)
     if gathered.generated:
         write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")
@@ -94,6 +98,7 @@ def write(
         digest=lock.digest,
         measured=gathered.measured,
         aligned=gathered.aligned,
+        blocks=blocks,
         notes=gathered.notes,
         machine=machine,
     )
@@ -123,7 +128,9 @@ def described(facts: CardFacts, folder: Path) -> CardFacts:
     config = read_json((folder / "config.json").read_bytes())
     parents = [facts.models[source.pinned] for source in facts.sources]
     usage = usage_of(folder, config, parents)
-    return replace(facts, config=config, usage=usage, chat=has_chat_template(folder))
+    generated = (folder / "lewis" / GENERATED).exists()
+    chat = has_chat_template(folder)
+    return replace(facts, config=config, usage=usage, chat=chat, generated=generated)
 
 
 def write_guidance(folder: Path, guided: Guided) -> Guided:

@@ -32,7 +32,7 @@ from lewis_hub.workflow.resolve import RecipeSnapshot
 from lewis_hub.workflow.transplant_job import TRANSPLANT
 
 UNNAMED = "Merged model"
-PUSHED_TO = re.compile(r"\n*<!-- lewis-hub: pushed to (\S+) -->\n")
+PUSHED_TO = re.compile(r"(?<!\n)\n*<!-- lewis-hub: pushed to (\S+) -->\n")
 
 
 def published_as(facts: CardFacts, publish: Publishing | None) -> CardFacts:

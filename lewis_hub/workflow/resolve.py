@@ -27,10 +27,11 @@ from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, 
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
+from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 

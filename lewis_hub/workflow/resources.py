@@ -22,7 +22,8 @@ from lewis_hub.errors import DeviceError
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.runners import Backend, Ray, parse_runner
-from lewis_hub.recipe.schema import Calibration, Evaluation
+from lewis_hub.recipe.evaluation import Evaluation
+from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.open import MergeSources
 
 SOFTWARE = (
@@ -121,7 +122,7 @@ def _require_device(name: str) -> None:
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, for models of any size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
-GRAM_COPIES = 5  # matrices beside each expert's own and its shrunk matrix during a factorisation
+GRAM_COPIES = 5  # matrices beside two of each expert, G and C, during a factorisation
 DEFINED_COPIES = 4  # float64 copies of a tensor, beside its sources, that a torch method makes
 WIDTH = 4  # bytes of a float32
 EVEN_SO = (
@@ -139,6 +140,9 @@ class MomentSettings:
     widest: int  # number of inputs that one matrix of second moments covers at most
     are_solved: bool  # whether matrices are fitted; otherwise entries are trimmed by the diagonal
     in_sequence: bool  # whether matrices are fitted one by one, on the merged model's activations
+    in_expert_blocks: bool = (
+        False  # whether experts' blocks run on the merged model's hidden states
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,11 @@ class Measurement:
     def in_sequence(self) -> bool:
         """Whether matrices are fitted one after the other."""
         return self.moments is not None and self.moments.in_sequence
+
+    @property
+    def in_expert_blocks(self) -> bool:
+        """Whether they are fitted in the experts' blocks."""
+        return self.moments is not None and self.moments.in_expert_blocks
 
     @property
     def measures(self) -> frozenset[str]:
@@ -270,7 +279,8 @@ def loading_problems(
     if measurement.in_sequence:
         fitted = (sources.donor, *sources.experts)
         n_bytes = sum(blocks_bytes(source.checkpoint) for source in fitted)
-        subject = "`inputs: merged` runs the merge and all experts block by block, which"
+        name = "merged_block" if measurement.in_expert_blocks else "merged"
+        subject = f"`inputs: {name}` runs the merge and all experts block by block, which"
         sizes = [(subject, n_bytes)] if n_bytes > limit else []
     else:
         sizes = [

@@ -58,17 +58,18 @@ def closed(data: TaskData, sources: ScoredSources, include: Path | None) -> str 
     if data.repo:
         source = sources.get((data.repo, data.revision))
         if source and source.folder:
-            return None if _is_beside(source.folder, include) else "Its data are in a local folder."
+            return None if is_beside(source.folder, include) else "Its data are in a local folder."
         access = source.access if source else None
         if access is None:
             return f"It is unknown whether the dataset {data.repo} is public."
         return None if access == "public" else f"The dataset {data.repo} is {access}."
     if not data.files:
         return "It is unknown where its data come from."
-    if all(_is_beside(Path(file), include) for file in data.files):
+    if all(is_beside(Path(file), include) for file in data.files):
         return None
     return "Its data are files outside of the folder of its task."
 
 
-def _is_beside(path: Path, include: Path | None) -> bool:
+def is_beside(path: Path, include: Path | None) -> bool:
+    """Return whether data are beside the user's own task files, which become part of a merge."""
     return include is not None and path.resolve().is_relative_to(include.resolve())

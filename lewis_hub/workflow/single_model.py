@@ -42,8 +42,9 @@ from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
+from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.schema import Calibration, Evaluation, Recipe
+from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock

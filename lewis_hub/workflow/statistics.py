@@ -40,12 +40,13 @@ if TYPE_CHECKING:
     from lewis_hub.calibration.affine import AffineOptions
     from lewis_hub.calibration.sequential import LayerMoments
 
-VERSION = 4  # of the arithmetic of fitting in sequence
+VERSION = 5  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
 REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
 N_SHOWN = 3  # tensors that a note lists
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")  # of what an MLP adds
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Gathered:
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()  # of the data that each expert was measured on
     generated: tuple[str, ...] = ()  # lines of texts that the experts wrote
-    aligned: tuple[AlignedModel, ...] = ()  # models whose units were matched with another's
+    aligned: tuple[AlignedModel, ...] = ()  # models matched with another
 
 
 def gather(
@@ -204,6 +205,17 @@ def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
     require_beside(made, (expert.checkpoint for expert in settings.sources.experts))
 
 
+def uncompensated_notes(moments: MomentSettings | None, donor: OpenedSource) -> list[str]:
+    """Return a note if blocks that are fitted in sequence norm what their last matrix gives."""
+    found = {one for one in OUTPUT_NORMS for name in donor.checkpoint.tensors if f".{one}." in name}
+    if moments is None or not moments.in_sequence or moments.in_expert_blocks or not found:
+        return []
+    return [
+        f"the blocks of {donor.name} norm what their last matrix gives (`{min(found)}`), so it is "
+        "fitted like the others: `compensate` has no effect."
+    ]
+
+
 def _fit_in_sequence(
     settings: StatisticsSettings, sets: Sets, loader: ModelLoader, schedule: DensitySchedule | None
 ) -> Gathered:
@@ -287,7 +299,10 @@ def _fit(
         run_refusals(settings.sources.donor.pinned, asked),
     ):
         affine_of = merged.affine_options if merged.fits_affine else None
-        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance, affine_of)
+        files = fit_blocks(
+            *(weights, texts, merged.solve, place, widest, device, advance, affine_of),
+            inputs="merged_block" if settings.moments.in_expert_blocks else "merged",
+        )
     report_nan([Counter(label for label, _ in merged.replaced_nan)], loader.progress)
     return files
 

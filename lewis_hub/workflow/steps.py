@@ -18,11 +18,12 @@ from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.files import text_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Gate
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
-from lewis_hub.recipe.schema import Gate, Recipe
+from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings

@@ -15,7 +15,8 @@ from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
 from lewis_hub.merge.sidecars import TokenizerFiles
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
+from lewis_hub.recipe.schema import CHAT_TEMPLATES
+from lewis_hub.recipe.tokens import ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import CONFIG, Translation, Vocabulary, disagreement, translation
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 

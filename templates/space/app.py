@@ -20,7 +20,8 @@ ABOUT = f"""# Merge models with lewis-hub
 
 Write a recipe, check it, merge small models and look at the model card. This Space merges up to
 **{MAX_GB:g} GB** of weights, and a step takes at most {sessions.MAX_MINUTES:g} minutes. A recipe
-may name repositories of the Hub only. Your files are deleted when you close this tab."""
+may name repositories of the Hub only. Your files are deleted when you close this tab, or after
+six hours without a step."""
 SIGN_IN = (
     "To push the result, or to read gated models, sign in before you start: it reloads the page."
 )

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ PASSED_ON = (
     *("PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "MAX_GB", "SSL_CERT_FILE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
+UNUSED_S = 6 * 3600.0  # the folder of a client that closes no tab is kept for so long
 RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
 CLOSED: set[Path] = set()  # the folders of closed tabs
 Event = Mapping[str, Any]
@@ -58,7 +60,9 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
     if folder in CLOSED:
         yield {"problem": "This tab was closed."}
         return
+    _delete_unused()
     (folder / "recipe").mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
     process = subprocess.Popen(
         [sys.executable, WORKER, step, folder],
         env=_environment(folder, token),
@@ -94,6 +98,15 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
         if process.stdout:
             process.stdout.close()
         RUNNING.remove((folder, process))
+
+
+def _delete_unused() -> None:
+    """Delete the folders in which nothing has run for long."""
+    used = {folder for folder, _ in RUNNING}
+    for folder in ROOT.iterdir():
+        with suppress(OSError):  # it is closed at this moment
+            if folder not in used and time.time() - folder.stat().st_mtime > UNUSED_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def close(session: str) -> None:

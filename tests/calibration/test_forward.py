@@ -50,6 +50,21 @@ def test_rows_may_have_any_shape(shape):
     torch.testing.assert_close(by_rows(x, weight), x @ weight.T)
 
 
+@settings(deadline=None)
+@given(sizes, sizes, sizes, st.booleans(), st.booleans())
+def test_products_without_copies_of_rows_have_the_same_bytes(
+    n_rows, n_in, n_out, has_bias, transposed
+):
+    x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
+    weight = weight.T.contiguous().T if transposed else weight
+    bias = torch.randn(n_out) if has_bias else None
+
+    found = by_rows(x, weight, bias)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(forward, "_without_copies", lambda: None)
+        assert torch.equal(by_rows(x, weight, bias), found)
+
+
 def test_matrices_may_be_parts_of_others_in_any_layout():
     whole = torch.randn(40, 50)
     parts = [whole[3:9, 4:20], whole[4:20, 3:9].T, whole[:, :16], whole[0, :16].expand(5, 16)]

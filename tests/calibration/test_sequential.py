@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.calibration import block_runs, meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
@@ -16,45 +15,21 @@ from lewis_hub.calibration.hooks import CallOrder
 from lewis_hub.calibration.sequential import ExpertTexts, fit
 from lewis_hub.calibration.subject import in_folder
 from lewis_hub.errors import NotByBlockError
-from lewis_hub.methods.regmean import RIDGE, regmean
+from lewis_hub.methods.regmean import regmean
 
 from . import conftest
 from .conftest import tiny_model, tokens_of
-
-LEVELS = {  # of each block, in the order in which they run; mamba takes dt_proj by its weight
-    "llama": [
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        ["self_attn.o_proj"],
-        ["mlp.gate_proj", "mlp.up_proj"],
-        ["mlp.down_proj"],
-    ],
-    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
-    "mamba": [["mixer.in_proj"], ["mixer.x_proj"], ["mixer.out_proj"]],
-}
-BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "mamba": "backbone.layers"}
-ATTENTION, MLP = "layer.{}.{}Attention.{}", "layer.{}.DenseReluDense.{}"
-T5 = {  # as FLAN-T5; cross-attention takes k and v from the encoder's output
-    "encoder.block": [
-        [ATTENTION.format(0, "Self", name) for name in "qkv"],
-        [ATTENTION.format(0, "Self", "o")],
-        [MLP.format(1, "wi_0"), MLP.format(1, "wi_1")],
-        [MLP.format(1, "wo")],
-    ],
-    "decoder.block": [
-        [ATTENTION.format(0, "Self", name) for name in "qkv"],
-        [ATTENTION.format(0, "Self", "o")],
-        [ATTENTION.format(1, "EncDec", "q")],
-        [ATTENTION.format(1, "EncDec", name) for name in "kv"],
-        [ATTENTION.format(1, "EncDec", "o")],
-        [MLP.format(2, "wi_0"), MLP.format(2, "wi_1")],
-        [MLP.format(2, "wo")],
-    ],
-}
-STACKS = {name: {BLOCKS[name]: levels} for name, levels in LEVELS.items()} | {"t5": T5}
-TEXTS = [
-    [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
-    [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
-]
+from .naive_fits import (
+    LEVELS,
+    NORMED,
+    STACKS,
+    TEXTS,
+    naive,
+    naive_in_blocks,
+    rows,
+    tiny_normed,
+    tiny_t5,
+)
 
 
 @pytest.fixture
@@ -62,7 +37,9 @@ def models(tmp_path):
     """A base, two experts and their average, and where the last three lie."""
 
     def make(architecture):
-        build = tiny_t5 if architecture == "t5" else partial(tiny_model, architecture)
+        build = {"t5": tiny_t5, **{name: partial(tiny_normed, name) for name in NORMED}}.get(
+            architecture, partial(tiny_model, architecture)
+        )
         found = [build(seed) for seed in range(3)]
         average = build(0)
         with torch.no_grad():
@@ -76,115 +53,6 @@ def models(tmp_path):
         return made, folders
 
     return make
-
-
-def tiny_t5(seed):
-    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
-    config = T5Config(
-        **small, vocab_size=97, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
-    )
-    torch.manual_seed(seed)
-    return T5ForConditionalGeneration(config).eval()
-
-
-def read(model, ids):
-    """Run a text through a model; a decoder behind an encoder gets it a token later."""
-    given = {"input_ids": torch.tensor([ids])}
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = torch.tensor([[0, *ids[:-1]]])
-    with torch.no_grad():
-        model(**given)
-
-
-def rows(model, path, texts):
-    """What a module is handed, text by text, in float64."""
-    seen = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
-    )
-    for ids in texts:
-        read(model, ids)
-    handle.remove()
-    return torch.cat(seen)
-
-
-def beside(model, block, path, texts):
-    """What a block returns less what a Linear of it makes of its input, bias apart; in float64."""
-    returned, added = [], []
-    module = model.get_submodule(path)
-    bias = 0 if module.bias is None else module.bias.detach()
-
-    def keep(of, found, bias=0):
-        of.append((found - bias).detach().reshape(-1, found.shape[-1]).double())
-
-    handles = [
-        module.register_forward_hook(lambda _, _given, found: keep(added, found, bias)),
-        model.get_submodule(block).register_forward_hook(
-            lambda _, _given, found: keep(returned, found[0] if type(found) is tuple else found)
-        ),
-    ]
-    for ids in texts:
-        read(model, ids)
-    for handle in handles:
-        handle.remove()
-    return torch.cat(returned) - torch.cat(added)
-
-
-def shrunk(matrix, gram, alpha):
-    found = alpha * matrix
-    found.diagonal().copy_(matrix.diagonal() + RIDGE * gram.diagonal().mean())
-    return found
-
-
-def naive(architecture, models, alpha):
-    """Whole models, one module after the other, by the normal equations in float64."""
-    base, *experts, merged = models
-    found = {}
-    blocks = [
-        (f"{path}.{number}", levels)
-        for path, levels in STACKS[architecture].items()
-        for number in range(len(merged.get_submodule(path)))
-    ]
-    for block, levels in blocks:
-        for level in levels:
-            paths = [f"{block}.{name}" for name in level]
-            pairs = [
-                (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
-                for expert, texts in zip(experts, TEXTS, strict=True)
-            ]
-            gaps, last = [], level is levels[-1]
-            if last:
-                gaps = [
-                    beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
-                    for expert, texts in zip(experts, TEXTS, strict=True)
-                ]
-            for path in paths:
-                w0, *ws = (
-                    turned(architecture, m.get_submodule(path).weight.detach().double())
-                    for m in (base, *experts)
-                )
-                total, wanted = 0, 0
-                for (x, z), w in zip(pairs, ws, strict=True):
-                    gram = x.T @ x / len(x)
-                    cross = shrunk(z.T @ x / len(x), gram, alpha)
-                    gram = shrunk(gram, gram, alpha)
-                    total, wanted = total + gram, wanted + w @ cross - w0 @ gram
-                fitted = w0 + torch.linalg.solve(total, wanted.T).T
-                if last:
-                    missing = sum(g.T @ x / len(x) for (x, _), g in zip(pairs, gaps, strict=True))
-                    more = torch.linalg.solve(total, missing.T).T
-                    made = [more @ x.T / len(x) ** 0.5 for x, _ in pairs]
-                    most = (more * missing).sum() / sum((one**2).sum() for one in made)
-                    fitted += min(max(most, 0), 1) * more
-                found[path] = turned(architecture, fitted).float()
-            for path in paths:
-                with torch.no_grad():
-                    merged.get_submodule(path).weight.copy_(found[path])
-    return found
-
-
-def turned(architecture, weight):
-    return weight.T if architecture == "gpt2" else weight
 
 
 def solver(models, alpha, asked=None):
@@ -210,14 +78,15 @@ def solver(models, alpha, asked=None):
     return solve
 
 
-def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
+def run(folders, solve, output, texts=TEXTS, advance=lambda _: None, inputs="merged"):
     output.mkdir(exist_ok=True)
     *experts, merged = folders
     asked = [
         ExpertTexts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
         for folder, own in zip(experts, texts, strict=True)
     ]
-    files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    given = (in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    files = fit(*given, inputs=inputs)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -228,6 +97,18 @@ def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_pat
     found = run(folders, solver(made, 0.7), tmp_path / "fitted")
 
     expected = naive(architecture, made, 0.7)
+    assert set(found) == {f"{path}.weight" for path in expected}
+    for path, weight in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba", "t5", "olmo2"])
+def test_an_experts_block_gets_the_merged_models_hidden_states(models, tmp_path, architecture):
+    made, folders = models(architecture)
+
+    found = run(folders, solver(made, 0.7), tmp_path / "fitted", inputs="merged_block")
+
+    expected = naive_in_blocks(architecture, made, 0.7)
     assert set(found) == {f"{path}.weight" for path in expected}
     for path, weight in expected.items():
         torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)

@@ -153,6 +153,14 @@ def test_a_conversation_that_the_chat_template_refuses_is_an_error(byte_tokenize
     )
 
 
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], 3, {"a": 1}])
+def test_contents_that_the_chat_template_cannot_write_are_an_error(byte_tokenizer, content):
+    byte_tokenizer.chat_template = "{{ 'user: ' + messages[0].content }}"
+
+    with pytest.raises(CalibrationError, match="the chat template refuses row 8: can only conc"):
+        messages(byte_tokenizer).render(8, {"chat": [{"role": "user", "content": content}]})
+
+
 @pytest.mark.parametrize("empty", [None, []])
 def test_a_row_without_messages_is_an_empty_text(byte_tokenizer, empty):
     assert messages(byte_tokenizer).render(0, {"chat": empty}) == ""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.calibration.texts import batches, beginnings, calibration_tokens, draw_rows
-from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.errors import CalibrationError, CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
 from .conftest import tokens_of
@@ -216,3 +216,19 @@ def test_texts_without_data_begin_with_the_prompt_or_the_first_token(byte_tokeni
     assert byte_tokenizer.decode(empty.ids[0]) == "<s>"
     with pytest.raises(EmptyCalibrationError, match="`prompt` has 3 tokens, and `max_tokens` is 3"):
         beginnings(Calibration(source="model", prompt="Q:", max_tokens=3), byte_tokenizer)
+
+
+def test_a_row_with_half_a_letter_is_an_error(byte_tokenizer):
+    with pytest.raises(CalibrationError) as caught:
+        calibration_tokens(Table([{"text": "a\ud800"}]), asking(), byte_tokenizer, seed=0)
+    assert str(caught.value) == (
+        "calibration on me/data: row 0 has half a letter, which UTF-8 cannot encode.\n"
+        "Repair the row, or draw others by `seed`."
+    )
+
+
+@pytest.mark.parametrize("name", ["samples", "max_tokens"])
+def test_a_calibration_has_a_bounded_number_of_tokens(name):
+    assert getattr(asking(**{name: 1_000_000}), name) == 1_000_000
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        asking(**{name: 1_000_001})

@@ -12,6 +12,7 @@ from lewis_hub.cli.main import cli
 from lewis_hub.cli.options import SIZE
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
+from lewis_hub.merge.settings import parameters_of
 from lewis_hub.methods import registry
 from lewis_hub.recipe.read import read_recipe, schema
 
@@ -291,6 +292,19 @@ def test_a_broken_package_is_named_and_the_others_are_listed(what, tmp_path, mon
     assert document["broken"] == [told]
 
 
+def test_each_method_is_listed_on_one_line():
+    methods = CliRunner().invoke(cli, ["methods"]).stdout.splitlines()
+    guides = CliRunner().invoke(cli, ["guides"]).stdout.splitlines()
+
+    assert len(methods) == 1 + 27 + 2  # header; an empty line and a hint
+    assert max(len(line.rstrip()) for line in methods) < 120
+    assert methods[-1] == "`lewis-hub methods NAME` shows a method's formula, options and paper."
+    assert [line.split()[0] for line in guides if "arXiv 2503.03874" in line] == [
+        "lewis",
+        "lewis_reference",
+    ]
+
+
 def test_methods_and_guides_are_listed_with_their_papers():
     listed = json.loads(CliRunner().invoke(cli, ["methods", "--json"]).output)["methods"]
     guides = json.loads(CliRunner().invoke(cli, ["guides", "--json"]).output)["guides"]
@@ -334,16 +348,25 @@ def test_a_method_is_described_with_formula_options_and_paper():
     ]
     table = [line.split("  ") for line in shown.splitlines()]
     rows = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in table if row[0]}
-    assert rows["density"] == ["1.0", "0 to 1", "all models, or each model"]
-    assert rows["normalize"] == ["true", "true or false", "all models"]
-    assert rows["trim"] == ["magnitude", "magnitude or activation", "all models"]
-    assert rows["trim_exponent"] == ["1.0", "at least 0", "all models"]
+    assert rows["density"] == [
+        "1.0",
+        "0 to 1",
+        "the fraction of entries kept; may differ by model",
+    ]
+    assert rows["normalize"] == [
+        "true",
+        "true or false",
+        "whether to divide by the sum of the weights",
+    ]
+    assert rows["trim"][:2] == ["magnitude", "magnitude or activation"]
+    assert rows["trim_exponent"] == ["1.0", "at least 0", "the power of the activation norm"]
     assert shown.endswith("\nPaper: https://arxiv.org/abs/2306.01708\n")
     assert document["formula"].splitlines()[1] == "u_i = w_i trim(v_i)"
     assert document["options"][1] == {
         "name": "density",
         "default": 1.0,
         "values": "0 to 1",
+        "meaning": "the fraction of entries kept",
         "per_source": True,
     }
 
@@ -351,13 +374,20 @@ def test_a_method_is_described_with_formula_options_and_paper():
 def test_a_required_option_and_an_unknown_method_are_told():
     shown = CliRunner().invoke(cli, ["methods", "slerp"]).output
 
-    assert re.search(r"^t +required +a number +all models *$", shown, re.MULTILINE)
+    assert re.search(r"^t +required +a number +the position on the arc", shown, re.MULTILINE)
     with pytest.raises(LewisHubError, match="Did you mean `ties`"):
         cli(["methods", "tie"], standalone_mode=False)
 
 
-def test_every_method_has_a_formula():
-    assert [method.name for method in registry.methods() if not method.formula] == []
+def test_every_method_has_a_formula_and_the_meaning_of_each_option():
+    methods = registry.methods()
+
+    assert [method.name for method in methods if not method.formula] == []
+    assert [(m.name, p.name) for m in methods for p in parameters_of(m) if not p.meaning] == []
+    assert [(m.name, name) for m in methods for name in m.meanings if name not in m.known] == []
+    assert {p.name: p.meaning for p in parameters_of(registry.find("ram"))} == {
+        "epsilon": "the difference from the base above which an entry has changed"
+    }
 
 
 @pytest.mark.parametrize(

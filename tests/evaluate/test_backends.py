@@ -23,7 +23,7 @@ from lewis_hub.evaluate.harness import evaluate_model, load
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores, settings_words
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.recipe.schema import Gate
+from lewis_hub.recipe.evaluation import Gate
 
 NOWHERE = "http://127.0.0.1:9/v1/completions"
 

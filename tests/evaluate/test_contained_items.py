@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.items import TaskItem, contained_items, normalized, question_parts
+from lewis_hub.evaluate.items import (
+    ANSWER_DISTANCE,
+    TaskItem,
+    contained_items,
+    normalized,
+    question_parts,
+)
 
 LAB = Path(os.environ.get("LEWIS_HUB_LAB", "/nowhere")) / "data" / "gsm8k"
 PROMPT = "Question: {question}\nAnswer:"
@@ -131,6 +138,35 @@ def test_it_finds_what_a_search_of_every_question_in_every_text_finds(texts, que
 
     places = {id(one): at for at, one in enumerate(items)}
     assert {(index, places[id(one)]) for index, one in contained_items(texts, items)} == naive
+
+
+words = st.lists(st.sampled_from("ab!:"), max_size=12).map(" ".join)
+
+
+@given(words, words, words.filter(str.strip))
+def test_short_questions_are_followed_by_their_answer_or_the_end(text, answer, question):
+    def n_words(part):
+        return sum(piece.isalnum() for piece in part.split())
+
+    def fits(rest):
+        before, found, _ = f" {rest}".partition(normalized(answer))
+        answered = answer.strip() and found and n_words(before) <= ANSWER_DISTANCE
+        ends = rest.rstrip().endswith(":") and n_words(rest) <= ANSWER_DISTANCE
+        return answered or (n_words(question) > 1 and (n_words(rest) == 0 or ends))
+
+    whole, asked = normalized(text), normalized(question)
+    ends = [at + len(asked) for at in range(len(whole)) if whole.startswith(asked, at)]
+    naive = n_words(question) > 0 and any(fits(whole[end:]) for end in ends)
+
+    assert bool(found([text], TaskItem("made", question, answer, {}))) == naive
+
+
+def test_a_text_of_half_a_megabyte_that_repeats_a_question_takes_no_minutes():
+    began = time.monotonic()
+    text = "What is it? " * 40_000
+    assert found([text], TaskItem("made", "What is it?", "a dog", {})) == [0]
+    assert found([f"{text} so it is"], TaskItem("made", "it?", "a dog", {})) == []
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow

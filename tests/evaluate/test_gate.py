@@ -13,7 +13,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.gate import GateVerdict, Previous, Rival, judge
 from lewis_hub.evaluate.paired import compare, newcombe_interval
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
-from lewis_hub.recipe.schema import Gate
+from lewis_hub.recipe.evaluation import Gate
 
 BETTER, WORSE = [1.0] * 30, [0.0] * 30
 MIXED = [1.0, 0.0] * 15

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.code import runs_code
+from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.tasks import (
+    METRICS,
     TaskSelection,
     bundled_folder,
     locate_tasks,
@@ -180,6 +181,40 @@ def test_every_module_of_lm_eval_that_runs_code_itself_or_by_an_import_is_known(
         *("score/math/math_grader.py", "score/math/utils_math.py"),
         "score/non_greedy_summarizer.py",
     }
+
+
+@pytest.mark.parametrize("name", ["kobest_copa", "squadv2", "polemo2_in", "scrolls_narrativeqa"])
+def test_lm_evals_tasks_whose_metric_is_code_of_the_hub_are_refused(name):
+    assert refusal(name) == f"{name}: runs code of a metric that the Hub has.\n{ALLOW}"
+
+
+@pytest.mark.parametrize("metric", ["{metric: f1, hf_evaluate: true}", "{metric: rouge}"])
+def test_an_own_task_whose_metric_is_code_of_the_hub_is_refused(tmp_path, metric):
+    include = write(tmp_path, sums=f"task: sums\nmetric_list: [{metric}]\n")
+    assert refusal("sums", include=include) == (
+        f"sums: runs code of a metric that the Hub has.\n{ALLOW}"
+    )
+    allowed = TaskSelection(("sums",), include, allow_code=True)
+    assert [task.name for task in locate_tasks(allowed).tasks] == ["sums"]
+
+
+def test_the_metrics_of_lm_eval_are_known():
+    from lm_eval.api import metrics, registry
+
+    assert metrics
+    assert set(registry.metric_registry.keys()) == METRICS
+
+
+def test_every_module_of_lm_eval_that_loads_code_is_known():
+    root = bundled_folder()
+    modules = [path for path in root.rglob("*.py") if path.parent != root]
+    found = {path.relative_to(root).parts[0] for path in modules if loads_code([path], root)}
+    names = (
+        "afrobench careqa catalan_bench darija_bench evalita_llm french_bench galician_bench "
+        "humaneval humaneval_infilling mbpp meddialog mediqa_qa2019 medtext meqsum mimic_repsum "
+        "mts_dialog noreval noticia olaph scrolls slr_bench spanish_bench squadv2 wmt2016"
+    )
+    assert found == {*names.split()}
 
 
 def test_own_functions_are_read_but_not_imported(tmp_path):

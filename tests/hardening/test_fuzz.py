@@ -1,6 +1,7 @@
 """Files of others that are almost valid: they are read, or refused by an error of ours.
 
-Each case takes less than 5 s and 1 GB. `corpus/` keeps what was found, and mended.
+Each case takes less than 5 s of processor time and 1 GB. `corpus/` keeps what was found and
+mended.
 """
 
 import json

@@ -2,14 +2,25 @@ from __future__ import annotations
 
 import os
 from collections import namedtuple
+from dataclasses import replace
+from hashlib import sha256
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import XetFileData
 
 from lewis_hub.errors import OutputError, SourceError
-from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
+from lewis_hub.hub.fetch import (
+    CODE_FILES,
+    bytes_to_download,
+    fetch,
+    read_pinned,
+    read_range,
+    read_small,
+)
 from lewis_hub.hub.resolve import resolve_model
-from lewis_hub.hub.source import cache_folder
+from lewis_hub.hub.rows import commit_cache
+from lewis_hub.hub.source import cache_folder, cache_root
 
 SHARD = os.urandom(3 << 20)
 FILES = {
@@ -149,3 +160,147 @@ def test_a_failing_download_names_the_hub_and_leaves_no_half_file(api, source, h
     assert str(raised.value).startswith(
         f"{source.pinned}: {api.endpoint} still fails with 500 after several attempts"
     )
+
+
+def exchange(folder, path, content):
+    """Let the cache have another file at a path, as after a Hub that listed another digest."""
+    blob = folder.parents[1] / "blobs" / ("0" * 64)
+    blob.write_bytes(content)
+    (folder / path).unlink()
+    (folder / path).symlink_to(os.path.relpath(blob, folder))
+
+
+def test_what_another_hub_claimed_to_be_in_the_same_commit_is_not_used(api, source):
+    folder = fetch(api, source, lambda _: None)
+    shard = "model-00001-of-00002.safetensors"
+    exchange(folder, shard, SHARD[::-1])
+    exchange(folder, "config.json", b"[]")
+
+    found = resolve_model(api, "tests/model")
+
+    assert found == source
+    assert not (folder / shard).exists()
+    assert read_small(api, found, "config.json") == FILES["config.json"]
+    assert read_range(api, found, shard, 0, 100) == SHARD[:100]
+    assert files_in(fetch(api, found, lambda _: None)) == FILES
+
+
+def test_a_cache_without_links_is_compared_by_content(api, source):
+    folder = fetch(api, source, lambda _: None)
+    for path in ("config.json", "model-00001-of-00002.safetensors"):
+        content = (folder / path).read_bytes()
+        (folder / path).unlink()
+        (folder / path).write_bytes(content)
+    assert resolve_model(api, "tests/model") == source
+    assert files_in(folder) == FILES
+
+    (folder / "config.json").write_bytes(b"[]")
+    resolve_model(api, "tests/model")
+    assert not (folder / "config.json").exists()
+
+
+def test_a_small_file_has_the_digest_that_was_listed(api, source, hub):
+    files = hub.store.find("models", "tests/model").commits[source.commit_sha].files
+    files["config.json"] = files["tokenizer.json"]
+
+    with pytest.raises(SourceError) as error:
+        read_small(api, source, "config.json")
+    assert str(error.value) == (
+        f"{source.pinned}: `config.json` does not have the digest that {hub.url} lists.\n"
+        "Try again; if the error stays, a proxy or the repo itself is broken."
+    )
+
+
+def test_a_local_file_that_changes_after_its_digest_was_read_is_told(api, tmp_path):
+    for path, content in FILES.items():
+        (tmp_path / path).write_bytes(content)
+    local = resolve_model(api, str(tmp_path))
+    (tmp_path / "config.json").write_bytes(b"[]")
+
+    with pytest.raises(SourceError, match="config.json changed after its digest was read"):
+        read_small(api, local, "config.json")
+
+
+@pytest.fixture
+def xet(hub, monkeypatch):
+    """Serves large files from Xet: path -> content. Xet checks a content by a hash of its own."""
+    served, hashes = {}, {}
+    metadata = file_download.get_hf_file_metadata
+
+    def in_xet(url, **options):
+        found = metadata(url=url, **options)
+        path = url.rpartition("/")[2]
+        if path not in served:
+            return found
+        own = sha256(b"xet" + served[path]).hexdigest()
+        hashes[own] = served[path]
+        return replace(found, xet_file_data=XetFileData(own, hub.url))
+
+    def xet_get(*, incomplete_path, xet_file_data, **_):
+        incomplete_path.write_bytes(hashes[xet_file_data.file_hash])
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(file_download, "is_xet_available", lambda: True)
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", in_xet)
+    monkeypatch.setattr(file_download, "xet_get", xet_get)
+    return served
+
+
+def test_a_file_from_xet_has_the_digest_that_was_listed(api, source, hub, xet):
+    shard = "model-00001-of-00002.safetensors"
+    xet[shard] = SHARD[::-1]
+
+    with pytest.raises(SourceError) as error:
+        fetch(api, source, lambda _: None, (shard,))
+    assert str(error.value) == (
+        f"{source.pinned}: `{shard}` is another file than {hub.url} lists.\n"
+        "Run the same command again; it resolves the files again."
+    )
+    assert not (source.snapshot / shard).exists()
+
+    xet[shard] = SHARD
+    assert (fetch(api, source, lambda _: None, (shard,)) / shard).read_bytes() == SHARD
+
+
+def test_files_from_xet_are_read_from_the_cache(api, push, xet, monkeypatch):
+    tokenizer = b"\0" * 3000  # a large file
+    push("tests/large", FILES | {"tokenizer.model": tokenizer})
+    xet |= {"model-00001-of-00002.safetensors": SHARD, "tokenizer.model": tokenizer}
+    source = resolve_model(api, "tests/large")
+    folder = fetch(api, source, lambda _: None)
+    shard = folder / "model-00001-of-00002.safetensors"
+    assert os.path.relpath(shard.resolve(), cache_root()).startswith("blobs")  # of all repos
+
+    again = resolve_model(api, "tests/large")
+    assert again == source
+    assert bytes_to_download(again) == 0
+    assert read_range(api, again, shard.name, 1, 5) == SHARD[1:5]
+    assert read_pinned(again, again.file("tokenizer.model")) == tokenizer
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = {file.path: file.digest for file in resolve_model(api, "tests/large").files}
+    assert offline == {file.path: file.digest for file in source.files if file.path in offline}
+    assert offline.keys() == FILES.keys() | {"tokenizer.model"}
+
+
+def test_a_file_is_the_one_of_which_a_part_was_read_before(api, source, hub):
+    shard = "model-00001-of-00002.safetensors"
+    stored = hub.store.blobs.path(sha256(SHARD).hexdigest())
+    stored.write_bytes(SHARD[::-1])
+    assert read_range(api, source, shard, 8, 16) == SHARD[::-1][8:16]
+    stored.write_bytes(SHARD)
+
+    with pytest.raises(SourceError) as error:
+        fetch(api, source, lambda _: None, (shard,))
+    assert str(error.value) == (
+        f"{source.pinned}: `{shard}` is another file than {hub.url} lists.\n"
+        "Run the same command again; it resolves the files again."
+    )
+    assert read_range(api, source, shard, 8, 16) == SHARD[8:16]
+    assert (fetch(api, source, lambda _: None, (shard,)) / shard).read_bytes() == SHARD
+
+
+def test_rows_of_two_hubs_have_caches_of_their_own(monkeypatch):
+    ours = commit_cache("0" * 40)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
+    assert commit_cache("0" * 40) != ours

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from lewis_hub.display import Silent
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import target
 from lewis_hub.hub.failures import HubRepo
@@ -18,6 +19,8 @@ from lewis_hub.hub.publish import (
     publish_tag,
 )
 from lewis_hub.hub.target import open_pull_requests, open_target
+from lewis_hub.recipe.schema import Publishing
+from lewis_hub.workflow import publish as publishing
 
 REPO = "tests/merged"
 PLAIN = Publication("Merge with LEWIS")
@@ -313,6 +316,31 @@ def test_a_repo_that_moved_since_it_was_looked_at_is_left_alone(api, folder):
         f"Look at {api.endpoint}/{REPO}/commits/main, then run the same command again."
     )
     assert api.model_info(REPO).sha == theirs
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "README.md"])
+def test_a_repo_that_somebody_made_meanwhile_is_left_alone(api, folder, theirs):
+    asked = Publishing(repo=REPO)
+    seen = publishing.open_destination(asked, api)
+    assert seen.target.head is None
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=FILES["README.md"], path_in_repo=theirs, repo_id=REPO)
+    head = api.model_info(REPO).sha
+
+    with pytest.raises(PublishError) as error:
+        publishing.push(folder, seen, api, Silent(), force=False)
+    assert str(error.value) == (
+        f"{REPO}: somebody pushed {head} meanwhile; nothing was changed.\n"
+        f"Look at {api.endpoint}/{REPO}/commits/main, then run the same command again."
+    )
+    assert api.model_info(REPO).sha == head
+
+
+def test_an_empty_repo_that_was_made_meanwhile_gets_the_merge(api, folder):
+    seen = publishing.open_destination(Publishing(repo=REPO), api)
+    api.create_repo(REPO)
+    assert publishing.push(folder, seen, api, Silent(), force=False).changed
+    assert content(api).keys() == FILES.keys()
 
 
 def test_two_pushes_at_once_end_as_whole_commits_or_as_one_clear_refusal(api, folder, tmp_path):

@@ -9,6 +9,7 @@ from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import fetch, read_range, read_small, weight_files
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.source import cache_folder, cache_root, cached_sha, remember_revision
 
 WEIGHTS = bytes(range(256)) * 8
 MODEL = {"config.json": b"{}", "model.safetensors": WEIGHTS}
@@ -407,3 +408,17 @@ def test_offline_uses_what_is_cached_and_refuses_what_is_not(api, push, monkeypa
         "HF_HUB_OFFLINE, then run the same command again: finished work is kept. It is not in "
         f"the cache ({constants.HF_HUB_CACHE})."
     )
+
+
+@pytest.mark.parametrize("revision", ["{outside}", "../../{name}", "a/../../../{name}"])
+def test_a_revision_names_no_file_outside_of_the_cache(tmp_path, revision):
+    outside = cache_root().parent / "outside"
+    named = revision.format(outside=outside, name=outside.name)
+    remember_revision("me/model", "model", named, "0" * 40)
+    assert not outside.exists()
+
+    remember_revision("me/model", "model", "a/branch", "0" * 40)
+    (cache_folder("me/model", "model") / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    outside.write_text("0" * 40)
+    assert cached_sha("me/model", "model", named) is None
+    assert cached_sha("me/model", "model", "a/branch") == "0" * 40

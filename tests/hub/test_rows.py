@@ -4,10 +4,13 @@ import json
 import socket
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.benchmarks import at_commits
+from lewis_hub.hub import rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
 
@@ -251,3 +254,49 @@ def test_a_card_with_a_bomb_never_reaches_datasets(tmp_path, api):
             "Repair its card, or use another dataset."
         )
         (tmp_path / name).write_text("")
+
+
+def test_a_parquet_file_of_equal_rows_is_read_in_pieces_and_up_to_a_limit(
+    tmp_path, api, monkeypatch
+):
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int8()), ["x" * 100])
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet", store_schema=False)
+    source = resolve_dataset(api, str(tmp_path / "rows.parquet"))
+    assert source.files[0].size_bytes < 10_000
+
+    monkeypatch.setattr(rows, "MAX_SMALL_BYTES", 1 << 20)
+    with pytest.raises(SourceError) as raised:
+        load_rows(api, source, None, "train")
+    assert str(raised.value) == (
+        f"{source.name}: its rows could not be read (its rows have over 200 times the bytes of "
+        "the file).\nRepair the file it names."
+    )
+    monkeypatch.setattr(rows, "MAX_SMALL_BYTES", 1 << 30)
+    found = load_rows(api, source, None, "train")
+    assert len(found) == 200_000
+    assert {len(column) for column in found.table.data.column("text").chunks} == {1000}
+
+
+def test_a_revision_of_a_dataset_may_have_slashes(api, push):
+    push("me/rows", {"train.jsonl": b'{"a": 1}\n'}, "dataset")
+    api.create_branch("me/rows", branch="convert/parquet", repo_type="dataset")
+    found = resolve_dataset(api, "me/rows", "convert/parquet")
+    assert found.revision == "convert/parquet"
+    assert len(load_rows(api, found, None, "train")) == 1
+
+
+@pytest.mark.parametrize(("name", "reader"), [("train.h5", "hdf5"), ("train.tar", "webdataset")])
+def test_files_that_are_no_tables_are_not_opened(api, push, name, reader):
+    push("me/rows", {name: b"no table"}, "dataset")
+    with pytest.raises(SourceError) as raised:
+        load_rows(api, resolve_dataset(api, "me/rows"), None, "train")
+    assert f"its rows could not be read (they are read by `{reader}`; tables are read by " in str(
+        raised.value
+    )
+
+
+def test_programs_that_use_datasets_themselves_are_not_limited(tmp_path, api):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    load_rows(api, resolve_dataset(api, str(tmp_path / "rows.jsonl")), None, "train")
+    made = datasets.Dataset.from_generator(lambda: iter([{"a": 1}]), cache_dir=str(tmp_path))
+    assert made.to_list() == [{"a": 1}]

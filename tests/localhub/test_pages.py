@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import httpx
@@ -158,3 +160,23 @@ def test_comments_are_left_out_and_those_in_code_are_not():
     assert shown == (
         "<p></p>\n<h2>A title</h2>\n<p>ad <code>&lt;!-- e --&gt;</code></p>\n<p>f &lt;!-- g</p>\n"
     )
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "<!--" * 60_000,
+        "![[" * 60_000,
+        f"a <picture><source {' ' * 60_000}b",
+        f'a <picture><source {"a" * 60_000}><img src="a"></picture>',
+    ],
+    ids=["comments", "brackets", "a picture", "an attribute"],
+)
+def test_a_card_is_rendered_in_linear_time(card):
+    began = time.monotonic()
+    assert card[:20].replace("<", "&lt;")[:10] in render_markdown(card, str)
+    assert time.monotonic() - began < 10
+
+
+def test_a_card_of_brackets_is_plain_text():
+    assert render_markdown("[<b>" * 30_000, str) == f"<pre>{'[&lt;b&gt;' * 30_000}</pre>"

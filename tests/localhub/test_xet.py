@@ -58,3 +58,16 @@ def test_what_one_user_uploaded_by_xet_is_not_committed_by_another(hub, api, mon
 
     assert not files.take_xet_upload(hub.store, theirs, digest, target)
     assert files.take_xet_upload(hub.store, mine, digest, target)
+
+
+def test_a_shard_that_is_none_does_not_stop_the_commits_of_others(hub, api, monkeypatch):
+    hub.add_token("hf_other", "other", "write")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    token = files.xet_token(hub.store, hub.grants["hf_other"])
+    place = Path(token["casUrl"].removeprefix("local://")) / "xet/xorbs/shards"
+    place.mkdir(parents=True)
+    (place / "a.mdb").write_bytes(b"x" * 100)
+
+    api.create_repo("acme/base")
+    sha = api.upload_file(path_or_fileobj=b"{}", path_in_repo="a.json", repo_id="acme/base").oid
+    assert api.model_info("acme/base").sha == sha

@@ -150,3 +150,20 @@ def test_weights_alone_undo_a_permutation(kind, tmp_path):
                     order = torch.from_numpy(units.joined(axis, found.orders))
                     values = values.index_select(dimension, order)
             assert values.equal(own.read(name)), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "last"),
+    [
+        ("llama", "model.layers.1.input_layernorm", "model.norm"),
+        ("gpt2", "transformer.h.1.ln_1", "transformer.ln_f"),
+    ],
+)
+def test_the_output_of_a_block_is_seen_at_the_norm_that_reads_it(kind, blocks, last, tmp_path):
+    model = saved(MODELS[kind], tmp_path)
+    units = units_of(local_checkpoint("it", tmp_path), model.config.to_dict())
+
+    assert units.outputs == (f"residual {blocks}", f"residual {last}")
+    assert [units.sites[site] for site in units.outputs] == [(blocks, "input"), (last, "input")]
+    assert units.blocks == [0, 1]
+    assert units.without([0]).blocks == [1]

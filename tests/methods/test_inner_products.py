@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.numerics import CHUNK, cosine, dot, row_dots, total
+from lewis_hub.methods.numerics import CHUNK, all_finite, cosine, dot, row_dots, total
 
 NUMBERS = st.floats(-1000, 1000, width=32)
 
@@ -44,3 +44,16 @@ def test_rows_run_along_the_last_dimension(shape, found):
 def test_a_vector_of_zeros_is_at_right_angles_to_all():
     assert cosine(0.0, 0.0, 4.0) == 0.0
     assert cosine(3.0, 1.0, 4.0) == 1.0  # rounding never leaves [-1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_one_entry_that_is_not_finite_is_found(dtype):
+    values = torch.full((7, 33), torch.finfo(dtype).max, dtype=dtype)
+
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for number in (math.nan, math.inf, -math.inf):
+        for place in (0, 100, 230):
+            broken = values.clone()
+            broken.view(-1)[place] = number
+            assert not all_finite(broken)

@@ -150,7 +150,7 @@ BROKEN = {
         "r.yaml:6: `guide.calibration.top_p`: expected greater than 0, found 0.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {calibration: {from: model, samples: 1000000000}}\n": (
+    GOOD + "guide: {calibration: {from: model, samples: 1000000}}\n": (
         "r.yaml:6: `guide.calibration`: a model writes at most 100,000 `samples`.\n"
         "`lewis-hub schema` describes every field."
     ),

@@ -180,6 +180,13 @@ def test_a_card_cites_what_its_parameters_use(make_facts):
         "sun2024simple",
         "eval-harness",
     ]
+    in_blocks = replace(plain, in_sequence=True, in_expert_blocks=True)
+    assert [text.partition("{")[2].partition(",")[0] for text in in_blocks.bibtex] == [
+        "jin2023dataless",
+        "ilharco2023editing",
+        "nguyen2026regmean",
+        "eval-harness",
+    ]
 
 
 @pytest.mark.parametrize(("method", "name"), [("cabs", "CABS"), ("pcb", "PCB-Merging")])

@@ -1,10 +1,12 @@
 import json
+import time
 from datetime import date
 
 import pytest
 
 from lewis_hub.errors import OutputError
 from lewis_hub.report.difference import ChangelogEntry, from_json, in_card, to_json
+from lewis_hub.workflow.republish import PUSHED_TO
 
 FIRST = ChangelogEntry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
 SECOND = ChangelogEntry(date(2026, 1, 3), "b" * 40, "sha256:02", ("seed: 1 → 2", "weights: 1 of 1"))
@@ -79,3 +81,13 @@ def test_the_card_shows_ten_and_links_to_all():
 
     assert card.count("**, replaces `") == 10
     assert "All 12 entries are in [lewis/changelog.json](lewis/changelog.json)." in card
+
+
+def test_a_card_of_empty_lines_and_of_beginnings_takes_no_minutes():
+    began, many = time.monotonic(), "\n" * 1_000_000
+    assert in_card(f"a{many}b", ()) == f"a{many}b\n"
+    beginnings = "<!-- lewis-hub: changelog -->\n" * 30_000
+    assert in_card(beginnings, ()) == beginnings
+    assert PUSHED_TO.search(f"a{many}b") is None
+    assert PUSHED_TO.sub("\n", f"a{many}<!-- lewis-hub: pushed to me/merge -->\nb") == "a\nb"
+    assert time.monotonic() - began < 5

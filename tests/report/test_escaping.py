@@ -15,7 +15,7 @@ from lewis_hub.evaluate.samples import collect_samples
 from lewis_hub.evaluate.scores import Answers, ModelResult, Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.localhub.pages import render_markdown
-from lewis_hub.recipe.schema import Benchmark
+from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.cost import Machine

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResultEntry
 from huggingface_hub._eval_results import parse_eval_result_entries
 
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.recipe.schema import Benchmark
+from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.report.card import eval_results
 
 GSM8K = Benchmark(dataset="openai/gsm8k", task_id="gsm8k", metric="exact_match,none")

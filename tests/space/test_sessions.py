@@ -1,6 +1,7 @@
 """The steps of the Space, each in a process of its own, over the embedded Hub."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -187,3 +188,17 @@ def test_a_step_that_takes_too_long_is_stopped(api, session, monkeypatch):
 
 def test_the_name_of_a_tab_cannot_lead_out_of_the_folder_of_tabs():
     assert sessions.folder_of("../../etc").parent == sessions.ROOT
+
+
+def test_folders_of_clients_that_close_no_tab_are_deleted_after_hours(session):
+    old, new = (sessions.folder_of(name) for name in ("old", "new"))
+    for folder in (old, new):
+        (folder / "recipe").mkdir(parents=True)
+    long_ago = time.time() - sessions.UNUSED_S - 1
+    os.utime(old, (long_ago, long_ago))
+
+    last("init", {"base": "", "experts": [], "tasks": [], "repo": None})
+
+    assert not old.exists()
+    assert new.exists()
+    sessions.close("new")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CalibrationError, LewisHubError
+from lewis_hub.workflow.generated import _lines_by_key
 from lewis_hub.workflow.resources import Execution
 
 PROMPT = '"Question: {question}\\nAnswer:"'
@@ -78,6 +79,34 @@ def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path)
     reference = lewis_hub.ModelReference(name=str(output))
     assert lewis_hub.verify(reference, rebuild=True).problems == ()
     assert lewis_hub.merge_models(recipe(ANSWERS), output).status == "unchanged"
+
+
+@pytest.mark.slow
+def test_answers_to_private_prompts_are_no_part_of_the_merge(api, tmp_path):
+    api.update_repo_settings("zoo/reverse", private=True, repo_type="dataset")
+    heard = Recorder()
+
+    output = merge(tmp_path / "out", ANSWERS, progress=heard)
+
+    assert {line["source"].partition("@")[0] for line in lines_of(output)} == {"zoo/expert-cipher"}
+    assert (
+        "zoo/expert-reverse: the merge does not have generated.jsonl, since it is not known that "
+        "everybody may read the prompts."
+    ) in heard.said
+    api.update_repo_settings("zoo/cipher", private=True, repo_type="dataset")
+    closed = merge(tmp_path / "closed", ANSWERS)
+    assert not (closed / "lewis" / "generated.jsonl").exists()
+    assert "lewis/generated.jsonl" not in (closed / "README.md").read_text()
+    assert shards_of(closed) == shards_of(output)
+    assert lewis_hub.verify(closed).problems == ()
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"texts": []}', '{"texts": "KEY", "row": [], "tokens": []}', "5"]
+)
+def test_other_lines_count_for_nothing(tmp_path, line):
+    (tmp_path / "generated.jsonl").write_text(line)
+    assert not _lines_by_key([tmp_path / "generated.jsonl", tmp_path]).keys() - {"KEY"}
 
 
 def test_an_expert_samples_texts_without_data(api, tmp_path):

@@ -25,6 +25,8 @@ from statistical_merges import (
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Zamba2Config,
@@ -39,6 +41,7 @@ from lewis_hub.workflow.resources import Execution
 METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
 RECIPE = MODELS + METHOD
 OWN = RECIPE.replace("inputs: merged, ", "")
+IN_BLOCKS = RECIPE.replace("merged,", "merged_block,")
 
 
 def outputs(folder, skill):
@@ -68,7 +71,10 @@ def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_thems
     assert not torch.equal(found[first].float(), sum(mean) / 2)
 
 
-@pytest.mark.parametrize("text", [pytest.param(RECIPE, marks=pytest.mark.slow), RECIPE + GUIDE])
+@pytest.mark.parametrize(
+    "text",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in (RECIPE, IN_BLOCKS)), RECIPE + GUIDE],
+)
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
@@ -104,13 +110,25 @@ def test_norms_are_fitted_too_where_it_is_asked_for(api, tmp_path):
     assert verdict.problems == ()
 
 
-def test_norms_are_fitted_in_sequence_only():
+@pytest.mark.parametrize("text", [OWN, IN_BLOCKS])
+def test_norms_are_fitted_in_sequence_only(text):
     with pytest.raises(RecipeError) as caught:
-        recipe(OWN.replace("off_diagonal", "affine: true, off_diagonal"))
+        recipe(text.replace("off_diagonal", "affine: true, off_diagonal"))
 
     said = str(caught.value)
     assert "`parameters.affine`: norms and biases are fitted in sequence only." in said
     assert "Write `inputs: merged` beside it, or remove it." in said
+
+
+def test_experts_blocks_run_on_the_merged_models_hidden_states(api, tmp_path):
+    output = merge(tmp_path / "out", IN_BLOCKS)
+
+    card = " ".join((output / "README.md").read_text().split())
+    assert "in a block of an expert, which gets the hidden states of the merged model" in card
+    assert "nguyen2026regmean" in card
+    assert "gu2026featcal" not in card
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+    assert verdict.problems == ()
 
 
 def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
@@ -213,6 +231,7 @@ def test_check_counts_what_is_fitted(api):
     merged, own = (lewis_hub.check(recipe(text)) for text in (RECIPE, OWN))
 
     assert merged.problems == own.problems == ()
+    assert not any("compensate" in note for note in merged.notes)
     assert merged.disk_bytes < own.disk_bytes
     assert merged.memory_bytes > own.memory_bytes
 
@@ -332,6 +351,25 @@ def test_all_matrices_of_an_encoder_decoder_are_fitted(tmp_path):
     matrices = {name for name in made if ".block." in name and made[name].dim() == 2}
     assert changed == {name for name in matrices if "relative_attention_bias" not in name}
     merge(tmp_path / "own", f"{text}merge_method: regmean\n")
+
+
+def test_check_tells_that_blocks_norm_what_they_add(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 259}
+    config = Olmo2Config(**small, num_attention_heads=4, eos_token_id=2)
+    text = of_three(tmp_path, lambda: Olmo2ForCausalLM(config))
+
+    told, own = (
+        lewis_hub.check(recipe(f"{text}{one}")) for one in (METHOD, "merge_method: regmean\n")
+    )
+
+    note = (
+        f"the blocks of {tmp_path}/base norm what their last matrix gives "
+        "(`post_feedforward_layernorm`), so it is fitted like the others: `compensate` has no "
+        "effect."
+    )
+    assert told.problems == own.problems == ()
+    assert note in told.notes
+    assert note not in own.notes
 
 
 def test_no_other_word_is_taken_for_inputs(api):

@@ -1,0 +1,108 @@
+"""Servers that say nothing, stop in the middle of an answer, or name next pages without end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import HfApi
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub import answers
+from lewis_hub.hub.failures import HubRepo, call_hub, limit_waiting
+from lewis_hub.hub.target import account, open_pull_requests
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+
+
+@pytest.fixture(params=[b"", HEAD], ids=["says nothing", "stops"])
+def silent(request):
+    """The address of a server that keeps every connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    kept.append(server.accept()[0])
+                    kept[-1].sendall(request.param)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield "http://{}:{}".format(*server.getsockname())
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in kept:
+        connection.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch, no_pauses):
+    """Wait for a moment only."""
+    monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.03)
+    monkeypatch.setattr(answers, "LONGEST_WORK_S", 0.03)
+
+
+def test_a_call_without_a_limit_of_its_own_is_given_up(silent, impatient):
+    asked = HubRepo.to_publish(HfApi(endpoint=silent, token="hf_test"), "me/merge")
+    calls = (
+        lambda: account(asked),
+        lambda: list(open_pull_requests(asked)),
+    )
+    for call in calls:
+        began = time.monotonic()
+        with pytest.raises(PublishError) as error:
+            call()
+        assert str(error.value) == (
+            f"me/merge: cannot reach {silent} (no answer in time).\n"
+            "Check the network and HF_ENDPOINT, then run the same command again: finished work "
+            "is kept."
+        )
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("method", "limit_s"), [("GET", 60.0), ("PUT", 60.0), ("POST", 300.0)])
+def test_limits_of_callers_stay(method, limit_s):
+    limit_waiting()
+    request = answers.httpx2.Request(method, "http://hub", extensions={"timeout": {"read": 7.0}})
+    answers.limit_silence(request)
+    assert request.extensions["timeout"] == {
+        "connect": 60.0,
+        "pool": 60.0,
+        "read": 7.0,
+        "write": limit_s,
+    }
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Each page of a list names another one."""
+
+    def do_GET(self):
+        self.server.n_asked += 1
+        self.send_response(200)
+        following = (
+            f"http://{self.headers['Host']}/api/models/a/b/tree/main?x={self.server.n_asked}"
+        )
+        self.send_header("Link", f'<{following}>; rel="next"')
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_list_without_end_is_given_up(monkeypatch, no_pauses):
+    monkeypatch.setattr(answers, "MAX_PAGES", 5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.n_asked = 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = "http://{}:{}".format(*server.server_address)
+        api = HfApi(endpoint=url, token=False)
+        with pytest.raises(PublishError) as error:
+            call_hub(HubRepo.to_publish(api, "a/b"), lambda: [*api.list_repo_tree("a/b")])
+        server.shutdown()
+    assert str(error.value).startswith(f"a/b: cannot reach {url} (a list has more than 5 pages).\n")
+    assert server.n_asked == 6
