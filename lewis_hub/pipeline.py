@@ -55,7 +55,7 @@ from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.republish import republish
-from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
+from lewis_hub.workflow.resolve import hub_api, named_inside, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
@@ -478,6 +478,7 @@ def _make_again(
     """
     if asked := asked_in(lock, source.pinned):
         model, donor, settings = asked
+        verification.require_outside(source, named_inside([model, donor], source.folder))
         transplant_tokenizer(model, donor, output, settings, execution, progress)
         return True
     recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)

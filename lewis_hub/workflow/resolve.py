@@ -366,15 +366,35 @@ def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
 
 def calibrates_on_own_tasks(recipe: Recipe) -> bool:
     """Return whether a recipe, or a merge that it starts from, names own task files for texts."""
-    return any(
-        one.include
-        for part in all_of(recipe)
-        for one in (
-            *(part.calibration, part.guide.calibration if part.guide else None),
-            *(entry.calibration for entry in part.models),
-        )
-        if one
-    )
+    return any(one.include for part in all_of(recipe) for one in _calibrations_in(part))
+
+
+def _calibrations_in(recipe: Recipe) -> list[Calibration]:
+    """Return all calibrations that a recipe has, whether it uses them or not."""
+    common = (recipe.calibration, recipe.guide.calibration if recipe.guide else None)
+    return [one for one in (*common, *(entry.calibration for entry in recipe.models)) if one]
+
+
+def sources_inside(recipe: Recipe, folder: Path) -> list[str]:
+    """Return the models and datasets of a recipe, as written, that are files in a folder."""
+    models = [part for one in all_of(recipe) for ref in references(one) for part in (ref, ref.on)]
+    texts = [one for part in all_of(recipe) for one in _calibrations_in(part)]
+    datasets = [name for one in texts if (name := one.dataset)]
+    datasets += [name.partition("@")[0] for name in datasets]
+    names = dict.fromkeys([*(one.name for one in models if one), *datasets])
+    return [name for name in names if _is_inside(recipe.locate(name), folder)]
+
+
+def named_inside(models: Iterable[str], folder: Path | None) -> list[str]:
+    """Return models that are named in the working folder and are files in a folder."""
+    names = [str(ModelReference.model_validate(one).name) for one in models]
+    return [name for name in names if folder and _is_inside(name, folder)]
+
+
+def _is_inside(place: str, folder: Path) -> bool:
+    """Return whether a path exists, and is in a folder."""
+    path = Path(place)
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -22,16 +22,16 @@ from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import SIGNATURE
-from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.hub.source import COMMIT_SHA, Source, SourceFile
 from lewis_hub.methods.numerics import within_tolerance
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report import cost, difference, mergekit, page
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
-from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
+from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile, is_provenance_of
 from lewis_hub.workflow.generated import FILE as GENERATED
-from lewis_hub.workflow.resolve import calibrates_on_own_tasks
+from lewis_hub.workflow.resolve import calibrates_on_own_tasks, sources_inside
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
@@ -210,7 +210,19 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
         problem = "it was calibrated on its own task files, and those are code."
         remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
         raise OutputError(source.pinned, problem, remedy)
-    return recipe.placed_in(source.folder / "lewis") if source.folder else recipe
+    if source.folder is None:
+        return recipe
+    placed = recipe.placed_in(source.folder / "lewis")
+    require_outside(source, sources_inside(placed, source.folder))
+    return placed
+
+
+def require_outside(source: Source, inside: Sequence[str]) -> None:
+    """Refuse a merge with sources in its own folder: they would say nothing of their origin."""
+    if inside:
+        problem = f"its source `{inside[0]}` is a file or folder in the merge itself"
+        remedy = "Move it out of there, if it is yours; else do not trust this merge."
+        raise OutputError(source.pinned, problem, remedy)
 
 
 def verify_files(
@@ -281,11 +293,19 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
     on_the_way = {part.get("name") for part in lock.recipe.get("intermediate") or ()}
     facts: dict[str, list[Any]] = {
         "sources": [
-            [(one.name, one.role, one.files) for one in each.inputs if one.name not in on_the_way]
+            [
+                (one.name, one.role, _commit(one), one.files)
+                for one in each.inputs
+                if one.name not in on_the_way
+            ]
             for each in (lock, made)
         ],
         "calibration data": [
-            [one.files for one in each.calibration if not one.name.startswith("task ")]
+            [
+                (_commit(one), one.files)
+                for one in each.calibration
+                if not one.name.startswith("task ")
+            ]
             for each in (lock, made)
         ],
         "method": [each.method for each in (lock, made)],
@@ -297,6 +317,11 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
         for what, (stated, found) in facts.items()
         if stated != found
     )
+
+
+def _commit(locked: LockedInput | LockedData) -> str | None:
+    """The commit of a repo; None for a folder, whose digest also covers what changes nothing."""
+    return locked.commit_sha if COMMIT_SHA.fullmatch(locked.commit_sha) else None
 
 
 def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]:

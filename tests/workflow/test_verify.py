@@ -118,6 +118,50 @@ def test_a_rebuild_uses_no_measurement_that_is_in_the_folder(tmp_path):
     assert problem.startswith("model.safetensors: made again it has sha256 ")
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_rebuild_takes_no_source_from_the_folder_itself(merged, monkeypatch, inside):
+    """Else a planted folder of its name would pass for a model on the Hub."""
+    place = merged / ("lewis/org/base" if inside else "org/base")
+    shutil.copytree(zoo_folder() / "base", place)
+    lock = Lock.from_json((merged / "lewis/lock.json").read_text())
+    planted = {
+        path.relative_to(merged).as_posix(): OutputFile(sha256_of(path), path.stat().st_size)
+        for path in place.iterdir()
+    }
+    recipe = {**lock.recipe, "base_model": "org/base"}
+    base, *others = lock.inputs
+    inputs = (replace(base, name="org/base", commit_sha="a" * 40), *others)
+    outputs = lock.outputs | planted
+    put_lock(merged, replace(lock, recipe=recipe, inputs=inputs, outputs=outputs))
+    monkeypatch.chdir(merged)
+
+    assert verify(merged)[1]["problems"] == []
+    with pytest.raises(OutputError) as caught:
+        lewis_hub.verify(ModelReference(name=str(merged)), rebuild=True)
+
+    assert str(caught.value) == (
+        f"{merged}: its source `org/base` is a file or folder in the merge itself.\n"
+        "Move it out of there, if it is yours; else do not trust this merge."
+    )
+
+
+def test_a_folder_of_the_name_of_a_repo_is_not_the_repo(merged, tmp_path, monkeypatch):
+    """A lock that states a commit is not confirmed by files without one."""
+    shutil.copytree(zoo_folder() / "base", tmp_path / "org/base")
+    lock = Lock.from_json((merged / "lewis/lock.json").read_text())
+    base, *others = lock.inputs
+    inputs = (replace(base, name="org/base", commit_sha="a" * 40), *others)
+    put_lock(merged, replace(lock, recipe={**lock.recipe, "base_model": "org/base"}, inputs=inputs))
+    monkeypatch.chdir(tmp_path)
+
+    code, told = verify(merged, "--rebuild")
+
+    assert (code, told["problems"]) == (
+        1,
+        ["lewis/lock.json: its sources is not what its recipe leads to."],
+    )
+
+
 @pytest.mark.parametrize("section", ["evaluate", "calibration"])
 def test_a_rebuild_runs_no_code_of_a_merge_on_the_way(merged, section):
     tasks, ran = merged / "lewis/tasks", merged.parent / "ran"
