@@ -119,6 +119,13 @@ ORDERED = (
     Method("dare_ties", merge="dare_ties", grid=TRIMMED, cost_s=60),
     Method("fine_tuning_10", "gradient", texts="own", seconds=10, cost_s=600),
     Method("distillation_10", "gradient", texts="own", seconds=10, cost_s=600),
+    Method(  # added after the first cells, see PROTOCOL.md
+        "regmean_plus_plus",
+        merge="regmean",
+        parameters={"inputs": "merged_block", "off_diagonal": 0.5},
+        texts="own",
+        cost_s=60,
+    ),
     Method("lewis_alone", merge="ties", guide=LEWIS, texts="own", n_texts=15, counts=(1,)),
     Method("uniform_alone", "twin", "ties", texts="own", n_texts=15, counts=(1,)),
 )
