@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path, PurePath
 from stat import S_ISDIR, S_ISLNK, S_ISREG
@@ -109,14 +110,32 @@ def require_no_links(folder: Path) -> None:
     """
     inside = (Path(root, name) for root, *names in os.walk(folder) for name in chain(*names))
     for path in chain([folder], inside):
-        try:
-            mode = path.lstat().st_mode
-        except OSError:  # it does not exist, or not any more
-            continue
-        if not (S_ISDIR(mode) or S_ISREG(mode)):
-            kind = "a link" if S_ISLNK(mode) else "a FIFO, a socket or a device"
-            problem = f"it is {kind}, and files are written only in folders that you name"
-            raise OutputError(str(path), problem, "Delete it, or name another folder with -o.")
+        _require_no_link(path)
+
+
+def require_no_links_among(folder: Path, folders: Collection[str] = ()) -> None:
+    """As `require_no_links`, for a folder that you name, where you may have files of your own.
+
+    Its hidden files and its folders are yours, but for the `folders` that are written; a link to a
+    folder is one.
+    """
+    _require_no_link(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in folders:
+            require_no_links(path)
+        elif not (path.is_dir() or is_hidden(path.relative_to(folder))):
+            _require_no_link(path)
+
+
+def _require_no_link(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # it does not exist, or not any more
+        return
+    if not (S_ISDIR(mode) or S_ISREG(mode)):
+        kind = "a link" if S_ISLNK(mode) else "a FIFO, a socket or a device"
+        problem = f"it is {kind}, and files are written only in folders that you name"
+        raise OutputError(str(path), problem, "Delete it, or name another folder with -o.")
 
 
 def require_room(folder: Path, n_bytes: int, content: str, remedy: str, where: str = "") -> None:

@@ -23,7 +23,7 @@ from lewis_hub.distribution import requirement
 from lewis_hub.errors import CalibrationError, ExportError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links, require_room, require_writable
+from lewis_hub.files import require_no_links_among, require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.hub.source import Source
@@ -163,7 +163,7 @@ def calibrate(
         (0.3, 0.8)
     """
     output, progress, api = Path(output), shown(progress), hub_api()
-    require_no_links(output)
+    require_no_links_among(output)
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     execution = execution or Execution()

@@ -330,9 +330,10 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     folder that contains one, or the repo of a merge. Sources that are in both profiles are
     compared. If each profile has one source, these two are compared.
     """
-    from lewis_hub.files import require_writable
+    from lewis_hub.files import require_no_links_among, require_writable
     from lewis_hub.report.plots import draw_comparisons
 
+    require_no_links_among(output)
     require_writable(output)
     profiles = (lewis_hub.read_profile(before), lewis_hub.read_profile(after))
     compared = lewis_hub.compare_profiles(*profiles)

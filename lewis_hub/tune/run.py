@@ -24,12 +24,13 @@ from lewis_hub.evaluate.items import (
 )
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links, require_writable
+from lewis_hub.files import require_no_links_among, require_writable
 from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
+from lewis_hub.tune.drift import FOLDER as PREDICTIONS
 from lewis_hub.tune.drift import DriftTexts, predict
 from lewis_hub.tune.material import (
     DriftSearch,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 STUDY = "study.journal"
+FOLDERS = (PREDICTIONS, "statistics")  # in the output
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def tune_recipe(
     execution, progress = execution or Execution(), shown(progress)
     output = Path(output)
     space = _space(recipe, asked, execution)
-    require_no_links(output)
+    require_no_links_among(output, FOLDERS)
     require_writable(output)
     prepared = _prepare(space, asked, execution, output, progress)
     output.mkdir(parents=True, exist_ok=True)

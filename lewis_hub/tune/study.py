@@ -84,12 +84,14 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
     """
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
+        # Optuna's other lock is a link, which a run that is killed would leave in the output
+        journal = JournalFileBackend(str(file), JournalFileOpenLock(str(file)))
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(file))),
+            storage=JournalStorage(journal),
             study_name=name,
             direction="minimize" if lower_is_better else "maximize",
             pruner=optuna.pruners.MedianPruner(N_BEFORE_PRUNING, n_warmup_steps=0),

@@ -17,7 +17,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links, write_whole
+from lewis_hub.files import require_no_links_among, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -345,7 +345,7 @@ def preflight(
     if previous and job.guide:
         place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():
-            require_no_links(place.parent)
+            require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
     return found

@@ -28,7 +28,7 @@ from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import (
     require_inside,
-    require_no_links,
+    require_no_links_among,
     require_room,
     require_writable,
     write_whole,
@@ -302,7 +302,7 @@ def measure_model(
         problem = "an expert writes its texts for a merge, and this is a model alone"
         remedy = "Give texts with answers, or name the recipe of the merge."
         raise CalibrationError(f"calibration on {calibration.data}", problem, remedy)
-    require_no_links(output)
+    require_no_links_among(output)
     require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from zoo_hub import put_zoo
 
 import lewis_hub
 from lewis_hub import pipeline
+from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError, OutputError
 from lewis_hub.hub.source import cache_root
@@ -177,6 +179,35 @@ def test_nothing_is_written_through_a_link_that_came_with_a_recipe(tmp_path, pla
         with pytest.raises(OutputError, match="it is a link"):
             write()
 
+    assert mine.read_text() == CANARY
+
+
+def test_a_folder_that_is_named_may_have_links_of_its_user(tmp_path, monkeypatch):
+    """`-o .` in a project: the Python of its environment is a link."""
+    texts = lewis_hub.Calibration(dataset="rows.jsonl", text="{text}", samples=1)
+    (tmp_path / "rows.jsonl").write_text('{"text": "reverse BAKOT"}\n')
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    Path(".venv/bin/python").symlink_to("/usr/bin/env")
+    Path("runs/latest").symlink_to("first")
+    Path("data").symlink_to("runs")
+
+    lewis_hub.measure_model(zoo_folder() / "base", texts, ".", progress=False)
+
+    assert Path("importance.json").is_file()
+
+
+def test_a_comparison_is_not_drawn_through_a_link(tmp_path):
+    mine, output = tmp_path / "mine", tmp_path / "comparison"
+    mine.write_text(CANARY)
+    output.mkdir()
+    (output / "change-base-light.png").symlink_to(mine)
+
+    done = CliRunner().invoke(cli, ["compare", "a", "b", "-o", str(output)])
+
+    assert isinstance(done.exception, OutputError)
+    assert f"{output}/change-base-light.png: it is a link" in str(done.exception)
     assert mine.read_text() == CANARY
 
 

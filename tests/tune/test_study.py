@@ -1,3 +1,5 @@
+import os
+
 import optuna
 import pytest
 
@@ -137,3 +139,12 @@ def test_a_file_that_is_no_study_is_refused(tmp_path):
 
     with pytest.raises(TuningError, match="the study cannot be read"):
         opened(tmp_path)
+
+
+def test_a_search_makes_no_link(tmp_path, monkeypatch):
+    """A killed run would leave it in the output, where links are refused: no rerun would go on."""
+    monkeypatch.setattr(os, "symlink", None)
+
+    run(opened(tmp_path), 1)
+
+    assert len(trials(opened(tmp_path))) == 1
