@@ -31,7 +31,11 @@ from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile, is_provenance_of
 from lewis_hub.workflow.generated import FILE as GENERATED
-from lewis_hub.workflow.resolve import calibrates_on_own_tasks, sources_inside
+from lewis_hub.workflow.resolve import (
+    calibrates_on_own_tasks,
+    depends_on_processor,
+    sources_inside,
+)
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
@@ -287,16 +291,16 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
 def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
     """Return what a lock states of the origin of a merge that its recipe, run again, contradicts.
 
-    The files of merges that a recipe makes on the way may be rounded differently, and those of
-    tasks lie elsewhere.
+    The files of merges that a recipe makes on the way may be rounded differently, if other kinds of
+    processors do so, and those of tasks lie elsewhere.
     """
-    on_the_way = {part.get("name") for part in lock.recipe.get("intermediate") or ()}
+    parts = map(Recipe.model_validate, lock.recipe.get("intermediate") or ())
+    rounded = {part.name for part in parts if depends_on_processor(part)}
     facts: dict[str, list[Any]] = {
         "sources": [
             [
-                (one.name, one.role, _commit(one), one.files)
+                (one.name, one.role, _commit(one), {} if one.name in rounded else one.files)
                 for one in each.inputs
-                if one.name not in on_the_way
             ]
             for each in (lock, made)
         ],

@@ -162,6 +162,29 @@ def test_a_folder_of_the_name_of_a_repo_is_not_the_repo(merged, tmp_path, monkey
     )
 
 
+def test_a_merge_on_the_way_does_not_pass_for_a_repo_of_its_name(tmp_path):
+    zoo, recipe = zoo_folder(), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: org/model\nmodels: [{zoo / 'expert-reverse'}]\nmerge_method: linear\n---\n"
+        f"models: [org/model, {zoo / 'base'}]\nmerge_method: linear\n"
+    )
+    merged = lewis_hub.merge_models(lewis_hub.read_recipe(recipe), tmp_path / "merged").output
+    assert verify(merged, "--rebuild")[1]["problems"] == []
+    lock = Lock.from_json((merged / "lewis/lock.json").read_text())
+    first, *others = lock.inputs
+    forgeries = (
+        replace(first, commit_sha="a" * 40),
+        replace(first, files={path: f"sha256:{0:064}" for path in first.files}),
+    )
+    for forged in forgeries:
+        put_lock(merged, replace(lock, inputs=(forged, *others)))
+
+        assert verify(merged)[1]["problems"] == []
+        assert verify(merged, "--rebuild")[1]["problems"] == [
+            "lewis/lock.json: its sources is not what its recipe leads to."
+        ]
+
+
 @pytest.mark.parametrize("section", ["evaluate", "calibration"])
 def test_a_rebuild_runs_no_code_of_a_merge_on_the_way(merged, section):
     tasks, ran = merged / "lewis/tasks", merged.parent / "ran"
