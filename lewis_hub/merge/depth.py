@@ -11,7 +11,7 @@ mean of both blocks adds exactly half of what the reference's block adds to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, NO_FILE, Adapted, TensorHeader
@@ -22,6 +22,7 @@ from lewis_hub.merge.symmetries import Units
 REMEDY = "`depth` matches the blocks of models that differ in their number only."
 OTHER_ROWS = "Give it the other tokenizer first: `lewis-hub transplant-tokenizer`."
 
+Shape = tuple[int, ...]
 Blocks = tuple[int | None, ...]  # for each block of the reference, the model's own; None: none
 
 
@@ -65,22 +66,37 @@ def require_same_blocks(reference: Checkpoint, own: Checkpoint) -> None:
     """
     first = {name: s for name, s in _shapes(reference).items() if names.block(name) in (None, 0)}
     for model in (reference, own):
-        found = _shapes(model)
+        found, wanted = _shapes(model), set[str]()
         like = "its first block" if model is reference else reference.label
-        blocks = dict.fromkeys(names.block(name) or 0 for name in found)
-        wanted = {names.renumbered(name, n): shape for name, shape in first.items() for n in blocks}
-        for name in {**wanted, **found}:
-            shape, other = found.get(name), wanted.get(name)
-            if shape is None or other is None:
-                lacking = f"it lacks {name} of" if other else f"it has {name}, which is not in"
-                raise AlignmentError(model.label, f"{lacking} {like}", REMEDY)
-            if shape != other:
-                problem = f"{name} has the shape {list(shape)}, in {like} {list(other)}"
-                is_rows = names.may_have_tokens(name) and shape[1:] == other[1:]
-                raise AlignmentError(model.label, problem, OTHER_ROWS if is_rows else REMEDY)
+        blocks = list(dict.fromkeys(names.block(name) or 0 for name in found))
+        for name, shape in _in_all_blocks(first, blocks):
+            _require_shape(model.label, name, (found.get(name), shape), like)
+            wanted.add(name)
+        if more := next((name for name in found if name not in wanted), None):
+            problem = f"it has {more}, which is not in {like}"
+            raise AlignmentError(model.label, problem, REMEDY)
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _in_all_blocks(
+    first: Mapping[str, Shape], blocks: Sequence[int]
+) -> Iterator[tuple[str, Shape]]:
+    """One by one: a header may name as many blocks as it has tensors."""
+    for name, shape in first.items():
+        for number in blocks if names.block(name) is not None else (0,):
+            yield names.renumbered(name, number), shape
+
+
+def _require_shape(label: str, name: str, shapes: tuple[Shape | None, Shape], like: str) -> None:
+    found, expected = shapes
+    if found is None:
+        raise AlignmentError(label, f"it lacks {name} of {like}", REMEDY)
+    if found != expected:
+        problem = f"{name} has the shape {[*found]}, in {like} {[*expected]}"
+        is_rows = names.may_have_tokens(name) and found[1:] == expected[1:]
+        raise AlignmentError(label, problem, OTHER_ROWS if is_rows else REMEDY)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     tensors = checkpoint.tensors.items()
     return {name: tensor.shape for name, tensor in tensors if tensor.dtype in MERGEABLE}
 

@@ -36,7 +36,7 @@ from lewis_hub.merge.symmetries import (
     VALUE,
     Units,
 )
-from lewis_hub.methods.numerics import torch_threads
+from lewis_hub.methods.numerics import in_range, torch_threads
 
 MAX_SWEEPS = 20  # over all groups
 HELD_BYTES = 1 << 30  # of correlations in memory; more are computed again in each sweep
@@ -199,7 +199,7 @@ class _Finder:
 def correlation(ours: Tensor, theirs: Tensor) -> Tensor:
     """Pearson's correlation of each column of one matrix with each of the other; 0 if constant."""
     parts = []
-    for seen in (ours, theirs):
+    for seen in map(in_range, (ours, theirs)):
         centred = seen - seen.mean(dim=0)
         lengths = centred.square().sum(dim=0).sqrt()
         parts.append(centred / lengths.where(lengths > 0, 1))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lewis_hub.methods.numerics import torch_threads
+from lewis_hub.methods.numerics import in_range, torch_threads
 
 PIECE = 1 << 16  # products that are multiplied at a time, of all blocks
 
@@ -110,7 +110,7 @@ def match_blocks(similarity: Similarity) -> tuple[int | None, ...]:
 
 def _over_tokens(seen: Tensor) -> Tensor:
     """The products of all pairs of rows, whose columns have mean zero, as a vector of length 1."""
-    centred = (seen.double() - seen.double().mean(dim=0)).float()
+    centred = in_range(seen.double() - seen.double().mean(dim=0)).float()
     products = (centred @ centred.T).flatten()
     length = float(products.double().norm())
     return products / (length or 1.0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # elements converted to float64 at a time
 RANK_EPS = 2.0**-24  # times the longer side: what float32 leaves of a singular value that is zero
+LARGE = 2.0**40
 TOLERANCE = 1e-4  # of a tensor's norm, for tensors that statistics of another machine made
 
 
@@ -103,6 +104,14 @@ def all_finite(values: Tensor) -> bool:
         return True
     low, high = values.aminmax()  # both are NaN if an entry is
     return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def in_range(values: Tensor) -> Tensor:
+    """Finite values whose squares fit into float32: larger ones are divided by a power of two."""
+    if not values.numel():
+        return values
+    largest = max(abs(float(end)) for end in values.aminmax())
+    return values if largest <= LARGE else values / 2.0 ** (math.frexp(largest)[1] - 1)
 
 
 def total(values: Tensor) -> float:

@@ -21,7 +21,7 @@ from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
-from lewis_hub.files import require_room, write_whole
+from lewis_hub.files import require_room, text_of, write_whole
 from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
 from lewis_hub.merge.symmetries import Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
@@ -150,8 +150,8 @@ def _align_one(
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     kept = loader.scratch / FOLDER / f"{name}.json"
-    if kept.exists():
-        return AlignedModel.from_document(read_json(kept.read_bytes(), MAX_TABLE_BYTES))
+    if known := _known(kept):
+        return known
     kept.parent.mkdir(parents=True, exist_ok=True)
     work = kept.with_suffix(".activations")
     found = AlignedModel(
@@ -175,6 +175,16 @@ def _align_one(
         shutil.rmtree(work, ignore_errors=True)
     write_whole(kept, json.dumps(found.document()))
     return found
+
+
+def _known(file: Path) -> AlignedModel | None:
+    """Read what an earlier run found; None if it is missing, damaged or beyond the limits."""
+    try:
+        return AlignedModel.from_document(
+            read_json(text_of(file, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _match_blocks(

@@ -21,6 +21,15 @@ def test_correlation_is_numpys_and_zero_for_constants():
     assert found[1].tolist() == [0, 0, 0, 0]
 
 
+def test_correlation_of_huge_activations_is_that_of_small_ones():
+    """The sums of such numbers are infinite in float32."""
+    ours, theirs = (torch.randn(50, 4, generator=torch.manual_seed(n)).abs() for n in (0, 1))
+
+    found = correlation(ours * 2.0**125, theirs)
+
+    assert torch.equal(found, correlation(ours, theirs))
+
+
 def test_the_best_order_beats_all_others():
     similarity = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
 

@@ -1,5 +1,6 @@
 """Blocks of models of different depth are matched by CKA and dynamic programming (SMA)."""
 
+import time
 from itertools import combinations
 
 import numpy as np
@@ -9,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import AlignmentError
+from lewis_hub.merge.depth import require_same_blocks
 from lewis_hub.merge.segments import align_segments, linear_cka, match_blocks, weight_cosines
 
 
@@ -42,6 +47,28 @@ def test_cka_ignores_the_order_of_units():
     found = linear_cka([seen], [seen[:, [3, 1, 5, 0, 2, 4]]])
 
     assert found[0, 0] == pytest.approx(1, abs=1e-6)
+
+
+def test_cka_of_huge_outputs_is_that_of_small_ones():
+    """Products of two such numbers are infinite in float32."""
+    seen, other = (torch.randn(9, 6, generator=torch.manual_seed(n)) for n in (0, 1))
+    found = linear_cka([seen * 2.0**100], [other * 2.0**100, other])
+
+    assert np.array_equal(found, linear_cka([seen], [other, other]))
+
+
+def test_blocks_are_compared_one_after_the_other():
+    """Names of the first block times numbers of blocks are 4 million here."""
+    part = "input_layernorm.weight"
+    stored = [f"p{n}.layers.0.{part}" for n in range(2_000)]
+    stored += [f"p0.layers.{n}.{part}" for n in range(1, 2_000)]
+    tensors = {name: TensorHeader(name, "F32", (1,), "file", 0, 4) for name in stored}
+    model = Checkpoint("org/model", tensors, None)
+
+    began = time.process_time()
+    with pytest.raises(AlignmentError, match="it lacks p1.layers.1.input_layernorm.weight of its"):
+        require_same_blocks(model, model)
+    assert time.process_time() - began < 2
 
 
 def test_the_similarity_of_weights_is_the_mean_cosine_of_the_matrices_of_a_block():
