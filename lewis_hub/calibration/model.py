@@ -180,17 +180,21 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
 
 def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
     """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
-    n_rows = len(cast("Tensor", model.get_input_embeddings().weight))
-    highest = max(map(max, tokens.ids))
-    if highest >= n_rows:
-        problem = f"token {highest} of {tokens.tokenizer} is not among its {n_rows} embeddings"
-        remedy = "Calibrate with the tokenizer that base and experts share."
-        raise CalibrationModelError(name, problem, remedy)
+    check_rows(len(cast("Tensor", model.get_input_embeddings().weight)), name, tokens)
     n_positions = config_value(model, "max_position_embeddings")
     longest = max(map(len, tokens.ids))
     if longest > (n_positions or 0) > 0:  # -1 stands for "no limit" in some configurations
         problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
         remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
+        raise CalibrationModelError(name, problem, remedy)
+
+
+def check_rows(n_rows: int, name: str, tokens: CalibrationTokens) -> None:
+    """Refuse token ids without one of `n_rows` embeddings with a CalibrationModelError."""
+    highest = max(map(max, tokens.ids))
+    if highest >= n_rows:
+        problem = f"token {highest} of {tokens.tokenizer} is not among its {n_rows} embeddings"
+        remedy = "Calibrate with the tokenizer that base and experts share."
         raise CalibrationModelError(name, problem, remedy)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lewis_hub.calibration.forward import ActivationCache, deterministic_threads, enter_blocks
 from lewis_hub.calibration.meta_model import build_meta_model
-from lewis_hub.calibration.model import check_tokens_fit, linears, load_tokenizer
+from lewis_hub.calibration.model import check_rows, check_tokens_fit, linears, load_tokenizer
 from lewis_hub.calibration.subject import Weights
 from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 from lewis_hub.checkpoint import names
@@ -134,6 +134,9 @@ def _embedding_sums(weights: Weights, prompts: Sequence[Ids]) -> dict[Ids, Tenso
     n_blocks = len({names.block(name) for name in tensors} - {None})
     with closing(weights.parts([[table]])) as parts:
         embeddings = next(parts)[table.name]
+    check_rows(
+        len(embeddings), weights.checkpoint.label, _as_tokens(prompts, weights.checkpoint.label)
+    )
     return {ids: embeddings[list(ids)].sum(0).expand(n_blocks, -1) for ids in prompts}
 
 

@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -88,8 +89,6 @@ class Messages:
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Render one row's conversation; a null or an empty list is an empty text."""
-        from jinja2 import TemplateError
-
         messages = row[self._column]
         if not messages:
             return ""
@@ -103,18 +102,27 @@ class Messages:
             return ""
         opens = not self._is_answered  # the header of the answer
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": opens}
-        try:
+        with _refused(self._where, f"row {index}"):
             return str(self._tokenizer.apply_chat_template(plain, **options))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # of no class of jinja's where a content is no text
-            problem = f"the chat template refuses row {index}: {error}"
-            remedy = "The roles or their order do not suit this tokenizer; use `text`."
-            raise CalibrationError(self._where, problem, remedy) from error
 
     def _prompt(self, messages: Sequence[Any]) -> Sequence[Any]:
         """The messages, without the assistant's last turn where the model answers itself."""
         ends = bool(messages) and messages[-1].get("role") == "assistant"
         return messages if self._is_answered or not ends else messages[:-1]
+
+
+@contextmanager
+def _refused(where: str, what: str) -> Iterator[None]:
+    """Turn the errors of a chat template into one that says what it refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # of no class of jinja's where a content is no text
+        problem = f"the chat template refuses {what}: {error}"
+        remedy = "The roles or their order do not suit this tokenizer; use `text`."
+        raise CalibrationError(where, problem, remedy) from error
 
 
 def _is_message(value: Any) -> bool:
@@ -133,7 +141,8 @@ class Rendered:
             where = f"calibration on {calibration.data}, `chat_template`"
             _require_chat(tokenizer, where, "Leave `chat_template` out")
             said = [{"role": "user", "content": ""}]
-            begins = str(tokenizer.apply_chat_template(said, tokenize=False))
+            with _refused(where, "a question"):
+                begins = str(tokenizer.apply_chat_template(said, tokenize=False))
             start = tokenizer.bos_token
             self.adds_special_tokens = not (start and begins.startswith(start))
 

@@ -27,7 +27,8 @@ class _LimitError(BaseException):
 def limit_templates(tokenizer: Any) -> None:
     """Let a tokenizer of transformers refuse conversations that take too much time or memory.
 
-    Its `apply_chat_template` raises a TokenizerError then.
+    Its `apply_chat_template` raises a TokenizerError then. What Python code raises in a template,
+    as `1 / 0` or a macro that calls itself, is a TemplateError as what Jinja raises.
     """
     apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
     if apply is None:  # of a server that is given texts
@@ -36,7 +37,12 @@ def limit_templates(tokenizer: Any) -> None:
     @functools.wraps(apply)
     def apply_within_limits(*args: Any, **options: Any) -> Any:
         with limited(f"{tokenizer.name_or_path}: chat template"):
-            return apply(*args, **options)
+            try:
+                return apply(*args, **options)
+            except (ArithmeticError, AssertionError, AttributeError, RuntimeError) as error:
+                from jinja2 import TemplateError
+
+                raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     tokenizer.apply_chat_template = apply_within_limits
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.calibration.texts import Messages, Text, check_columns
+from lewis_hub.calibration.texts import Messages, Rendered, Text, check_columns
 from lewis_hub.errors import CalibrationError
 from lewis_hub.recipe.schema import Calibration
 
@@ -151,6 +151,13 @@ def test_a_conversation_that_the_chat_template_refuses_is_an_error(byte_tokenize
         " roles must alternate.\n"
         "The roles or their order do not suit this tokenizer; use `text`."
     )
+
+
+def test_a_question_that_the_chat_template_refuses_is_an_error(byte_tokenizer):
+    byte_tokenizer.chat_template = "{{ raise_exception('a system message comes first') }}"
+
+    with pytest.raises(CalibrationError, match="refuses a question: a system message comes first"):
+        Rendered(Calibration(task="gsm8k", chat_template=True), byte_tokenizer)
 
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], 3, {"a": 1}])

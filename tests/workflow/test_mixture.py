@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import CheckFailedError
+from lewis_hub.errors import CalibrationModelError, CheckFailedError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resources import Execution
 
@@ -193,6 +193,14 @@ def test_the_router_of_averages_and_of_embeddings(tmp_path):
         for block in (0, 1):
             row = stored[f"model.layers.{block}.block_sparse_moe.gate.weight"][0]
             torch.testing.assert_close(row, expected[block] / expected[block].norm())
+
+
+def test_a_prompt_with_a_token_that_has_no_embedding_is_refused(tmp_path):
+    dense_model(tmp_path / "BASE", "llama", 1, vocab_size=20)
+    text = MIXTURE.replace("OTHER", "BASE") + "gate_mode: cheap_embed\n"
+
+    with pytest.raises(CalibrationModelError, match=r"token \d+ of .* is not among its 20 embedd"):
+        pipeline.merge_models(recipe(text, tmp_path), tmp_path / "out")
 
 
 def test_random_routers_follow_the_seed_and_need_no_prompts(tmp_path):
