@@ -26,6 +26,7 @@ PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
     rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
 )
+PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]*")
 LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
 
 # `checked`: of a file, by who checks its length; `log`: the lines of a Job, which come as they are
@@ -74,6 +75,20 @@ def limit_silence(request: httpx2.Request) -> None:
     asked = request.extensions.get("timeout") or {}
     set_by_caller = {kind: limit for kind, limit in asked.items() if limit is not None}
     request.extensions["timeout"] = limits | set_by_caller
+
+
+def require_plain_tag(answer: httpx2.Response) -> None:
+    """Refuse a name of a file that is none: huggingface_hub writes files of the cache by it.
+
+    Raises:
+        DecodingError: the ETag of the answer to a HEAD has a slash, or is a folder's name.
+    """
+    if answer.request.method != "HEAD":
+        return
+    for header in ("X-Linked-Etag", "ETag"):
+        tag = answer.headers.get(header, "").lstrip("W/").strip('"')
+        if not PLAIN_TAG.fullmatch(tag):
+            raise httpx2.DecodingError(f"an answer has the {header} {tag[:100]!r}")
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

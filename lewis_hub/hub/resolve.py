@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from huggingface_hub import constants, is_offline_mode
@@ -235,11 +235,7 @@ def _repo(hub_repo: HubRepo) -> Source:
     with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
         listed = map(listed_file, getattr(info, "siblings", None) or ())
-        files = tuple(
-            file
-            for file in listed
-            if ".." not in file.path.split("/") and not file.path.startswith("/")
-        )
+        files = tuple(file for file in listed if _is_below(PurePath(file.path)))
     _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"
@@ -247,6 +243,11 @@ def _repo(hub_repo: HubRepo) -> Source:
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
         access = "gated"
     return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
+
+
+def _is_below(path: PurePath) -> bool:
+    """Whether a path stays below the folder that it is in, as this system reads it."""
+    return ".." not in path.parts and not path.anchor
 
 
 def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile]) -> None:
