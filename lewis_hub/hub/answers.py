@@ -26,6 +26,7 @@ PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
     rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
 )
+AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
 PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]*")
 LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
 
@@ -77,11 +78,11 @@ def limit_silence(request: httpx2.Request) -> None:
     request.extensions["timeout"] = limits | set_by_caller
 
 
-def require_plain_tag(answer: httpx2.Response) -> None:
-    """Refuse a name of a file that is none: huggingface_hub writes files of the cache by it.
+def require_true_names(answer: httpx2.Response) -> None:
+    """Refuse names that do not name the file of a HEAD: huggingface_hub writes files by them.
 
     Raises:
-        DecodingError: the ETag of the answer to a HEAD has a slash, or is a folder's name.
+        DecodingError: the ETag has a slash or is a folder's name, or another commit was asked for.
     """
     if answer.request.method != "HEAD":
         return
@@ -89,6 +90,10 @@ def require_plain_tag(answer: httpx2.Response) -> None:
         tag = answer.headers.get(header, "").lstrip("W/").strip('"')
         if not PLAIN_TAG.fullmatch(tag):
             raise httpx2.DecodingError(f"an answer has the {header} {tag[:100]!r}")
+    asked = AT_COMMIT.search(answer.request.url.raw_path)
+    commit = answer.headers.get("X-Repo-Commit")
+    if asked and commit is not None and commit != asked[1].decode():
+        raise httpx2.DecodingError(f"a file of another commit came, {commit[:100]!r}")
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

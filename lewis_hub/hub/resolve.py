@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import sha256_of, starts_like_path, visible_files, write_whole
+from lewis_hub.hub.cache import has_digest
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
@@ -270,6 +271,34 @@ def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile
             problem = f"{path} is another file than {hub_repo.api.endpoint} lists"
             remedy = f"Delete it ({error.strerror}), or set HF_HUB_CACHE to another folder."
             raise hub_repo.failed(problem, remedy) from None
+
+
+def require_listed(api: HfApi, source: Source) -> None:
+    """Refuse files of a repo that `datasets` fetched, if they are not those that the Hub lists.
+
+    It compares no digests, and what it fetches is named as an answer says.
+
+    Raises:
+        SourceError: a file is another one; it is not in the cache any more.
+    """
+    hub_repo, others = HubRepo.of(api, source), []
+    for file in source.files:
+        path = source.snapshot / file.path
+        if path.is_file() and not _is_listed(path, file):
+            others.append(file.path)
+            blob = path.parent / path.readlink() if path.is_symlink() else path
+            path.unlink()
+            blob.unlink(missing_ok=True)
+    if others:
+        problem = f"`{others[0]}` is another file than {hub_repo.api.endpoint} lists"
+        remedy = "Run the same command again: it fetches the file again."
+        raise hub_repo.failed(problem, remedy)
+
+
+def _is_listed(path: Path, file: SourceFile) -> bool:
+    if file.digest.startswith("git-sha1:"):
+        return has_digest(path, file)
+    return digests_of([path])[0] == file.digest
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:

@@ -272,6 +272,14 @@ def test_an_etag_is_no_path(api, source, hub, xet, no_pauses):
     assert not (cache_root().parent / "outside").exists()
 
 
+def test_an_answer_about_another_commit_is_none(api, source, hub):
+    commits = hub.store.find("models", "tests/model").commits
+    commits[source.commit_sha] = replace(commits[source.commit_sha], sha="e" * 40)
+
+    with pytest.raises(SourceError, match="a file of another commit came, 'eeee"):
+        read_small(api, source, "config.json")
+
+
 def test_a_local_file_that_changes_after_its_digest_was_read_is_told(api, tmp_path):
     for path, content in FILES.items():
         (tmp_path / path).write_bytes(content)
