@@ -223,6 +223,30 @@ def test_gated_sources_are_read_by_the_identity_of_the_user():
     assert signed_in == ["Check sources, target and disk", "Merge and score"]
 
 
+@pytest.mark.parametrize(("visibility", "code"), [("private", 0), ("public", 1), ("internal", 1)])
+def test_a_private_merge_is_not_handed_over_in_a_public_repository(tmp_path, visibility, code):
+    steps = {step.get("name"): step for step in steps_of(yaml.safe_load(render_workflow("r.yaml")))}
+    asked = steps["Require a private repository"]
+    (tmp_path / "curl").write_text(f'#!/bin/sh\necho \'{{"visibility": "{visibility}"}}\'\n')
+    (tmp_path / "curl").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{BIN}:/usr/bin:/bin"}
+
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", asked["run"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == code
+    assert done.stderr.startswith("The target is not public" if code else "")
+    assert asked["if"] == (
+        "steps.preflight.outputs.way == 'merge' && steps.preflight.outputs.private == 'yes'"
+    )
+    assert [*steps].index(asked["name"]) < [*steps].index("Hand over")
+
+
 def test_only_the_steps_that_push_sign_in_as_the_workflow():
     document = yaml.safe_load(render_workflow("recipe.yaml"))
     known = {step["name"]: set(step.get("env", {})) for step in steps_of(document) if "run" in step}
@@ -230,6 +254,7 @@ def test_only_the_steps_that_push_sign_in_as_the_workflow():
     assert known == {
         "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
         "Check sources, target and disk": {"HF_TOKEN"},
+        "Require a private repository": {"GH_TOKEN"},
         "Merge and score": {"HF_TOKEN"},
         "Merge on Hugging Face Jobs": {"HF_TOKEN"},
         "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},

@@ -154,7 +154,8 @@ def preflight(
 ) -> None:
     """Decide whether to merge, stream or skip the merge.
 
-    The answer (merge, stream, jobs or unchanged) is also the output `way` of the step.
+    The answer (merge, stream, jobs or unchanged) is also the output `way` of the step. If not
+    everybody may read the target, the output `private` is yes.
     """
     recipe = options.read_recipe(recipe_file, repo)
     from lewis_hub import pipeline
@@ -163,7 +164,8 @@ def preflight(
     target = destination(recipe)
     place = None if on else output or recipe_file.parent / "merged"
     decision = pipeline.preflight(recipe, target, place, force=force)
-    _append_for_github("GITHUB_OUTPUT", f"way={decision.way}\n")
+    private = "" if decision.is_public else "private=yes\n"
+    _append_for_github("GITHUB_OUTPUT", f"way={decision.way}\n{private}")
     document = {"status": decision.way, "why": decision.why, "repo": target.repo}
     if decision.commit_url:
         document["commit_url"] = decision.commit_url

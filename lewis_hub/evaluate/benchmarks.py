@@ -23,7 +23,7 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
-from lewis_hub.hub.rows import commit_cache, library, only_tables
+from lewis_hub.hub.rows import commit_cache, library, only_tables, require_listed_rows
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -126,7 +126,10 @@ def at_commits(commits: Commits) -> Iterator[None]:
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
         with only_tables():
-            return load(path, *args, **kwargs)
+            found = load(path, *args, **kwargs)
+        if commit:
+            require_listed_rows(path, commit, token=kwargs.get("token"))
+        return found
 
     datasets.load_dataset = load_at_commit
     try:

@@ -26,6 +26,8 @@ PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
     rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
 )
+AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
+PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]*")
 LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
 
 # `checked`: of a file, by who checks its length; `log`: the lines of a Job, which come as they are
@@ -74,6 +76,24 @@ def limit_silence(request: httpx2.Request) -> None:
     asked = request.extensions.get("timeout") or {}
     set_by_caller = {kind: limit for kind, limit in asked.items() if limit is not None}
     request.extensions["timeout"] = limits | set_by_caller
+
+
+def require_true_names(answer: httpx2.Response) -> None:
+    """Refuse names that do not name the file of a HEAD: huggingface_hub writes files by them.
+
+    Raises:
+        DecodingError: the ETag has a slash or is a folder's name, or another commit was asked for.
+    """
+    if answer.request.method != "HEAD":
+        return
+    for header in ("X-Linked-Etag", "ETag"):
+        tag = answer.headers.get(header, "").lstrip("W/").strip('"')
+        if not PLAIN_TAG.fullmatch(tag):
+            raise httpx2.DecodingError(f"an answer has the {header} {tag[:100]!r}")
+    asked = AT_COMMIT.search(answer.request.url.raw_path)
+    commit = answer.headers.get("X-Repo-Commit")
+    if asked and commit is not None and commit != asked[1].decode():
+        raise httpx2.DecodingError(f"a file of another commit came, {commit[:100]!r}")
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

@@ -29,6 +29,7 @@ from lewis_hub.hub.answers import (
     limit_silence,
     note_next_page,
     note_purpose,
+    require_true_names,
 )
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
@@ -138,7 +139,7 @@ def limit_waiting() -> None:
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
         requests.extend((note_purpose, limit_pages, limit_silence))
-        answers.extend((_require_short_pause, note_next_page, limit_body))
+        answers.extend((_require_short_pause, note_next_page, require_true_names, limit_body))
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,22 @@ from huggingface_hub import (
     is_offline_mode,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from lewis_hub.display import Advance
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.files import require_inside, require_room, sha256_of
+from lewis_hub.files import require_inside, require_room
+from lewis_hub.hub.cache import (
+    MAX_SMALL_BYTES,
+    blob_path,
+    digest_of,
+    has_digest,
+    link,
+    partial_path,
+    size_of,
+    snapshot_path,
+)
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
 from lewis_hub.hub.source import (
     ADAPTERS,
@@ -38,7 +49,6 @@ from lewis_hub.hub.source import (
     PICKLED,
     Source,
     SourceFile,
-    cache_folder,
     cache_root,
     digest_like,
     local_reading,
@@ -64,7 +74,7 @@ N_DOWNLOADS = 4
 SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
-MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
+SHA256_LETTERS = 64
 MAX_READ = 1000
 # digest of a file -> beginning, end and digest of what was read of it alone
 READ: dict[str, set[tuple[int, int, bytes]]] = {}
@@ -127,9 +137,9 @@ def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
     """The bytes that `fetch` would download; files and parts that are cached do not count."""
     if source.local_folder:
         return 0
-    blobs = {_blob(source.name, source.repo_type, f): f for f in _missing_files(source, only)}
+    blobs = {blob_path(source.name, source.repo_type, f): f for f in _missing_files(source, only)}
     return sum(
-        max(0, file.size_bytes - (_size(blob) or _size(_partial(blob))))
+        max(0, file.size_bytes - (size_of(blob) or size_of(partial_path(blob))))
         for blob, file in blobs.items()
     )
 
@@ -183,6 +193,16 @@ def read_file(hub_repo: HubRepo, path: str, digest: str) -> bytes:
     Raises:
         SourceError: it has not the digest that the Hub lists, or the download failed.
     """
+    cached = try_to_load_from_cache(
+        hub_repo.name, path, revision=hub_repo.revision, repo_type=hub_repo.repo_type
+    )
+    if isinstance(cached, str):
+        content = _read_whole(hub_repo, path, Path(cached))
+        if digest_like(digest, content) == digest:
+            return content
+        if is_offline_mode():
+            raise _another(hub_repo, path)
+        Path(cached).unlink(missing_ok=True)
     content = _read_whole(hub_repo, path, _small_file(hub_repo, path, digest))
     if digest_like(digest, content) != digest:
         raise _another(hub_repo, path)
@@ -190,20 +210,16 @@ def read_file(hub_repo: HubRepo, path: str, digest: str) -> bytes:
 
 
 def _small_file(hub_repo: HubRepo, path: str, digest: str) -> Path:
-    """A file of the cache, which is downloaded if it is small and not there yet."""
-    cached = try_to_load_from_cache(
-        hub_repo.name, path, revision=hub_repo.revision, repo_type=hub_repo.repo_type
-    )
-    if isinstance(cached, str):
-        return Path(cached)
-    if not is_offline_mode():
+    """A small file, downloaded into the cache."""
+    with hub_failures(hub_repo):
+        if is_offline_mode():
+            raise OfflineModeIsEnabled
         url, metadata = hub_repo.file_url(path), hub_repo.api.get_hf_file_metadata
-        known = call_hub(hub_repo, lambda: metadata(url=url))
+        known = retry(lambda: metadata(url=url))
         _require_small(hub_repo, path, known.size or 0)
         file = SourceFile(path, known.size or 0, digest)
-        with hub_failures(hub_repo):
-            _download_blob(hub_repo, file, ByteCounter(), threading.Event())
-    return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None))
+        _download_blob(hub_repo, file, ByteCounter(), threading.Event())
+        return link(hub_repo, file)
 
 
 def _another(hub_repo: HubRepo, path: str) -> SourceError | PublishError:
@@ -260,20 +276,34 @@ def _fetch_file(
     is_large = file.digest.startswith("sha256:")
     if not is_large:
         _require_small(hub_repo, file.path, file.size_bytes)
-    if not (is_large and _is_stored_in_xet(hub_repo, file)):
+    is_cached = blob_path(hub_repo.name, hub_repo.repo_type, file).exists()
+    if is_large and not is_cached and _is_stored_in_xet(hub_repo, file):
+        path = _download_from_xet(hub_repo, file, received)
+    else:
         _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
-    blob = _blob(hub_repo.name, hub_repo.repo_type, file)
-    is_checked = blob.exists()
-    # Links the blob into the snapshot; downloads it first if Xet stores it.
+        path = link(hub_repo, file)
+    _require_as_read(hub_repo, file, path)
+
+
+def _download_from_xet(hub_repo: HubRepo, file: SourceFile, received: ByteCounter) -> Path:
+    """Let huggingface_hub download a file; it compares sizes, and names a blob by its ETag.
+
+    Raises:
+        SourceError: it is not the file that the Hub lists; the cache does not have it then.
+    """
     path = retry(lambda: _through_cache(hub_repo, file.path, received.add))
-    if not is_checked and _digest(path, file) != file.digest:  # huggingface_hub compares sizes
-        blob.unlink(missing_ok=True)
-    elif not path.is_symlink() or path.readlink().name == blob.name:
-        _require_as_read(hub_repo, file, path)
-        return
+    blob = blob_path(hub_repo.name, hub_repo.repo_type, file)
+    named = blob.with_name(path.readlink().name) if path.is_symlink() else blob
+    is_listed = (path, named) == (snapshot_path(hub_repo, file), blob)
+    if is_listed and digest_of(path, file) == file.digest:
+        return path
     path.unlink()
+    kind = "sha256" if len(named.name) == SHA256_LETTERS else "git-sha1"
+    stated = replace(file, digest=f"{kind}:{named.name}")
+    if named.exists() and not has_digest(named, stated):
+        named.unlink()
     raise _another(hub_repo, file.path)
 
 
@@ -302,23 +332,25 @@ def _download_blob(
     Raises:
         SourceError: the bytes do not have the digest that the Hub lists, at the second try too.
     """
-    blob = _blob(hub_repo.name, hub_repo.repo_type, file)
-    part = _partial(blob)
+    blob = blob_path(hub_repo.name, hub_repo.repo_type, file)
+    part = partial_path(blob)
     lock = cache_root() / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"  # the client's
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
+        if blob.exists() and not has_digest(blob, file):  # of another program, and another mirror
+            blob.unlink()
         for _ in range(2):
             if blob.exists() or stop.is_set():
                 return
             retry_transfer(
                 lambda: _append(hub_repo, file, part, received, stop),
-                lambda: _size(part),
+                lambda: size_of(part),
                 MIN_TRANSFER_BYTES,
             )
             if stop.is_set():
                 return
-            if _digest(part, file) == file.digest:
+            if digest_of(part, file) == file.digest:
                 part.replace(blob)
                 return
             part.unlink()
@@ -328,18 +360,11 @@ def _download_blob(
     )
 
 
-def _digest(part: Path, file: SourceFile) -> str:
-    """The digest of a downloaded file, of the kind that the Hub lists for it."""
-    if file.digest.startswith("sha256:"):
-        return f"sha256:{sha256_of(part)}"
-    return digest_like(file.digest, part.read_bytes())  # git stores small files only
-
-
 def _append(
     hub_repo: HubRepo, file: SourceFile, part: Path, received: ByteCounter, stop: threading.Event
 ) -> None:
     """Download the bytes of a file behind those in its partial file."""
-    start = _size(part)
+    start = size_of(part)
     if start >= file.size_bytes:
         part.touch()
         return
@@ -435,19 +460,6 @@ def _silent_bar(advance: Advance) -> type[Any]:
             return None
 
     return ReportingTqdm
-
-
-def _blob(repo: str, repo_type: str, file: SourceFile) -> Path:
-    return cache_folder(repo, repo_type) / "blobs" / file.digest.partition(":")[2]
-
-
-def _partial(blob: Path) -> Path:
-    """The file that holds the bytes of a blob until the download is complete."""
-    return blob.with_name(f"{blob.name}.partial")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 @dataclass(frozen=True)

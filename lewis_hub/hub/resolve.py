@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from huggingface_hub import constants, is_offline_mode
@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import sha256_of, starts_like_path, visible_files, write_whole
+from lewis_hub.hub.cache import has_digest
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
@@ -235,11 +236,7 @@ def _repo(hub_repo: HubRepo) -> Source:
     with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
         listed = map(listed_file, getattr(info, "siblings", None) or ())
-        files = tuple(
-            file
-            for file in listed
-            if ".." not in file.path.split("/") and not file.path.startswith("/")
-        )
+        files = tuple(file for file in listed if _is_below(PurePath(file.path)))
     _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"
@@ -247,6 +244,11 @@ def _repo(hub_repo: HubRepo) -> Source:
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
         access = "gated"
     return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
+
+
+def _is_below(path: PurePath) -> bool:
+    """Whether a path stays below the folder that it is in, as this system reads it."""
+    return ".." not in path.parts and not path.anchor
 
 
 def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile]) -> None:
@@ -269,6 +271,34 @@ def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile
             problem = f"{path} is another file than {hub_repo.api.endpoint} lists"
             remedy = f"Delete it ({error.strerror}), or set HF_HUB_CACHE to another folder."
             raise hub_repo.failed(problem, remedy) from None
+
+
+def require_listed(api: HfApi, source: Source) -> None:
+    """Refuse files of a repo that `datasets` fetched, if they are not those that the Hub lists.
+
+    It compares no digests, and what it fetches is named as an answer says.
+
+    Raises:
+        SourceError: a file is another one; it is not in the cache any more.
+    """
+    hub_repo, others = HubRepo.of(api, source), []
+    for file in source.files:
+        path = source.snapshot / file.path
+        if path.is_file() and not _is_listed(path, file):
+            others.append(file.path)
+            blob = path.parent / path.readlink() if path.is_symlink() else path
+            path.unlink()
+            blob.unlink(missing_ok=True)
+    if others:
+        problem = f"`{others[0]}` is another file than {hub_repo.api.endpoint} lists"
+        remedy = "Run the same command again: it fetches the file again."
+        raise hub_repo.failed(problem, remedy)
+
+
+def _is_listed(path: Path, file: SourceFile) -> bool:
+    if file.digest.startswith("git-sha1:"):
+        return has_digest(path, file)
+    return digests_of([path])[0] == file.digest
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:

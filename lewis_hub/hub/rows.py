@@ -6,26 +6,24 @@ import errno
 import hashlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
@@ -73,9 +71,30 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     call = _dataset_call(source, config, split)
     with _dataset_failures(api, source, config, split), only_tables():
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
+    _require_listed(api, source)
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
     return Rows(source.pinned, tuple(table.column_names), table)
+
+
+def require_listed_rows(repo: str, commit_sha: str, *, token: str | bool | None) -> None:
+    """Refuse rows of a dataset at a commit that were read from files that the Hub does not list.
+
+    Raises:
+        SourceError: so it is, or the Hub failed.
+    """
+    api = HfApi(token=token)
+    _require_listed(api, resolve_dataset(api, repo, commit_sha))
+
+
+def _require_listed(api: HfApi, source: Source) -> None:
+    if source.folder is not None:
+        return
+    try:
+        require_listed(api, source)
+    except SourceError:
+        shutil.rmtree(commit_cache(source.commit_sha), ignore_errors=True)
+        raise
 
 
 def library() -> Any:

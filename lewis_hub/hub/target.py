@@ -34,6 +34,7 @@ class Target:
     repo: str
     head: str | None  # commit sha of main
     digests: Mapping[str, str]  # path -> digest as `SourceFile` has it
+    is_public: bool = True  # whether everybody may read it
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
             return Target(hub_repo.name, None, {})
         files = map(listed_file, info.siblings or ())
         digests = {file.path: file.digest for file in files}
-        return Target(hub_repo.name, listed_sha(info.sha), digests)
+        is_public = not (getattr(info, "private", False) or getattr(info, "gated", False))
+        return Target(hub_repo.name, listed_sha(info.sha), digests, is_public)
 
 
 def open_pull_requests(

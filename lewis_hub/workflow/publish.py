@@ -326,6 +326,7 @@ class Preflight:
     way: Literal["unchanged", "merge", "stream", "jobs"]
     why: str  # the reason, as a sentence
     commit_url: str | None = None  # of the commit that holds the merge
+    is_public: bool = True  # whether everybody may read the merge once it is published
 
 
 def preflight(
@@ -336,7 +337,9 @@ def preflight(
     if found.way == "stream":  # scores need whole models
         unscored = {key: part for key, part in planned.recipe.items() if key != "evaluate"}
         planned = replace(planned, recipe=unscored)
-    previous = previous_merge(read_target(HubRepo.to_publish(api, asked.repo)), api)
+    hub_repo = HubRepo.to_publish(api, asked.repo)
+    target = read_target(hub_repo)
+    previous = previous_merge(target, api)
     commit = None if force else _commit_with(planned, asked, previous, api)
     if commit:
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
@@ -348,7 +351,9 @@ def preflight(
             require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
-    return found
+    # without a token, a private repo is as invisible as none
+    will_be_public = target.is_public if target.head else not asked.private and bool(hub_repo.token)
+    return replace(found, is_public=will_be_public)
 
 
 def _place(job: MergeJob, output: Path | None) -> Preflight:

@@ -87,6 +87,18 @@ def test_a_merge_in_the_target_is_not_repeated_until_a_source_changes(hub, place
     assert preflight()[1] == "way=merge\n"
 
 
+def test_a_target_that_not_everybody_may_read_is_told_to_the_workflow(hub, place):
+    write(hub)
+    recipe = Path("recipe.yaml")
+    public = recipe.read_text()
+    recipe.write_text(public.replace("license:", "private: true, license:"))
+    assert preflight()[1] == "way=merge\nprivate=yes\n"
+
+    hub.api().create_repo("lewis/again", private=True)
+    recipe.write_text(public)
+    assert preflight()[1] == "way=merge\nprivate=yes\n"
+
+
 def test_jobs_are_to_merge_what_has_changed_if_they_are_asked_to(hub, place):
     write(hub, GATE)
 

@@ -21,6 +21,7 @@ from lewis_hub.hub.fetch import (
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.rows import commit_cache
 from lewis_hub.hub.source import cache_folder, cache_root
+from lewis_hub.localhub.store import git_file
 
 SHARD = os.urandom(3 << 20)
 FILES = {
@@ -209,6 +210,74 @@ def test_a_small_file_has_the_digest_that_was_listed(api, source, hub):
         f"{source.pinned}: `config.json` does not have the digest that {hub.url} lists.\n"
         "Try again; if the error stays, a proxy or the repo itself is broken."
     )
+
+
+def test_a_mirror_that_names_a_file_by_the_digest_of_another_one_leaves_nothing(api, source, hub):
+    shard, other = "model-00001-of-00002.safetensors", SHARD[::-2]
+    files = hub.store.find("models", "tests/model").commits[source.commit_sha].files
+    true = dict(files)
+    files["config.json"] = git_file(other, hub.store.blobs.add(other))
+    lied_to = resolve_model(api, "tests/model")
+    files["config.json"] = replace(files["config.json"], oid=true[shard].sha256)  # its ETag
+
+    assert read_small(api, lied_to, "config.json") == other
+    fetch(api, lied_to, lambda _: None, ("config.json",))
+
+    files.update(true)
+    found = resolve_model(api, "tests/model")
+    assert found == source
+    assert files_in(fetch(api, found, lambda _: None)) == FILES
+
+
+def test_a_mirror_may_have_etags_of_its_own(api, source, hub):
+    files = hub.store.find("models", "tests/model").commits[source.commit_sha].files
+    for path in FILES:
+        if not files[path].lfs:
+            files[path] = replace(files[path], oid="f" * 32)
+    found = source
+
+    assert read_small(api, found, "config.json") == FILES["config.json"]
+    assert files_in(fetch(api, found, lambda _: None)) == FILES
+    assert bytes_to_download(found) == 0
+
+
+def test_a_blob_that_is_not_what_its_name_says_is_fetched_again(api, source):
+    folder = fetch(api, source, lambda _: None)
+    for path in ("config.json", "model-00001-of-00002.safetensors"):
+        (folder / path).resolve().write_bytes(b"[]")
+        if path != "config.json":
+            (folder / path).unlink()
+
+    assert read_small(api, source, "config.json") == FILES["config.json"]
+    assert files_in(fetch(api, source, lambda _: None)) == FILES
+
+
+def test_a_cache_without_links_gets_copies(api, source, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    folder = fetch(api, source, lambda _: None)
+    assert files_in(folder) == FILES
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert resolve_model(api, "tests/model") == source
+
+
+def test_an_etag_is_no_path(api, source, hub, xet, no_pauses):
+    shard = "model-00001-of-00002.safetensors"
+    files = hub.store.find("models", "tests/model").commits[source.commit_sha].files
+    files[shard] = replace(files[shard], sha256="../../../outside")
+    xet[shard] = SHARD
+
+    with pytest.raises(SourceError) as error:
+        fetch(api, source, lambda _: None, (shard,))
+    assert "(an answer has the X-Linked-Etag '../../../outside')" in str(error.value)
+    assert not (cache_root().parent / "outside").exists()
+
+
+def test_an_answer_about_another_commit_is_none(api, source, hub):
+    commits = hub.store.find("models", "tests/model").commits
+    commits[source.commit_sha] = replace(commits[source.commit_sha], sha="e" * 40)
+
+    with pytest.raises(SourceError, match="a file of another commit came, 'eeee"):
+        read_small(api, source, "config.json")
 
 
 def test_a_local_file_that_changes_after_its_digest_was_read_is_told(api, tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 
 import datasets
 import pyarrow as pa
@@ -148,6 +149,26 @@ def test_a_repo_gives_the_rows_of_its_pinned_commit(hub, api, push):
 
     assert load(api, "tests/sums", revision=sha).rows([4]) == [ROWS[4]]
     assert len(load(api, "tests/sums")) == 1
+
+
+def test_rows_are_read_from_the_files_that_the_hub_lists(hub, api, push):
+    others = [row | {"answer": "no"} for row in ROWS]
+    sha = push("tests/sums", {"train.jsonl": lines(ROWS)}, repo_type="dataset")
+    files = hub.store.find("datasets", "tests/sums").commits[sha].files
+    true = files["train.jsonl"]
+    stored = hub.store.blobs.add(lines(others))
+    files["train.jsonl"] = replace(true, sha256=stored, size_bytes=len(lines(others)))
+    said = "`train.jsonl` is another file than"
+
+    assert said in message(api, "tests/sums")
+    commits = {("tests/sums", None): sha}
+    with at_commits(commits), pytest.raises(SourceError, match=said):
+        datasets.load_dataset("tests/sums", split="train", token=api.token)
+
+    files["train.jsonl"] = true
+    assert load(api, "tests/sums").rows(range(5)) == ROWS
+    with at_commits(commits):
+        assert datasets.load_dataset("tests/sums", split="train", token=api.token)[4] == ROWS[4]
 
 
 def test_no_other_host_is_told_the_name_of_a_dataset(api, push, monkeypatch):

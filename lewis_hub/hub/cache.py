@@ -1,0 +1,75 @@
+"""Where huggingface_hub's cache has a file: its blob, named by its digest, and a link to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from huggingface_hub.file_download import are_symlinks_supported
+
+from lewis_hub.files import sha256_of
+from lewis_hub.hub.source import SourceFile, cache_folder, cache_root, digest_like
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lewis_hub.hub.failures import HubRepo
+
+MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
+
+
+def blob_path(repo: str, repo_type: str, file: SourceFile) -> Path:
+    """The file that holds the bytes of a file, in whatever commits it is."""
+    return cache_folder(repo, repo_type) / "blobs" / file.digest.partition(":")[2]
+
+
+def partial_path(blob: Path) -> Path:
+    """The file that holds the bytes of a blob until the download is complete."""
+    return blob.with_name(f"{blob.name}.partial")
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def digest_of(part: Path, file: SourceFile) -> str:
+    """The digest of a downloaded file, of the kind that the Hub lists for it."""
+    if file.digest.startswith("sha256:"):
+        return f"sha256:{sha256_of(part)}"
+    return digest_like(file.digest, part.read_bytes())  # git stores small files only
+
+
+def has_digest(blob: Path, file: SourceFile) -> bool:
+    """Whether a file of the cache is the one that the Hub lists; a small one is not read if not."""
+    is_large = file.digest.startswith("sha256:")
+    return (is_large or size_of(blob) <= MAX_SMALL_BYTES) and digest_of(blob, file) == file.digest
+
+
+def link(hub_repo: HubRepo, file: SourceFile) -> Path:
+    """Let the cache have a blob at its path in the commit, as huggingface_hub does.
+
+    That would name the blob by the ETag that it is answered, and fetch it again under that name.
+    """
+    blob, path = blob_path(hub_repo.name, hub_repo.repo_type, file), snapshot_path(hub_repo, file)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if are_symlinks_supported(cache_root()):
+        path.unlink(missing_ok=True)  # a link to a blob that was deleted
+        with suppress(FileExistsError):  # another run made it at this moment
+            path.symlink_to(os.path.relpath(blob, path.parent))
+    else:
+        copy = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+        shutil.copyfile(blob, copy)
+        copy.replace(path)
+    return path
+
+
+def snapshot_path(hub_repo: HubRepo, file: SourceFile) -> Path:
+    """The path of a file in the snapshot of the commit."""
+    commit = str(hub_repo.revision)
+    return cache_folder(hub_repo.name, hub_repo.repo_type) / "snapshots" / commit / file.path
