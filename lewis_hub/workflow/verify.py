@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,8 +269,12 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
 
     Weights, configuration, tokenizer, code and the texts that experts wrote are compared. Other
     files in `lewis/` only describe the merge, and plots differ between library versions. Weight
-    files in `alike` count as equal.
+    files in `alike` count as equal. Answers are part of a merge only if the prompts were public
+    then: they are compared if both merges have them.
     """
+    answers = '"answers": "model"' in json.dumps(lock.recipe)
+    if answers and (TEXTS in lock.outputs) != (TEXTS in made.outputs):
+        alike = {*alike, TEXTS}
     locked, again = (
         {
             path: file.sha256

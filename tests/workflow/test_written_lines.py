@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,10 @@ from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.schema import Calibration
+from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.workflow.generated import TextRequest, require_whole_models
 from lewis_hub.workflow.resources import Loading
+from lewis_hub.workflow.verify import TEXTS, compare_models
 
 TOKENS = CalibrationTokens(((5, 6), (7,)), (0, 1), 2, 0, 0, "me/model", limit=6)
 
@@ -90,3 +93,16 @@ def test_files_without_end_are_not_read(request_of_two, tmp_path):
         require(request_of_two, tmp_path / "fifo")
     with unknown():
         require(request_of_two, tmp_path / "device")
+
+
+@pytest.mark.parametrize(("answers", "complaints"), [("model", 0), (None, 1)])
+def test_answers_are_compared_if_both_merges_have_them(answers, complaints):
+    model, texts = OutputFile("a" * 64, 3), OutputFile("b" * 64, 9)
+    recipe = {"calibration": {"dataset": "me/data", "answers": answers}}
+    lock = Lock((), (), recipe, "linear", 1, None, None, 1, 1000, {"config.json": model}, {})
+    written = replace(lock, outputs={"config.json": model, TEXTS: texts})
+    changed = replace(lock, outputs={"config.json": model, TEXTS: model})
+
+    assert len(compare_models(lock, written)) == complaints
+    assert len(compare_models(written, lock)) == complaints
+    assert len(compare_models(written, changed)) == 1
