@@ -13,7 +13,14 @@ from typing import Any
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.harness import Benchmarks, configure, library_settings, reset_fewshot
+from lewis_hub.evaluate.harness import (
+    LONGEST_CAUSE,
+    OF_TASKS,
+    Benchmarks,
+    configure,
+    library_settings,
+    reset_fewshot,
+)
 from lewis_hub.evaluate.tasks import (
     LocatedTasks,
     TaskFile,
@@ -271,9 +278,9 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
     except (IndexError, StopIteration) as error:  # an empty split, an empty file
         remedy = "Check its `test_split` (or `validation_split`) and its data."
         raise EvaluationError(name, "has no items to score.", remedy) from error
-    except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
-        key = UNKNOWN_KEY.search(str(error))
-        cause = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {error}"
+    except (*OF_TASKS, TemplateError) as error:
+        key, said = UNKNOWN_KEY.search(str(error)), " ".join(str(error).split())[:LONGEST_CAUSE]
+        cause = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {said}"
         problem = f"cannot be built: {cause}"
         remedy = "Check the task's file: its keys, splits, columns and metrics."
         raise EvaluationError(name, problem, remedy) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import require_inside
-from lewis_hub.hub.rows import only_tables
+from lewis_hub.hub.rows import at_commit, only_tables
 
 KINDS = {  # types of own tasks -> class of mteb
     "Classification": "AbsTaskClassification",
@@ -148,12 +149,14 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
     tasks = locate_embedding_tasks(selection)
     for name, task in tasks.items():
         dataset = task.metadata.dataset
+        own_cache: AbstractContextManager[None] = nullcontext()
         if commit := commits.get((dataset["path"], dataset["revision"])):
+            own_cache = at_commit(dataset["path"], commit)
             pinned = {**dataset, "revision": commit}
             pinned.pop("trust_remote_code", None)  # `datasets` runs no code
             task.metadata = task.metadata.model_copy(update={"dataset": pinned})
         try:
-            with quiet_libraries(), only_tables():
+            with own_cache, quiet_libraries(), only_tables():
                 task.load_data()
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             line = str(error).partition("\n")[0]

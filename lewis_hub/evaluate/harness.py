@@ -38,6 +38,12 @@ SAMPLING_SEED = 1234  # for tasks that sample their answers
 CPU_BYTES = 2_000_000_000
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
+# errors of the Python of tasks; nltk lacks data by a LookupError, benchmarks assert their settings
+OF_TASKS = (
+    *(ValueError, TypeError, LookupError, AttributeError, NameError),
+    *(ArithmeticError, AssertionError, ImportError),
+)
+LONGEST_CAUSE = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,9 @@ def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mappi
             apply_chat_template=settings.chat_template,
             confirm_run_unsafe_code=benchmarks.allow_code,
         )
-    except (ValueError, TypeError, KeyError, IndexError, TemplateError) as error:
-        problem = f"lm-eval could not score the answers: {type(error).__name__}: {error}"
+    except (*OF_TASKS, TemplateError) as error:
+        cause = " ".join(str(error).split())[:LONGEST_CAUSE]
+        problem = f"lm-eval could not score the answers: {type(error).__name__}: {cause}"
         remedy = "Check the metrics, filters and columns of the task files."
         raise EvaluationError(", ".join(benchmarks.tasks), problem, remedy) from error
     except OSError as error:  # the class of the errors of `requests`

@@ -249,6 +249,8 @@ def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFil
     patterns = (*map(glob.escape, weights), *SIDECAR_FILES) if only is None else only
     selected = source.matching(patterns)
     allowed = (f for f in selected if f.path in weights or not f.path.endswith(NEVER))
+    if not source.is_adapter:  # with peft, transformers would look for an adapter beside the model
+        allowed = (f for f in allowed if f.path not in ADAPTERS)
     return [file for file in allowed if not (source.snapshot / file.path).exists()]
 
 

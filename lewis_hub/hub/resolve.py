@@ -254,16 +254,18 @@ def _is_below(path: PurePath) -> bool:
 def _forget_others(hub_repo: HubRepo, snapshot: Path, files: Iterable[SourceFile]) -> None:
     """Remove from the cache what is in the place of a file of this commit and is another one.
 
-    Hubs share the cache: another one may have claimed the same commit.
+    Hubs share the cache: another one may have claimed the same commit, also with more files, which
+    transformers would read. Only links are removed that the commit does not have.
     """
     digests = {snapshot / file.path: file.digest for file in files}
     for path in snapshot.rglob("*"):
-        if path not in digests or not path.is_file():
+        expected = digests.get(path, "")
+        if not path.is_file() or not (expected or path.is_symlink()):
             continue
         found = _cached_digest(path)
-        if digests[path].startswith("git-sha1:") and found.startswith("sha256:"):  # it is no link
+        if expected.startswith("git-sha1:") and found.startswith("sha256:"):  # it is no link
             found = git_sha1_of(path)
-        if found == digests[path]:
+        if found == expected:
             continue
         try:
             path.unlink()

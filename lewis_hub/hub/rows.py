@@ -87,6 +87,23 @@ def require_listed_rows(repo: str, commit_sha: str, *, token: str | bool | None)
     _require_listed(api, resolve_dataset(api, repo, commit_sha))
 
 
+@contextmanager
+def at_commit(repo: str, commit_sha: str, *, token: str | bool | None = None) -> Iterator[None]:
+    """Inside the block `datasets` has the cache of a commit, which is the revision that is loaded.
+
+    Raises:
+        SourceError: at the end of the block, as `require_listed_rows`.
+    """
+    config: Any = library().config
+    before, own = config.HF_DATASETS_CACHE, commit_cache(commit_sha)
+    config.HF_DATASETS_CACHE = Path(own)
+    try:
+        yield
+    finally:
+        config.HF_DATASETS_CACHE = before
+    require_listed_rows(repo, commit_sha, token=token)
+
+
 def _require_listed(api: HfApi, source: Source) -> None:
     if source.folder is not None:
         return

@@ -51,6 +51,13 @@ def test_a_split_that_is_not_there_is_named(refusal):
     assert message == f"after: cannot be built: KeyError: 'validation'.\n{FILE_REMEDY}"
 
 
+def test_settings_that_a_task_s_python_asserts_are_named(refusal, tmp_path):
+    (tmp_path / "own.py").write_text("def docs(rows):\n    raise AssertionError('no tokenizer.')\n")
+    message = refusal("test_split:", "process_docs: !function own.docs\ntest_split:")
+
+    assert message == f"after: cannot be built: AssertionError: no tokenizer.\n{FILE_REMEDY}"
+
+
 def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):
     message = refusal("test.jsonl", "gone.jsonl")
 

@@ -220,6 +220,21 @@ def test_a_metric_that_cannot_take_the_answers_names_the_task(own_tasks, good_mo
     )
 
 
+@pytest.mark.parametrize("error", ["LookupError", "AssertionError", "ZeroDivisionError"])
+def test_an_error_of_a_task_s_python_names_the_task(own_tasks, good_model, tmp_path, error):
+    text = (own_tasks / "after.yaml").read_text()
+    (tmp_path / "after.yaml").write_text(text + "process_results: !function own.results\n")
+    (tmp_path / "own.py").write_text(f"def results(doc, answers):\n    raise {error}('no data')\n")
+    tasks = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
+
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(good_model, tasks, CPU, ignore)
+
+    assert str(raised.value).startswith(
+        f"after: lm-eval could not score the answers: {error}: no data"
+    )
+
+
 def test_prompts_go_through_the_chat_template_where_that_is_asked_for(own_tasks):
     tasks = with_prompts(load_tasks(TaskSelection(("after",), include=own_tasks), {}), 3)
     model = zoo_folder() / "base"

@@ -37,6 +37,7 @@ OTHERS = {
     "pytorch_model.bin": b"pickle",
     "model.gguf": b"gguf",
     "modeling_odd.py": b"print('run me')",
+    "adapter_config.json": b"{}",
     "original/model.safetensors": b"the same again",
     "README.md": b"---\nlicense: mit\n---\n",
 }
@@ -184,6 +185,15 @@ def test_what_another_hub_claimed_to_be_in_the_same_commit_is_not_used(api, sour
     assert read_small(api, found, "config.json") == FILES["config.json"]
     assert read_range(api, found, shard, 0, 100) == SHARD[:100]
     assert files_in(fetch(api, found, lambda _: None)) == FILES
+
+
+def test_what_the_commit_does_not_have_is_not_read(api, source):
+    folder = fetch(api, source, lambda _: None)
+    (folder / "added_tokens.json").symlink_to((folder / "config.json").readlink())
+    (folder / "notes.txt").write_text("mine")
+
+    assert resolve_model(api, "tests/model") == source
+    assert files_in(folder) == FILES | {"notes.txt": b"mine"}
 
 
 def test_a_cache_without_links_is_compared_by_content(api, source):

@@ -164,8 +164,15 @@ def test_rows_are_read_from_the_files_that_the_hub_lists(hub, api, push):
     commits = {("tests/sums", None): sha}
     with at_commits(commits), pytest.raises(SourceError, match=said):
         datasets.load_dataset("tests/sums", split="train", token=api.token)
+    before = datasets.config.HF_DATASETS_CACHE
+    with pytest.raises(SourceError, match=said), rows.at_commit("tests/sums", sha, token=api.token):
+        datasets.load_dataset("tests/sums", revision=sha, token=api.token)
+    assert before == datasets.config.HF_DATASETS_CACHE
 
     files["train.jsonl"] = true
+    with rows.at_commit("tests/sums", sha, token=api.token):
+        table = datasets.load_dataset("tests/sums", split="train", revision=sha, token=api.token)
+    assert table.to_list() == ROWS
     assert load(api, "tests/sums").rows(range(5)) == ROWS
     with at_commits(commits):
         assert datasets.load_dataset("tests/sums", split="train", token=api.token)[4] == ROWS[4]
