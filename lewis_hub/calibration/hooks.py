@@ -8,6 +8,7 @@ factor is a view of such a parameter, the other factor holds the tokens.
 
 from __future__ import annotations
 
+import math
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,6 +142,14 @@ def require_seen(measured: Mapping[str, object], name: str) -> None:
     if not measured:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
+
+
+def require_measured(measured: Mapping[str, float], name: str) -> None:
+    """Refuse an empty measurement, as `require_seen`, or numbers that are NaN or infinite."""
+    require_seen(measured, name)
+    for module, number in measured.items():
+        if not math.isfinite(number):
+            raise not_finite(f"the products of activations and weights in {module}", name)
 
 
 def require_finite(totals: Mapping[str, InputSum], name: str) -> None:

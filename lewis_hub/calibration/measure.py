@@ -19,7 +19,7 @@ from lewis_hub.calibration.grams import (
     sum_of_squares,
     widest_float,
 )
-from lewis_hub.calibration.hooks import Statistic, not_finite, require_seen
+from lewis_hub.calibration.hooks import Statistic, not_finite, require_measured
 from lewis_hub.calibration.meta_model import build_meta_model, weight_names
 from lewis_hub.calibration.model import (
     Linear,
@@ -162,7 +162,7 @@ def _summarised(  # noqa: PLR0913
         for n_set in range(len(sets)):
             add(block, n_set)
     for one in found:
-        require_seen(one, name)
+        require_measured(one, name)
     if request and stored:
         grams.write_index(stored, request)
     return found

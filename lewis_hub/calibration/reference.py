@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lewis_hub.calibration.forward import block_output, deterministic_threads, replaced_forwards
-from lewis_hub.calibration.hooks import hooked, require_seen
+from lewis_hub.calibration.hooks import hooked, require_measured
 from lewis_hub.calibration.model import (
     Linear,
     block_lists,
@@ -75,7 +75,7 @@ def measure_reference(
                 importance |= measured
                 done = [tokens.n_tokens * n // len(blocks) for n in (b, b + 1)]
                 advance(done[1] - done[0])
-        require_seen(importance, snapshot.name)
+        require_measured(importance, snapshot.name)
         found.append(importance)
     return found
 

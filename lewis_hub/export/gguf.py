@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # elements that are converted at a time, if a row is not longer
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+STEPS = 127  # of q8_0, times a scale in float16
 LOSSLESS = "Export it as `gguf:bf16`."
 
 
@@ -220,7 +221,11 @@ def _stored(
 
     with np.errstate(over="ignore"):
         found = gguf.quants.quantize(rows, kind)
-    if kind == gguf.GGMLQuantizationType.F16 and np.isinf(found).any():
-        problem = f"`{tensor.name}` holds {np.abs(rows).max():g}, and float16 ends at 65504"
+        largest = np.abs(rows).max(initial=0.0)
+        steps = {gguf.GGMLQuantizationType.F16: 1, gguf.GGMLQuantizationType.Q8_0: STEPS}.get(kind)
+        too_large = steps is not None and np.isinf(np.float16(largest / steps))
+    if too_large:
+        name, end = ("float16", "65504") if steps == 1 else ("q8_0", f"{STEPS * 65504:,}")
+        problem = f"`{tensor.name}` holds {largest:g}, and {name} ends at {end}"
         raise ExportError(label, problem, LOSSLESS)
     return np.ascontiguousarray(found).data.cast("B")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 N_PLACES = 2048  # of a sample, RUN entries at each: from many rows, as a row's are alike
 SAMPLED = 16 * N_PLACES * RUN  # a tensor with fewer entries is not sampled
 ROOM = 1.25  # space for entries inside a bracket, as a multiple of the expected number
+TOO_LARGE = "Products of its values are too large: leave out the model with the largest."
 GOLDEN = 0.6180339887498949  # its multiples mod 1 are spread evenly, whatever the row length
 
 Thresholds = dict[int, Threshold]  # number of an expert -> its threshold
@@ -210,12 +211,15 @@ def merge_by_definition(
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}
     keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
-    merged = method.function(*_arguments(method, sources, len(tensor.weights)), **keywords)
+    positional = _arguments(method, sources, len(tensor.weights))
+    if not all_finite(positional[-1]):  # a difference of huge weights
+        raise NonFiniteError(tensor.output.name, MERGE, TOO_LARGE)
+    merged = method.function(*positional, **keywords)
     rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
     if not all_finite(rounded):
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         if merged.isnan().any():
-            remedy = "Products of its values are too large: leave out the model with the largest."
+            remedy = TOO_LARGE
         raise NonFiniteError(tensor.output.name, MERGE, remedy)
     return rounded
 

@@ -62,9 +62,16 @@ class SingularValues:
 
 
 def singular_values(matrix: Tensor) -> SingularValues:
-    """The singular value decomposition of (m, n), without values that are zero up to rounding."""
+    """The singular value decomposition of (m, n), without values that are zero up to rounding.
+
+    One direction of NaN if an entry is infinite, as a difference of large weights can be.
+    """
     import torch
 
+    if not all_finite(matrix):
+        unknown = (torch.full((n, 1), math.nan, dtype=torch.float64) for n in matrix.shape)
+        left, right = (one.to(matrix.device) for one in unknown)
+        return SingularValues(left, left[0], right)
     with torch_threads(1):
         left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     largest = float(values[0]) if len(values) else 0.0

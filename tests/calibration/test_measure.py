@@ -11,7 +11,7 @@ from lewis_hub.calibration.grams import WIDEST, GramRequest, read_grams
 from lewis_hub.calibration.measure import calibrate
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder, missing
-from lewis_hub.errors import NotByBlockError
+from lewis_hub.errors import CalibrationModelError, NotByBlockError
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.schedule import ScheduleSettings, schedule
 
@@ -140,3 +140,15 @@ def test_what_cannot_be_measured_block_by_block_is_loaded_whole_if_it_may_be(tmp
     assert measure((replace(blocks, may_be_whole=True),)) == measure((whole,))
     with pytest.raises(NotByBlockError, match="cannot be calibrated block by block"):
         measure((blocks,))
+
+
+def test_importance_that_is_not_finite_is_refused_before_it_is_kept(tmp_path):
+    """Activations and weights are finite, their products are not."""
+    model = tiny_model("llama", 0)
+    for parameter in model.parameters():
+        parameter.data *= 1e30
+    model.save_pretrained(tmp_path / "one")
+    subject = Subject("me/one", "one-sha", "expert", tmp_path / "one", (FIRST,))
+
+    with pytest.raises(CalibrationModelError, match="^me/one: the products .* are not finite"):
+        measure((subject,))

@@ -230,20 +230,29 @@ def test_a_tensor_of_several_chunks_is_permuted_head_by_head(tmp_path):
     assert torch.equal(torch.from_numpy(values["blk.1.attn_q.weight"].copy()), expected)
 
 
-def test_a_value_that_float16_cannot_store_is_refused_with_the_format_that_can(tmp_path):
+@pytest.mark.parametrize(
+    ("export", "value", "problem"),
+    [
+        ("gguf:f16", 131072.0, "holds 131072, and float16 ends at 65504"),
+        ("gguf:q8_0", 16777216.0, "holds 1.67772e+07, and q8_0 ends at 8,319,008"),
+    ],
+)
+def test_a_value_that_float16_cannot_store_is_refused_with_the_format_that_can(
+    tmp_path, export, value, problem
+):
     folder = build("qwen2", tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = 131072.0
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     model.save_pretrained(folder)
 
     with pytest.raises(ExportError) as raised:
-        write(folder, "gguf:f16")
+        write(folder, export)
 
     assert str(raised.value).endswith(
-        "`blk.1.ffn_up.weight` holds 131072, and float16 ends at 65504.\nExport it as `gguf:bf16`."
+        f"`blk.1.ffn_up.weight` {problem}.\nExport it as `gguf:bf16`."
     )
-    assert read(write(folder, "gguf:bf16"))[0]["blk.1.ffn_up.weight"][3, 4] == 131072
+    assert read(write(folder, "gguf:bf16"))[0]["blk.1.ffn_up.weight"][3, 4] == value
 
 
 REFUSED = {  # changes of the configuration -> the problem
