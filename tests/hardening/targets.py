@@ -35,7 +35,7 @@ from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.evaluate.tasks import read_file
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import combined_licence, model_facts, quantised_from, states_a_licence
-from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.hub.source import Source, SourceFile, digest_like
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report import lock as locks
 from lewis_hub.report.difference import ChangelogEntry
@@ -393,7 +393,11 @@ TOKENIZERS = Target(
 
 
 def folder_source(folder: Path, names: Sequence[str]) -> Source:
-    files = tuple(SourceFile(name, (folder / name).stat().st_size, "sha256:0") for name in names)
+    stored = {name: (folder / name).read_bytes() for name in names}
+    files = tuple(
+        SourceFile(name, len(content), digest_like("sha256:0", content))
+        for name, content in stored.items()
+    )
     return Source(str(folder), "model", None, "sha256:0", files, folder)
 
 
