@@ -103,7 +103,7 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
 def _delete_unused() -> None:
     """Delete the folders in which nothing has run for long."""
     used = {folder for folder, _ in RUNNING}
-    for folder in ROOT.iterdir():
+    for folder in ROOT.glob("*"):  # none if all tabs were closed
         with suppress(OSError):  # it is closed at this moment
             if folder not in used and time.time() - folder.stat().st_mtime > UNUSED_S:
                 shutil.rmtree(folder, ignore_errors=True)
