@@ -27,7 +27,7 @@ from lewis_hub.merge.symmetries import Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.recipe.alignment import Align
 from lewis_hub.recipe.schema import ModelEntry
-from lewis_hub.workflow.depth import blocks_of, placed
+from lewis_hub.workflow.depth import blocks_of, placed, require_one_family
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 FOLDER = "aligned"  # in the scratch folder
 WIDTH = 4  # bytes of a float32
 PIECE = 1 << 16  # entries of a matrix that are compared at a time, of all blocks
+ONE_SIZE = "Merge models of one architecture and size."
 BROKEN = "It cannot be compared: use an intact copy, or remove `align` from the model."
 
 
@@ -104,13 +105,7 @@ def _require_alike(reference: OpenedSource, expert: OpenedSource) -> None:
     if expert.source.is_adapter:
         problem = "a LoRA adapter has the units of its base, so it is not aligned"
         raise AlignmentError(expert.name, problem, "Remove `align` from it.")
-    ours, theirs = (units_of(one.checkpoint, one.config) for one in (reference, expert))
-    kinds = [one.config.get("model_type") for one in (reference, expert)]
-    same = replace(ours, axes={}, shapes={}) == replace(theirs, axes={}, shapes={})
-    if kinds[0] != kinds[1] or not same:
-        problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
-        problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
-        raise AlignmentError(expert.name, problem, "Merge models of one architecture and size.")
+    ours, theirs = require_one_family(reference, expert, ONE_SIZE)
     for one, units in ((reference, ours), (expert, theirs)):
         require_units(one.name, units)
     for name in sorted(ours.axes.keys() ^ theirs.axes.keys()):

@@ -11,7 +11,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.depth import Blocks, first_places, in_places, require_same_blocks
-from lewis_hub.merge.symmetries import units_of
+from lewis_hub.merge.symmetries import Units, units_of
 from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.recipe.schema import ModelEntry
 from lewis_hub.workflow.open import MergeSources, OpenedSource
@@ -97,13 +97,22 @@ def _require_same_family(reference: OpenedSource, expert: OpenedSource) -> None:
             problem = "blocks of whole models are matched, and it is a LoRA adapter"
             remedy = "Write it out as a model first: a `linear` merge of it alone."
             raise AlignmentError(one.name, problem, remedy)
+    models = require_one_family(reference, expert, OTHER, any_depth=True)
+    require_same_blocks(reference.checkpoint, expert.checkpoint)
+    for one, units in zip((reference, expert), models, strict=True):
+        require_units(one.name, units)
+
+
+def require_one_family(
+    reference: OpenedSource, expert: OpenedSource, remedy: str, *, any_depth: bool = False
+) -> tuple[Units, Units]:
+    """Refuse models of two architectures or sizes; return the units of both."""
     ours, theirs = (units_of(one.checkpoint, one.config) for one in (reference, expert))
     kinds = [one.config.get("model_type") for one in (reference, expert)]
-    same = replace(ours, axes={}, shapes={}, n_blocks=theirs.n_blocks)
+    n_blocks = theirs.n_blocks if any_depth else ours.n_blocks
+    same = replace(ours, axes={}, shapes={}, n_blocks=n_blocks)
     if kinds[0] != kinds[1] or same != replace(theirs, axes={}, shapes={}):
         problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
-        raise AlignmentError(expert.name, problem, OTHER)
-    require_same_blocks(reference.checkpoint, expert.checkpoint)
-    for one, units in ((reference, ours), (expert, theirs)):
-        require_units(one.name, units)
+        raise AlignmentError(expert.name, problem, remedy)
+    return ours, theirs
