@@ -166,13 +166,17 @@ def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
     )
 
 
+def cited(facts):
+    """The keys of the papers that a card cites."""
+    return [text.partition("{")[2].partition(",")[0] for text in facts.bibtex]
+
+
 def test_a_card_cites_what_its_parameters_use(make_facts):
     plain = make_facts(guided=None, method=registry.find("regmean"))
-    keys = [text.partition("{")[2].partition(",")[0] for text in plain.bibtex]
-    assert keys == ["jin2023dataless", "ilharco2023editing", "eval-harness"]
+    assert cited(plain) == ["jin2023dataless", "ilharco2023editing", "eval-harness"]
 
     used = replace(plain, in_sequence=True, trims_by_activation=True)
-    assert [text.partition("{")[2].partition(",")[0] for text in used.bibtex] == [
+    assert cited(used) == [
         "jin2023dataless",
         "ilharco2023editing",
         "nguyen2026regmean",
@@ -181,7 +185,7 @@ def test_a_card_cites_what_its_parameters_use(make_facts):
         "eval-harness",
     ]
     in_blocks = replace(plain, in_sequence=True, in_expert_blocks=True)
-    assert [text.partition("{")[2].partition(",")[0] for text in in_blocks.bibtex] == [
+    assert cited(in_blocks) == [
         "jin2023dataless",
         "ilharco2023editing",
         "nguyen2026regmean",
