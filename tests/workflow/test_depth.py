@@ -80,7 +80,11 @@ def deepened(folder, copy, blocks, identity=()):
             tensors[f"{found[1]}{place}{found[3]}"] = tensor * 0 if is_zero else tensor.clone()
         if not found:
             tensors[name] = tensor
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    write_weights(copy, tensors)
+
+
+def write_weights(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def weights(folder):
@@ -248,11 +252,11 @@ def test_what_measures_models_reads_the_model_in_its_places(method, folder):
     write_model(folder / "small", 2)
     write_model(folder / "expert", 2, seed=1)
     near = {n: 0.9 * t + 0.1 * weights(folder / "expert")[n] for n, t in read(folder / "small")}
-    save_file(near, folder / "expert" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "expert", near)
     deepened(folder / "small", folder / "deep", [0, 0, 1], identity=[1])
     deepened(folder / "expert", folder / "deeper", [0, 0, 1])
     mixed = weights(folder / "deeper") | {n: t for n, t in read(folder / "deep") if ".1." in n}
-    save_file(mixed, folder / "deeper" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "deeper", mixed)
     text = """base_model: deep
 models:
   - model: NAME
@@ -290,7 +294,7 @@ def test_models_that_differ_in_more_than_depth_are_refused(folder):
     write_model(folder / "wide", 2)
     tensors = weights(folder / "wide")
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(40, 32)
-    save_file(tensors, folder / "wide" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "wide", tensors)
 
     assert lewis_hub.check(recipe(folder, "one", "other")).problems == (
         "other: its architecture (gpt2, 2 blocks, 4 heads of 8, 4 with keys) is not that of one "
@@ -309,7 +313,7 @@ def test_blocks_that_differ_within_a_model_are_refused(folder):
     write_model(folder / "odd", 2)
     tensors = weights(folder / "odd")
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "odd" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "odd", tensors)
     remedy = "`depth` matches the blocks of models that differ in their number only."
 
     for pair, other in ((("one", "odd"), "one"), (("odd", "one"), "its first block")):
@@ -322,7 +326,7 @@ def test_a_matrix_with_nan_is_named(folder):
     write_model(folder / "two", 2)
     tensors = weights(folder / "two")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, folder / "two" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "two", tensors)
     text = written("one", "two", align="{depth: segment_wise, weight_similarity: 1}")
     asked = parse_recipe(text[: text.index("calibration")], "recipe.yaml").placed_in(folder)
 
@@ -341,7 +345,7 @@ def test_another_vocabulary_is_refused(folder):
     tensors = weights(folder / "two")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.zeros(8, 32)])
-    save_file(tensors, folder / "two" / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder / "two", tensors)
 
     problems = lewis_hub.check(recipe(folder, "one", "two")).problems
 
