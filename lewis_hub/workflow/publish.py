@@ -101,9 +101,12 @@ def same_merge(found: Lock, planned: Lock) -> bool:
 
 
 def same_model(found: Lock, planned: Lock) -> bool:
-    """Return whether a merge has the weights and the scoring of the planned merge."""
+    """Return whether a merge has the weights, scoring and task files of the planned merge."""
+    if found.digest != planned.digest:
+        return False
     scoring = planned.recipe.get("evaluate")
-    return found.digest == planned.digest and scoring in (None, found.recipe.get("evaluate"))
+    has_tasks = planned.outputs.items() <= found.outputs.items()
+    return scoring is None or (scoring == found.recipe.get("evaluate") and has_tasks)
 
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:

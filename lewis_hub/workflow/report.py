@@ -46,7 +46,7 @@ class ReportSettings:
     """The values of a report that are known before the merge."""
 
     facts: CardFacts  # of the card, without results of the merge
-    planned: Lock  # the lock without outputs and rows
+    planned: Lock  # the lock without rows; of its outputs it has the user's task files alone
     snapshot: RecipeSnapshot
     mergekit: MergekitMerge | None  # the settings for mergekit; None if mergekit has no such merge
     benchmarks: Mapping[str, Benchmark]  # task -> benchmark whose leaderboard shows the score

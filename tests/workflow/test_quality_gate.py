@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
+from lewis_hub.errors import OutputError
 
 pytestmark = pytest.mark.slow  # each scores models
 
@@ -165,3 +166,22 @@ def test_a_gate_cannot_be_passed_by_not_scoring(hub, place):
 
     assert done.exit_code == 2
     assert "the recipe has a quality gate" in done.stderr
+
+
+@pytest.mark.parametrize("step", ["", "name: step\n"])
+def test_scores_by_an_edited_task_are_made_again(hub, place, step):
+    scored = "evaluate: {tasks: [zoo_reverse], include: tasks, limit: 2}\n"
+    text = "base_model: zoo/base\nmodels: [NAME]\nmerge_method: linear\n"
+    if step:
+        text = step + text.replace("NAME", "zoo/expert-reverse") + "---\n" + text
+    Path("recipe.yaml").write_text(text.replace("NAME", "step" if step else "zoo/base") + scored)
+    words = ("merge", "-q", "--json")
+    first, again = (json.loads(run(*words).stdout)["status"] for _ in range(2))
+    task = Path("tasks/zoo_reverse.yaml")
+    task.write_text(task.read_text() + "description: 'Letters: '\n")
+
+    with pytest.raises(OutputError, match="holds something else than this merge"):
+        run(*words)
+
+    assert (first, again) == ("merged", "unchanged")
+    assert run("merge", "-q", "--no-eval").exit_code == 0
