@@ -19,7 +19,8 @@ from running_server import running
 from lewis_hub.errors import SourceError
 from lewis_hub.hub import answers, target
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
-from lewis_hub.hub.fetch import fetch, read_range, read_small
+from lewis_hub.hub.fetch import fetch, read_small
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import cache_folder
