@@ -213,6 +213,33 @@ def test_a_redirect_to_no_host_is_one_message(source, no_pauses):
     assert str(raised.value).startswith(told)
 
 
+@pytest.mark.parametrize(
+    "location",
+    ["/elsewhere", "elsewhere", "?a=%2f b", "/a%zz b/ä?x#y", "/a/../b", "{url}/c", "//{host}/d"]
+    + [f"/me/model/resolve/{'b' * 40}/config.json", "/../resolve/main/x"],
+)
+def test_a_redirection_leads_to_no_other_commit(location):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            is_first = self.path == f"/me/model/resolve/{'a' * 40}/config.json"
+            self.send_response(307 if is_first else 200)
+            told = {"ETag": '"x"', "Content-Length": "9", "X-Repo-Commit": "b" * 40}
+            place = location.format(url=url, host=url.partition("//")[2])
+            told = {"Location": place.encode().decode("latin-1")} if is_first else told
+            for name, value in told.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        hub_repo = HubRepo(HfApi(endpoint=url), "me/model", revision="a" * 40)
+        address = hub_repo.file_url("config.json")
+        with pytest.raises(SourceError, match="a file of another commit came, 'bbbb"):
+            call_hub(hub_repo, lambda: hub_repo.api.get_hf_file_metadata(url=address))
+
+
 def test_a_file_without_a_length_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
     endless = {"Content-Length": "", "Transfer-Encoding": "chunked"}
