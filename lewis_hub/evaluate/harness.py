@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.answers import recorded_answers
-from lewis_hub.evaluate.backends import ADDRESS, EvaluationSettings, load_backend
+from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
 from lewis_hub.hub.rows import library
 from lewis_hub.methods.numerics import torch_threads
+from lewis_hub.recipe.backend import ADDRESS
 
 if TYPE_CHECKING:
     from torch import Tensor
