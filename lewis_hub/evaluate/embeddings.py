@@ -187,7 +187,9 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
                     "show_progress_bar": False,
                 },
             )
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of any class: from the columns of the data
             problem = f"mteb could not score the model: {type(error).__name__}: {error}"
             remedy = "Choose tasks for this kind of model, and check the columns of their data."
             raise EvaluationError(name, problem, remedy) from error
