@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -83,6 +84,9 @@ class Running(Part):
             if refused := [name for name in options if name in OURS]:
                 name, instead = refused[0], OURS[refused[0]]
                 raise ValueError(f"`{key}.{name}` is not yours to set: {instead}")
+            for name, value in options.items():
+                if isinstance(value, float) and not isfinite(value):  # JSON has no such number
+                    raise ValueError(f"`{key}.{name}` is {value}, expected a finite number")
         served = self.backend == "local-completions"
         if served and ADDRESS not in given:
             url = "http://127.0.0.1:8000/v1/completions"

@@ -312,3 +312,16 @@ def test_no_option_of_generation_runs_code(name):
     assert error["msg"] == (
         f"Value error, `generation.{name}` is not yours to set: no code of a model is run"
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_lacks_are_refused_before_the_merge(value):
+    scored = {"tasks": ("gsm8k",)}
+    gate = {"task": "gsm8k", "metric": "exact_match,none", "tolerance": value}
+
+    with pytest.raises(ValidationError, match=f"`generation.temperature` is {value}, expected a f"):
+        lewis_hub.Evaluation(**scored, generation={"temperature": value})
+    with pytest.raises(ValidationError, match=f"`backend_args.x` is {value}, expected a finite"):
+        lewis_hub.Evaluation(**scored, backend_args={"x": value})
+    with pytest.raises(ValidationError, match="Input should be "):
+        lewis_hub.Evaluation(**scored, gate=gate)
