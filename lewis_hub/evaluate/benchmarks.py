@@ -13,11 +13,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import (
     LONGEST_CAUSE,
-    OF_TASKS,
     Benchmarks,
     configure,
     library_settings,
@@ -265,10 +264,11 @@ def build_requests(name: str, task: Any, limit: int | None) -> None:
 def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
     """Turn errors of lm-eval and datasets into one message that names the task."""
     from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
 
     try:
         yield
+    except LewisHubError:
+        raise
     except (OSError, DatasetsError) as error:
         files = {file.name: file for file in located.files} if located else {}
         dataset = files[name].config.get("dataset_path") if name in files else None
@@ -281,7 +281,7 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
     except (IndexError, StopIteration) as error:  # an empty split, an empty file
         remedy = "Check its `test_split` (or `validation_split`) and its data."
         raise EvaluationError(name, "has no items to score.", remedy) from error
-    except (*OF_TASKS, TemplateError) as error:
+    except Exception as error:  # of any class: a row that is no Python is a SyntaxError
         key, said = UNKNOWN_KEY.search(str(error)), " ".join(str(error).split())[:LONGEST_CAUSE]
         cause = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {said}"
         problem = f"cannot be built: {cause}"

@@ -178,15 +178,15 @@ class ModelLoader:
             return self.files.folders[source.pinned]
         expert = MergeSource(source.checkpoint, source.digest)
         alone = make_plan(MergeSettings("linear", None, (expert,)), self.max_shard_bytes)
-        output = self._write_configuration(source)
         as_what = "on its base" if source.source.is_adapter else "in bfloat16"
         of_depth = source.checkpoint.base is not None and not source.source.is_adapter
         if of_depth or any(tensor.permuted for tensor in source.checkpoint.tensors.values()):
             as_what = "aligned"
         title = f"Writing out {source.name} {as_what}"
         means = replace(self.means, is_read_next=True)
+        output = self._materialized(source)
         write_weights(alone, self.files.locations, output, means, self.progress, title)
-        return output
+        return self._write_configuration(source)
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
         """Return the subject with weights to load, by block if it must be or takes less memory."""
@@ -195,10 +195,13 @@ class ModelLoader:
         placed = replace(subject, folder=self.materialize_checkpoint(source))
         return choose_loading(placed, source.checkpoint, self.loading, self.scratch)
 
+    def _materialized(self, source: OpenedSource) -> Path:
+        name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
+        return self.scratch / "materialized" / name
+
     def _write_configuration(self, source: OpenedSource) -> Path:
         """Return a folder in `scratch` with the configuration of a source."""
-        name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
-        output = self.scratch / "materialized" / name
+        output = self._materialized(source)
         output.mkdir(parents=True, exist_ok=True)
         donor = source.checkpoint.base or source.pinned
         SidecarSettings(donor, new_dtype(source.checkpoint)).write(self.files.sources, output)
