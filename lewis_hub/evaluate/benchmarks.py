@@ -6,10 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfApi
 
 from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings
@@ -29,7 +31,8 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
-from lewis_hub.hub.rows import commit_cache, library, only_tables, require_listed_rows
+from lewis_hub.hub.resolve import resolve_dataset
+from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -129,13 +132,13 @@ def at_commits(commits: Commits) -> Iterator[None]:
 
     def load_at_commit(path: str, *args: Any, **kwargs: Any) -> Any:
         commit = commits.get((path, kwargs.get("revision")))
+        own_files: AbstractContextManager[None] = only_tables()
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
-        with only_tables():
-            found = load(path, *args, **kwargs)
-        if commit:
-            require_listed_rows(path, commit, token=kwargs.get("token"))
-        return found
+            api = HfApi(token=kwargs.get("token"))
+            own_files = only_listed(api, resolve_dataset(api, path, commit))
+        with own_files:
+            return load(path, *args, **kwargs)
 
     datasets.load_dataset = load_at_commit
     try:
