@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from completions_server import serving
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.cli.main import cli
@@ -325,3 +326,19 @@ def test_numbers_that_json_lacks_are_refused_before_the_merge(value):
         lewis_hub.Evaluation(**scored, backend_args={"x": value})
     with pytest.raises(ValidationError, match="Input should be "):
         lewis_hub.Evaluation(**scored, gate=gate)
+
+
+def test_a_model_whose_files_lack_weights_is_not_scored(tmp_path):
+    folder = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1.mlp." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(EvaluationError) as caught:
+        load(folder, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{folder}: its files lack model.layers.1.mlp.down_proj.weight (and 2 more of the weights "
+        "that its architecture needs).\n"
+        "The config does not describe these files: check the source, or take another."
+    )
