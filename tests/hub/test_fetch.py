@@ -16,9 +16,9 @@ from lewis_hub.hub.fetch import (
     bytes_to_download,
     fetch,
     read_pinned,
-    read_range,
     read_small,
 )
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.rows import commit_cache
 from lewis_hub.hub.source import cache_folder, cache_root
