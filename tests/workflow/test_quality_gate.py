@@ -153,6 +153,25 @@ def test_a_folder_that_passed_is_judged_again_by_what_was_pushed_meanwhile(hub, 
     assert not json.loads((place / "bad/lewis/gate.json").read_text())["passed"]
 
 
+def test_a_merge_without_scores_leaves_no_score_of_the_merge_before_it(hub, place):
+    name, boards = f"{hub.user}/reverse", "benchmarks: {zoo_reverse: BOARD}"
+    board = "{dataset: zoo/reverse, task_id: reverse, metric: 'exact_match,none'}"
+    text = RECIPE.format(weight=1.0, gate=GATE, user=hub.user).replace("  limit: 20\n", "")
+    text = text.replace("  compare:", f"  {boards.replace('BOARD', board)}\n  compare:")
+    Path("recipe.yaml").write_text(text)
+    run("merge", "-q", "--push")
+    described = {".eval_results/reverse.yaml", "lewis/gate.json", "lewis/scores.json"}
+    assert described <= {*hub.api().list_repo_files(name)}
+
+    unscored = text.partition("evaluate:")[0] + "publish:" + text.partition("publish:")[2]
+    Path("recipe.yaml").write_text(unscored.replace("weight: 1.0", "weight: 0.5"))
+    run("merge", "-q", "--push", "-o", "unscored")
+
+    now = {*hub.api().list_repo_files(name)}
+    assert not described & now
+    assert {"lewis/lock.json", "lewis/provenance.json", "lewis/report.html"} <= now
+
+
 def test_a_metric_that_the_task_does_not_have_is_refused_before_any_download(hub, place):
     with pytest.raises(Exception, match="it has no metric `acc,none`."):
         merge(hub, gate=GATE.replace("exact_match", "acc"))
