@@ -66,7 +66,8 @@ def test_a_merge_has_the_dtypes_of_a_base_that_the_method_does_not_take(zoo):
 
     found = zoo.merge(zoo.settings("linear", base, experts)).tensors
 
-    assert all(torch.equal(found[name], tensor) for name, tensor in model(1).items())
+    for name, tensor in model(1).items():
+        assert (found[name].dtype, found[name].tolist()) == (torch.bfloat16, tensor.tolist())
     assert found["steps"].tolist() == [0, 1, 2]
 
 
