@@ -353,7 +353,12 @@ def require_mergeable(settings: MergeSettings) -> None:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")
     _require_number_of_experts(method, settings)
     others = [one.checkpoint for one in settings.sources if one.checkpoint is not settings.pattern]
-    assembled = settings.alignment.tensors if settings.alignment else frozenset()
+    labels, alignment = [source.label for source in settings.sources], settings.alignment
+    assembled = alignment.tensors if alignment else frozenset()
+    has_tokens = assembled & settings.pattern.tensors.keys()
+    if alignment and has_tokens and (foreign := alignment.foreign_source(labels)):
+        problem = f"a token takes its row from {foreign}, which is not merged"
+        raise MergeError(where, problem, "Name one of the merged models, or list it among them.")
     mismatches = compare(settings.pattern, others, settings.missing, assembled)
     if mismatches:
         problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
