@@ -108,6 +108,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
+        sources = check.without_copied_head(sources, _with_heads(recipe, sources))
         sources = sources if takes_parts else check.settle(sources)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
@@ -136,6 +137,14 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     notes += depth_notes(merged_entries(recipe), sources) if not problems else ()
     report = check.make_report(workload, facts, problems, notes)
     return Examined(report, inputs, sources, facts, tokens, output)
+
+
+def _with_heads(recipe: Recipe, sources: MergeSources) -> tuple[OpenedSource, ...]:
+    """Return the sources of the merged head."""
+    references = by_reference(recipe, sources.base, sources.experts)
+    if recipe.slices:
+        return tuple(references[source.model] for source in recipe.slices[-1].sources)
+    return () if recipe.mixed else sources.models
 
 
 def _tokenizer_request(
