@@ -167,6 +167,7 @@ def test_the_command_scores_a_model_by_the_name_that_a_server_knows(own_tasks, g
     [
         (["--backend", "local-completions"], "`local-completions` needs the server's address"),
         (["--backend-arg", "pretrained=x"], "`backend_args.pretrained` is not yours to set"),
+        (["--backend-arg", "token=x"], "put it into the variable HF_TOKEN, which no file records"),
         (
             ["--backend-arg", f"base_url={NOWHERE}"],
             "is an argument of `backend: local-completions`",

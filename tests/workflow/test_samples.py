@@ -67,6 +67,7 @@ def test_files_count_as_public_beside_the_task_that_is_published_with_them(tmp_p
     assert why(inside) is None
     assert why(inside, outside) == "Its data are files outside of the folder of its task."
     assert why("https://example.org/rows.jsonl") == why(outside)
+    assert why(inside.parent / ".mine" / "rows.jsonl") == why(outside)  # it is not published
     assert why() == "It is unknown where its data come from."
     assert why(inside, code=True) == (
         "Python code makes its items, so it is unknown whether they are public."
