@@ -14,6 +14,7 @@ from lewis_hub.errors import RecipeError
 from lewis_hub.merge.aligned import AlignedModel, MatchedWidths
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resolve import require_streamable
+from tests.statistical_merges import Recorder
 from tests.workflow.test_align import N_TOKENS
 from tests.workflow.test_depth import (
     folder,
@@ -246,6 +247,25 @@ calibration: {dataset: texts.jsonl, text: "{text}", samples: 6}
     assert not found[name].equal(own[name])
     if "ties" in method:  # the task vector is zero where the expert has no unit
         assert found[name][lacking].equal(own[name][lacking])
+
+
+def test_units_of_an_interrupted_merge_are_taken_up_if_nothing_else_is_asked(folder):
+    """Zipped they are asked for in another way, and are matched again."""
+    wider_pair(folder)
+    asked = {
+        w: recipe(folder, "one", "wide", align=w) for w in ("neuron_matching", "neuron_zipping")
+    }
+
+    def interrupted(width, stage):
+        told = Recorder(stage)
+        with pytest.raises(KeyboardInterrupt):
+            lewis_hub.merge_models(asked[width], folder / "out", progress=told)
+        return {title for title in told.totals if title.startswith(("Running", "Aligning"))}
+
+    stages = {"Running one", "Running wide", "Aligning wide"}
+    assert interrupted("neuron_matching", "Merging") == stages
+    assert interrupted("neuron_matching", "Merging") == set()
+    assert interrupted("neuron_zipping", "Merging") == stages
 
 
 def test_check_says_which_units_are_lost(folder):
