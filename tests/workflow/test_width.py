@@ -339,6 +339,19 @@ def test_what_widths_do_not_explain_is_refused(n_blocks, kind, values, problem, 
     assert problems == (f"two: {problem}. {REMEDY}",)
 
 
+def test_a_limit_of_memory_is_not_met_by_weights_alone(folder):
+    write_model(folder / "one", 2, kind=sized(**SIZES))
+    write_model(folder / "two", 2, kind=sized(**SIZES | {"mlp": 60}))
+    align = "{width: neuron_matching, weight_similarity: 1}"
+
+    report = lewis_hub.check(recipe(folder, "one", "two", align=align), max_memory_bytes=100_000)
+
+    found = [problem for problem in report.problems if problem.startswith("`align`")]
+    for name, problem in zip(("one", "two"), found, strict=True):
+        assert problem.startswith(f"`align` runs whole models, and {name} takes ")
+        assert problem.endswith("more than `--max-memory` allows. Raise the limit.")
+
+
 def test_positions_that_are_not_rotary_are_refused(folder):
     for name in ("one", "two"):
         write_model(folder / name, 2, kind=gpt2)
