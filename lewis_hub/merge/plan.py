@@ -212,7 +212,7 @@ def _digested(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return {
         name: hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
         for name, value in fields
-        if name != "permuted" or value is not None
+        if name not in ("permuted", "fitted") or value is not None
     }
 
 

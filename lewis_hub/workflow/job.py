@@ -36,7 +36,6 @@ from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.align import AlignmentSettings, aligner, alignment_settings
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.depth import in_depth
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.export import require_exportable
@@ -49,6 +48,7 @@ from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
+from lewis_hub.workflow.width import in_size
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         statistics = StatisticsSettings(
             method=recipe.merge_method,
             moments=measurement.moments,
-            sources=in_depth(resolve.merged_entries(recipe), sources),
+            sources=in_size(resolve.merged_entries(recipe), sources),
             reader=next(one for one in sources.models if one.pinned == reader),
             plan=plan,
             sidecars=sidecars,
