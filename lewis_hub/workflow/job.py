@@ -46,6 +46,7 @@ from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
@@ -74,7 +75,7 @@ class MergeJob:
 
     @property
     def planned(self) -> Lock:
-        """The lock of the merge, without its outputs."""
+        """The lock of the merge, without the outputs that it makes."""
         return self.reporting.planned
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
@@ -145,9 +146,9 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 
 
 def planned_lock(
-    recipe: Recipe, inputs: resolve.Inputs, max_shard_bytes: int, pinned: resolve.RecipeSnapshot
+    recipe: Recipe, inputs: resolve.Inputs, max_shard_bytes: int, pinned: RecipeSnapshot
 ) -> Lock:
-    """Return the lock of a planned merge, without outputs and calibration rows."""
+    """Return the lock of a planned merge, without calibration rows; its outputs are task files."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
@@ -163,7 +164,7 @@ def planned_lock(
         guide_version=guide.version if guide else None,
         seed=recipe.seed,
         max_shard_bytes=max_shard_bytes,
-        outputs={},
+        outputs=pinned.outputs,
         software=resources.software(),
     )
 

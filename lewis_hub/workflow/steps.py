@@ -1,8 +1,8 @@
 """Whether a folder holds a merge of several steps already, without making the steps again.
 
 The hidden file `.steps.json` has a digest of all that determines the last merge: the recipes of all
-steps, and the files of the models that they start from. The lock cannot tell: it knows what the
-steps made. Hidden files are not published.
+steps, the files of the models that they start from, and the user's task files. The lock cannot
+tell: it knows what the steps made. Hidden files are not published.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
-from lewis_hub.files import text_of, write_whole
+from lewis_hub.files import sha256_of, text_of, write_whole
 from lewis_hub.hub.source import PICKLED, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Gate
@@ -28,7 +28,8 @@ from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
-from lewis_hub.workflow.resolve import RecipeSnapshot
+from lewis_hub.workflow.resolve import task_files
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 
 FILE = ".steps.json"
 LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step
@@ -66,6 +67,7 @@ def steps_digest(
             for one in recipes
         ],
         "sources": {str(model): _digests(source) for model, source in sources.items()},
+        "tasks": {path: sha256_of(file) for path, file in task_files(recipe).items()},
     }
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
