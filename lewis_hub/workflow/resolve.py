@@ -451,7 +451,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
             raise RecipeError(str(file), "models", problem, remedy)
     named = [recipe.evaluate.include if recipe.evaluate else None]
-    for calibration in filter(None, map(recipe.calibration_of, recipe.experts)):
+    for calibration in (one for part in all_of(recipe) for one in _calibrations_in(part)):
         named += [calibration.dataset, calibration.include]
     found: dict[str, Path] = {}
     beside = file.resolve().parent
