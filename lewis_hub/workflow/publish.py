@@ -293,19 +293,19 @@ def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
 
 
 def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
-    """Return the verdict on a merge, compared with what its recipe's repo, or else `repo`, holds.
+    """Return the verdict on a merge, compared with what its repo holds now.
 
-    A new verdict is written into the folder; a signature of it is deleted then.
+    A new verdict is written into the folder; a signature of it is deleted then. A push to another
+    repo than the recipe's changes no verdict.
     """
     lock = lock_in(folder)
+    recipe = lock.recipe if lock else {}
     try:
-        gates = TypeAdapter(Gates).validate_python(
-            lock.recipe["evaluate"]["gate"] if lock else None
-        )
-        named = str(lock.recipe["publish"]["repo"]) if lock and lock.recipe.get("publish") else repo
+        gates = TypeAdapter(Gates).validate_python(recipe["evaluate"]["gate"])
+        named = recipe["publish"]["repo"] if recipe.get("publish") else repo
     except (KeyError, TypeError, ValidationError):
         return read_verdict(folder)
-    return judge_again(gates, folder, named, api)
+    return judge_again(gates if named == repo else (), folder, repo, api)
 
 
 def _require_its_weights(folder: Path, lock: Lock) -> None:

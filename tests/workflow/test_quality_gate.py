@@ -171,6 +171,18 @@ def test_a_folder_is_judged_again_when_it_is_pushed(hub, place):
     assert run("verify", "bad").exit_code == 0
 
 
+def test_a_push_to_another_repo_changes_no_verdict(hub, place):
+    merge(hub, "--push")
+    merge(hub, "-o", "bad", weight=0.0)
+    verdict = Path("bad/lewis/gate.json").read_text()
+
+    pushed = typed("push", "bad", f"{hub.user}/another")  # which holds nothing to compare with
+
+    assert pushed.returncode == 3
+    assert Path("bad/lewis/gate.json").read_text() == verdict
+    assert not hub.api().repo_exists(f"{hub.user}/another")
+
+
 def test_a_refused_merge_that_is_made_again_is_not_proposed_again(hub, place):
     merge(hub, "--push")
     _, first, _ = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
