@@ -547,7 +547,7 @@ def job_request(
     """Return the Job that merges a recipe and pushes the result, with the local files it needs."""
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
-        files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},
+        files={**resolve.local_files(recipe_file, recipe), "recipe.yaml": recipe_file},
         package=requirement("gguf" if recipe.export else None),
         flavor=hardware.flavor,
         timeout=hardware.timeout,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
@@ -32,6 +30,7 @@ from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 
@@ -201,27 +200,6 @@ def find_place(written: str, locate: Locate) -> str:
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 
 
-@dataclass(frozen=True)
-class RecipeSnapshot:
-    """A recipe as it was run."""
-
-    # plain data with all defaults and pinned revisions. It can be read as a recipe beside the
-    # copied task files.
-    document: Mapping[str, Any]
-    task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
-
-    def to_yaml(self) -> str:
-        """Return the document as text."""
-        return str(yaml.safe_dump(self.document, sort_keys=False, allow_unicode=True, width=100))
-
-    def copy_tasks(self, own: Path) -> list[str]:
-        """Copy the user's task files into a merge's folder; return their paths in it."""
-        for path, file in self.task_files.items():
-            (own / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, own / path)
-        return [*self.task_files]
-
-
 def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
     own = _own_tasks(recipe)
@@ -248,6 +226,13 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
+    return RecipeSnapshot(document, task_files(recipe))
+
+
+def task_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the user's files that the tasks of a recipe use, by their path beside its copy."""
+    own = _own_tasks(recipe)
+    copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
     files = {
         f"{copies[folder]}/{path}": file
         for folder, names in own.items()
@@ -258,7 +243,7 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         folder = recipe.locate(scoring.include)
         found = own_task_files(scoring.tasks, Path(folder))
         files |= {f"{copies[folder]}/{path}": file for path, file in found.items()}
-    return RecipeSnapshot(document, files)
+    return files
 
 
 def _drop_empty(document: dict[str, Any]) -> None:
@@ -466,7 +451,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
             raise RecipeError(str(file), "models", problem, remedy)
     named = [recipe.evaluate.include if recipe.evaluate else None]
-    for calibration in filter(None, map(recipe.calibration_of, recipe.experts)):
+    for calibration in (one for part in all_of(recipe) for one in _calibrations_in(part)):
         named += [calibration.dataset, calibration.include]
     found: dict[str, Path] = {}
     beside = file.resolve().parent
