@@ -63,6 +63,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     prior: float = 0.0,  # share of the moments that the task vectors give
     compensate: bool = True,
     affine: bool = False,
+    embeddings: bool = False,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -99,6 +100,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     .66 and interpolation .25. It fits all matrices of a block at once, and LayerNorms and biases,
     which `affine` fits here with `inputs: merged`: not in this function, which has a matrix alone.
 
+    With `embeddings`, the tables of token embeddings are fitted too. Their inputs are one-hot, so G
+    is diagonal, the share of each token in the texts, and is given as n_parts = vocabulary, width =
+    1. A row is then the mean of the sources' rows, weighted by how often each source's texts have
+    the token; the row of a token that no text has is averaged, or pulled to the anchor.
+
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
         G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i: in expert i, or,
@@ -119,6 +125,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         prior: the share of the second moments that the task vectors give
         compensate: with `inputs: merged`, whether a block's last matrix corrects the block's output
         affine: with `inputs: merged`, whether norms and biases are fitted too
+        embeddings: whether rows of token embeddings are weighted by how often texts have the token
     """
     del affine  # see `lewis_hub.calibration.affine`
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
@@ -135,8 +142,13 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         if inputs == "merged"
         else ((), ())
     )
-    update = base.new_empty(rows[0].shape)
     n_parts, width = known[0].shape[:2]
+    if embeddings and width == 1 and not crosses:
+        squares = [gram.flatten().to(base) for gram in known]
+        pull = None if anchored is None else _Pull(ridge, anchored, normalize_grams == "none")
+        update = _nearest_uncorrelated(rows, squares, weights, (prior, normalize_grams), pull)
+        return base + lambda_ * (update.T if transposed else update)
+    update = base.new_empty(rows[0].shape)
     for number in range(n_parts):
         part = slice(number * width, (number + 1) * width)
         moments = [
@@ -241,9 +253,9 @@ class _Pull:
     anchor: Tensor  # (out, width), minus base
     relative: bool  # `ridge` is times the mean diagonal
 
-    def strength(self, total: Tensor) -> float:
+    def strength(self, diagonal: Tensor) -> float:
         """Return what is added to the diagonal of the sum of the Grams."""
-        scale = float(total.diagonal().double().mean()) if self.relative else 1.0
+        scale = float(diagonal.double().mean()) if self.relative else 1.0
         return self.ridge * scale
 
 
@@ -282,6 +294,34 @@ def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:
     return _PartMoments(moments.gram / size, *crosses)
 
 
+def _nearest_uncorrelated(
+    rows: Sequence[Tensor],  # of each source, (out, in)
+    squares: Sequence[Tensor],  # of each source, (in,)
+    weights: Tensor,
+    how: tuple[float, Norm],  # prior, normalize_grams
+    pull: _Pull | None,
+) -> Tensor:
+    """X as `_nearest` and the functions before it find it, where each G is diagonal."""
+    prior, norm = how
+    found = []
+    for row, square in zip(rows, squares, strict=True):
+        own, size = square, dot(row, row)
+        if prior and size > 0:
+            of_rows = row.square().sum(dim=0) / size * square.sum()
+            own = (1.0 - prior) * square + prior * of_rows
+        divisor = own.mean() if norm == "mean_diagonal" else own.norm()
+        if norm != "none" and divisor > 0:
+            own = own / divisor
+        mean = own.mean()
+        found.append(own + RIDGE * mean.where(mean > 0, 1.0))
+    total = _weighted(found, weights)
+    target = _weighted((r * s for r, s in zip(rows, found, strict=True)), weights)
+    pulled = pull.strength(total) if pull else 0.0
+    if pull:
+        target += pulled * pull.anchor
+    return target / (total + pulled)
+
+
 @dataclass(frozen=True)
 class _Factored:
     """The left side of the equation of all sources."""
@@ -301,7 +341,7 @@ def _factored(
     for ridge in (RIDGE, *LARGER_RIDGES):
         grams = (_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments)
         total = _weighted(grams, weights)
-        pulled = pull.strength(total) if pull else 0.0
+        pulled = pull.strength(total.diagonal()) if pull else 0.0
         shifted = total.to(torch.float64, copy=True)
         shifted.diagonal().add_(pulled)
         if (lower := cholesky(shifted)) is not None:

@@ -143,6 +143,7 @@ class MomentSettings:
     in_expert_blocks: bool = (
         False  # whether experts' blocks run on the merged model's hidden states
     )
+    fits_tables: bool = False  # whether token embeddings are fitted
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,8 @@ class Workload:
         moments = self.measurement.moments
         if self.has_kernel and moments is None:
             return ENGINE_BYTES + narrow_bytes
-        defined = _matrices(self.output) if self.has_kernel else [*self.output.tensors.values()]
+        chunked = self.has_kernel and not (moments and moments.fits_tables)
+        defined = _matrices(self.output) if chunked else [*self.output.tensors.values()]
         largest = max((tensor.n_elements for tensor in defined), default=0)
         n_sources = len(self.sources.checkpoints)
         held_bytes = (4 * n_sources + 8 * DEFINED_COPIES) * largest
@@ -430,6 +432,8 @@ class Workload:
         moments = 2 * _solving_bytes(self.output, len(checkpoints))
         blocks = sum(map(blocks_bytes, checkpoints))
         kept = min(KEPT_BYTES, n_tokens * max(map(_block_width, checkpoints)) * WIDTH)
+        if self.measurement.moments and self.measurement.moments.fits_tables:
+            largest = max((t.n_elements for t in self.output.tensors.values()), default=0)
         return TORCH_BYTES + blocks + texts + moments + kept + 4 * len(checkpoints) * largest
 
     def _texts_bytes(self, checkpoint: Checkpoint, n_tokens: int) -> int:

@@ -459,3 +459,56 @@ def test_a_prior_alone_is_wudi_up_to_the_size_of_the_moments():
 
     expected = wudi(base, vectors, weights=torch.ones(2), ridge=0.1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_an_embedding_is_the_mean_of_the_experts_by_how_often_each_text_has_the_token():
+    base = torch.full((4, 2), 10.0)
+    vectors = torch.tensor(
+        [
+            [[4.0, 0.0], [1.0, 2.0], [3.0, 3.0], [1.0, 1.0]],
+            [[0.0, 8.0], [5.0, 6.0], [9.0, 9.0], [3.0, 5.0]],
+        ]
+    )
+    shares = [torch.tensor([0.75, 0.25, 0.0, 0.0]), torch.tensor([0.25, 0.0, 0.75, 0.0])]
+
+    merged = regmean(
+        base,
+        vectors,
+        weights=torch.tensor([1.0, 1.0]),
+        densities=[1, 1],
+        grams=[share.view(4, 1, 1) for share in shares],
+        transposed=True,
+        embeddings=True,
+    )
+
+    # 3 to 1 | the first alone | the second alone | no text has it: the average
+    expected = torch.tensor([[13.0, 12.0], [11.0, 12.0], [19.0, 19.0], [12.0, 13.0]])
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "prior"),
+    [("none", 0.0), ("mean_diagonal", 0.0), ("frobenius", 0.0), ("none", 0.4)],
+)
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_an_embedding_is_fitted_as_the_matrix_that_multiplies_one_hot_inputs(norm, prior, ridge):
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    shares = torch.tensor([[0.5, 0.2, 0.3, 0, 0, 0], [0.1, 0, 0.2, 0.7, 0, 0]], dtype=torch.float64)
+    told = {"weights": torch.tensor([1.0, 2.0], dtype=torch.float64), "densities": [1, 1]}
+    told |= {"normalize_grams": norm, "prior": prior, "ridge": ridge, "anchor_scale": 0.7}
+
+    merged = regmean(
+        base,
+        vectors,
+        grams=[share.view(6, 1, 1) for share in shares],
+        transposed=True,
+        embeddings=True,
+        **told,
+    )
+
+    dense = [share.diag()[None] for share in shares]
+    # correlations that the prior gives between rows are left out
+    expected = regmean(base, vectors, grams=dense, transposed=True, off_diagonal=0.0, **told)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
