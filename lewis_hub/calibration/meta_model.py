@@ -132,6 +132,15 @@ class MetaModel:
         if others:
             convert_and_load_state_dict_in_model(self.model, others, self._loading)
 
+    def replace_fused(
+        self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Replace parts of loaded parameters by tensors of the checkpoint that they come from."""
+        for name, parameter in parameters.items():
+            stored = as_stored(self.model, {name: parameter.detach()})
+            if found := stored.keys() & tensors.keys():
+                self._put(stored | {one: tensors[one].to(parameter) for one in found})
+
     def _tie(self, prefixes: tuple[str, ...]) -> None:
         """Give parameters that share the values of a loaded one those values."""
         for name, owner in self.model.all_tied_weights_keys.items():

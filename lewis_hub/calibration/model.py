@@ -209,18 +209,25 @@ def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def has_stacks(model: nn.Module) -> bool:
-    """Whether a model's blocks have stacks of matrices, such as the fused ones of a mixture.
+def stacks(model: nn.Module) -> dict[str, Tensor]:
+    """The stacks of matrices in a model's blocks, such as the fused ones of a mixture.
 
     The kernels of convolutions do not count.
     """
-    return any(
-        parameter.dim() == 3 and 1 not in parameter.shape
-        for blocks in block_lists(model).values()
-        for module in blocks.modules()
-        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
-        for parameter in module.parameters(recurse=False)
-    )
+    return {
+        name: parameter
+        for path, blocks in block_lists(model).items()
+        for name, parameter in stacks_in(path, blocks)
+    }
+
+
+def stacks_in(path: str, root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The stacks of matrices under `root`, which lies at `path` in the model, in order."""
+    for place, module in root.named_modules(prefix=path):
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and 1 not in parameter.shape:
+                    yield f"{place}.{name}".lstrip("."), parameter
 
 
 def n_parameters(module: nn.Module) -> int:

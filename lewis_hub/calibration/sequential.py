@@ -7,6 +7,8 @@ the input of o is computed. The last Linear of a block is fitted so that it comp
 difference between the outputs of the expert's block and the merged block that earlier matrices
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
+So are experts that are fused into a stack of matrices, each on the tokens that the expert's router
+sends to it.
 With `inputs: merged_block` (RegMean++) the expert's block gets the hidden states of the merged
 model, as far as it is fitted, and x = z is the input of the expert's Linear there. All Linears of a
 block are fitted on E[x x^T] before they are replaced.
@@ -50,10 +52,12 @@ from lewis_hub.calibration.forward import (
     deterministic_threads,
     enter_blocks,
 )
+from lewis_hub.calibration.fused import FusedMoments, fused_moments
 from lewis_hub.calibration.grams import InputSum
-from lewis_hub.calibration.hooks import OutOfStepError, require_finite
+from lewis_hub.calibration.hooks import OutOfStepError, ProductRecorder, require_finite
 from lewis_hub.calibration.meta_model import MetaModel, build_stacks, weight_names
-from lewis_hub.calibration.model import check_tokens_fit, linears
+from lewis_hub.calibration.model import check_tokens_fit, linears, stacks_in
+from lewis_hub.calibration.model import stacks as matrix_stacks
 from lewis_hub.calibration.passes import block_sums
 from lewis_hub.calibration.subject import Weights
 from lewis_hub.calibration.texts import (
@@ -86,7 +90,7 @@ class LayerMoments:
     Linear adds.
     """
 
-    gram: Tensor  # E[x x^T], (n_parts, width, width)
+    gram: Tensor  # E[x x^T], (n_parts, width, width); (n_matrices, ...) of a stack
     cross_covariance: Tensor | None = None  # E[z x^T], of that shape; None: z is x
     residual_covariance: Tensor | None = None  # E[d x^T], (n_parts, out, width); None: unknown
 
@@ -171,12 +175,13 @@ def fit(  # noqa: PLR0913
             raise NotByBlockError(expert[0].name, UNLIKE, expert[0].weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(stacks[0].model)
+    grouping = unpadded_batches if matrix_stacks(stacks[0].model) else batches
     jobs = []
     for number, stack in enumerate(stacks):
         beside = [expert[number] for expert in experts]
         n_before = sum(len(one.blocks) for one in stacks[:number])
         made = SequentialFit(
-            *(stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before),
+            *(stack, beside, stored_as, solve, folder, widest, grouping, n_threads, n_before),
             inputs=inputs,
             affine_of=affine_of,
         )
@@ -272,11 +277,12 @@ def _fit_block(
     All texts stay before the block.
     """
     if job.inputs == "merged_block":
-        return _fit_unpaired(job, trial, pairs, [path for path, _ in linears("", trial.block)])
+        paths = [path for path, _ in linears("", trial.block)]
+        return _fit_fused(job, trial, pairs) | _fit_unpaired(job, trial, pairs, paths)
     in_order = levels(trial)
     paired = {path for level in in_order for path in level}
     unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
-    found = _fit_unpaired(job, trial, pairs, unpaired)
+    found = _fit_fused(job, trial, pairs) | _fit_unpaired(job, trial, pairs, unpaired)
     if in_order:
         for pair in chain.from_iterable(pairs):
             runs.watch(pair.own, [level[0] for level in in_order])
@@ -337,6 +343,33 @@ def _fit_unpaired(
     return _solve(job, trial, {path: [moments[path] for moments in each] for path in reached})
 
 
+def _fit_fused(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str, Tensor]:
+    """Fit experts that are fused into stacks on each expert's own inputs, where all have tokens."""
+    if not dict(stacks_in(trial.path, trial.block)):
+        return {}
+    each = [_own_fused([pair.own for pair in texts], job.widest) for texts in pairs]
+    reached = [tensor for tensor in each[0] if all(tensor in one for one in each)]
+
+    def solve(tensor: str) -> tuple[str, Tensor]:
+        moments = [LayerMoments(one[tensor].gram) for one in each]
+        return tensor, job.solve(tensor, moments, each[0][tensor].transposed).cpu()
+
+    with ThreadPoolExecutor(job.n_threads) as pool:
+        found = dict(pool.map(solve, reached))
+    _put(job, trial, found)
+    return found
+
+
+def _own_fused(texts: Sequence[BatchState], widest: int) -> dict[str, FusedMoments]:
+    """Moments of the stacks of an expert's block, by the tensors of the checkpoint."""
+    first = texts[0]
+    moments = partial(grams.second_moments, widest=widest)
+    recorder = ProductRecorder(dict(stacks_in(first.path, first.block)), moments)
+    for state in texts:
+        state.run(recorder)
+    return fused_moments(first.model.model, first.model.name, recorder, widest)
+
+
 def _solve(
     job: SequentialFit, trial: BatchState, moments: Mapping[str, Sequence[LayerMoments]]
 ) -> dict[str, Tensor]:
@@ -356,6 +389,8 @@ def _solve(
 
 def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) -> None:
     """Replace weights of a block of the merged model."""
+    stacked = stacks_in(trial.path, trial.block)
+    job.merged.replace_fused({n: one for n, one in stacked if n not in job.stored_as}, fitted)
     for name, parameter in trial.block.named_parameters(prefix=trial.path):
         if (tensor := job.stored_as.get(name, "")) in fitted:
             parameter.data.copy_(fitted[tensor])

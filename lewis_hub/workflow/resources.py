@@ -369,7 +369,11 @@ class Workload:
         if moments is None:
             return 0
         shapes = [tensor.shape for tensor in _matrices(checkpoint)]
-        return sum(4 * n_entries(shape[1], moments.widest) for shape in shapes)
+        widest = moments.widest
+        of_matrices = sum(n_entries(shape[1], widest) for shape in shapes if len(shape) == 2)
+        stacks = [shape for shape in shapes if len(shape) == 3]
+        of_stacks = sum(shape[0] * n_entries(max(shape[1:]), widest) for shape in stacks)
+        return WIDTH * (of_matrices + of_stacks)
 
     def _merging_bytes(self) -> int:
         """Estimate merging: torch methods hold the largest tensor, adapters all their matrices."""
@@ -468,11 +472,12 @@ def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None) -> int:
 
 
 def _matrices(output: Checkpoint) -> list[TensorHeader]:
-    """Return the matrices of the blocks."""
+    """Return the matrices of the blocks, and stacks of them; kernels of convolutions are none."""
     return [
         tensor
         for name, tensor in output.tensors.items()
-        if len(tensor.shape) == 2 and names.block(name) is not None
+        if (len(tensor.shape) == 2 or (len(tensor.shape) == 3 and 1 not in tensor.shape))
+        and names.block(name) is not None
     ]
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lewis_hub.calibration.affine import AffineOptions
     from lewis_hub.calibration.sequential import LayerMoments
 
-VERSION = 5  # of the arithmetic of fitting in sequence
+VERSION = 6  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 TABLES = "embeddings.safetensors"  # those that are fitted
@@ -181,7 +181,7 @@ def _statistics(
     }
     grams: dict[str, Gram] = {}
     for module, gram in files.modules.items():
-        named = names.find(f"{module}.weight", tensors)
+        named = names.find(f"{module}.weight", tensors) or names.find(module, tensors)
         if len(named) == 1:
             grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
     return Statistics(label, files.digest, grams)
@@ -192,7 +192,8 @@ def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     return [
         name
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None
+        if names.block(name) is not None
+        and (len(shape) == 3 or (name.endswith(".weight") and len(shape) >= 2))
     ]
 
 

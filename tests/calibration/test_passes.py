@@ -140,7 +140,7 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
             inside = loaded - outside
             present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
-    block_pass(made, [texts, texts], [sum_of_squares], nothing, take, with_products=True)
+    block_pass(made, [texts, texts], [sum_of_squares], nothing, take)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
