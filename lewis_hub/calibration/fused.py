@@ -38,28 +38,30 @@ class FusedMoments:
 def fused_moments(
     model: PreTrainedModel, name: str, recorder: ProductRecorder, widest: int
 ) -> dict[str, FusedMoments]:
-    """The moments of tensors of the checkpoint that stacks are stored as.
+    """The moments of tensors of the checkpoint that stacks, or single matrices, are stored as.
 
-    `recorder` saw the stacks of one or more blocks in `model`, and summed second moments; `name` is
-    the source's, for messages. Left out are stacks of which no whole matrix was multiplied with
-    tokens, and tensors of experts that no token reached.
+    `recorder` saw the parameters of one or more blocks in `model`, and summed second moments;
+    `name` is the source's, for messages. Left out are parameters of which no whole matrix was
+    multiplied with tokens, and tensors of experts that no token reached.
 
     Raises:
         CalibrationModelError: the moments are not finite.
     """
     require_finite({path: one for (path, *_), one in recorder.sums.items()}, name)
     found: dict[str, FusedMoments] = {}
-    for path, stack in recorder.used.items():
-        sums, transposed = _by_matrix(path, stack, recorder)
+    for path, parameter in recorder.used.items():
+        shape = parameter.shape
+        if len(shape) not in (2, 3) or not parameter.is_contiguous():
+            continue
+        sums, transposed = _by_matrix(path, parameter.detach().view(-1, *shape[-2:]), recorder)
         if transposed is None:
             continue
-        n_matrices, n_rows, n_columns = stack.shape
         numbers = [NONE if one is None else number for number, one in enumerate(sums)]
-        owners = torch.tensor(numbers, dtype=torch.int32).view(-1, 1, 1).expand(stack.shape)
-        inputs = torch.arange(n_rows if transposed else n_columns, dtype=torch.int32)
-        along = inputs.view(1, -1, 1) if transposed else inputs.view(1, 1, -1)
-        of_owners = as_stored(model, {path: owners})
-        of_inputs = as_stored(model, {path: along.expand(stack.shape)})
+        owners = torch.tensor(numbers, dtype=torch.int32)[:, None, None].expand(-1, *shape[-2:])
+        inputs = torch.arange(shape[-2 if transposed else -1], dtype=torch.int32)
+        along = (inputs[:, None] if transposed else inputs).expand(shape)
+        of_owners = as_stored(model, {path: owners if len(shape) == 3 else owners[0]})
+        of_inputs = as_stored(model, {path: along})
         for tensor, owner in of_owners.items():
             if one := _of_stored(path, sums, owner, of_inputs[tensor], widest):
                 found[tensor] = one

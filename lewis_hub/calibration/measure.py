@@ -26,6 +26,7 @@ from lewis_hub.calibration.model import (
     Linear,
     block_linears,
     check_tokens_fit,
+    fused_parameters,
     load_model,
     run_refusals,
     stacks,
@@ -175,14 +176,14 @@ def gather_grams(
 ) -> GramFiles:
     """Run a source's one calibration set through it, and store second moments of its Linears.
 
-    So are those of experts that are fused into stacks, of the tokens routed to each.
-    A model that is loaded whole takes several passes if its second moments do not fit into memory;
-    it is freed on return. `advance` is called with the number of tokens done, as if there were one
+    So are those of experts that are fused into stacks, of the tokens routed to each, and those of
+    routers. A model that is loaded whole takes several passes if its second moments do not fit into
+    memory; it is freed on return. `advance` is called with the number of tokens done, as if one
     pass. A CalibrationError says that the source cannot be loaded or measured, or no token counts.
     """
     tokens = [subject.sets[0].tokens]
     moments = partial(grams.second_moments, widest=request.widest)
-    watched = Watched(stacks, moments)
+    watched = Watched(fused_parameters, moments)
 
     def written(model: PreTrainedModel, blocks: Iterable[BlockInputs]) -> dict[str, ModuleGram]:
         stored: dict[str, ModuleGram] = {}

@@ -46,6 +46,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
 
+SHARES = "its blocks share weights, so it cannot be calibrated block by block"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -252,8 +253,7 @@ def _refuse_shared(
     for block in blocks:
         own = {id(parameter) for parameter in block.parameters()}
         if own & seen or any(tied.startswith(f"{path}.") for tied in model.all_tied_weights_keys):
-            problem = "its blocks share weights, so it cannot be calibrated block by block"
-            raise CalibrationModelError(name, problem, weights.remedy)
+            raise CalibrationModelError(name, SHARES, weights.remedy)
         seen |= own
 
 

@@ -178,6 +178,19 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     return found
 
 
+def further_uses(model: nn.Module, modules: Mapping[str, Linear]) -> list[dict[str, Linear]]:
+    """The other Linears of a model with the weight of one of `modules`, by the path of that one.
+
+    Blocks may share weights as one module, or as several modules with the same parameters.
+    """
+    owners = {id(module.weight): path for path, module in modules.items()}
+    return [
+        {owner: module}
+        for path, module in linears("", model)
+        if path not in modules and (owner := owners.get(id(module.weight)))
+    ]
+
+
 def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
     """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
     check_rows(len(cast("Tensor", model.get_input_embeddings().weight)), name, tokens)
@@ -215,19 +228,21 @@ def stacks(model: nn.Module) -> dict[str, Tensor]:
     The kernels of convolutions do not count.
     """
     return {
-        name: parameter
-        for path, blocks in block_lists(model).items()
-        for name, parameter in stacks_in(path, blocks)
+        f"{path}.{name}": parameter
+        for outer, blocks in block_lists(model).items()
+        for path, module in blocks.named_modules(prefix=outer)
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and 1 not in parameter.shape
     }
 
 
-def stacks_in(path: str, root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The stacks of matrices under `root`, which lies at `path` in the model, in order."""
-    for place, module in root.named_modules(prefix=path):
-        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and 1 not in parameter.shape:
-                    yield f"{place}.{name}".lstrip("."), parameter
+def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The stacks of matrices of a mixture's experts, and its routers where no Linear owns them.
+
+    In a model with stacks that is all that `loose_parameters` finds; in others it is empty.
+    """
+    return loose_parameters(model) if stacks(model) else {}
 
 
 def n_parameters(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ ways find the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -38,6 +38,7 @@ from lewis_hub.calibration.model import (
     Linear,
     block_linears,
     check_tokens_fit,
+    further_uses,
     linears,
     loose_parameters,
     stacks,
@@ -136,8 +137,8 @@ def input_sums(  # noqa: PLR0913
 
     Batches run without padding if there are `products`, or a module regroups the tokens. The
     model, in eval mode, is left as it was. Modules that saw no token are left out; those with the
-    same input tensor share one sum. A CalibrationError says that no token is kept, or that a sum is
-    not finite.
+    same input tensor share one sum. Inputs of other Linears with the same weight count too. A
+    CalibrationError says that no token is kept, or that a sum is not finite.
     """
     recorder = InputRecorder(statistic)
 
@@ -147,7 +148,9 @@ def input_sums(  # noqa: PLR0913
             forward(model, part, products)
             recorder.finish()
 
-    with hooked(modules, recorder.see):
+    with ExitStack() as hooks:
+        for used in (modules, *further_uses(model, modules)):
+            hooks.enter_context(hooked(used, recorder.see))
         for batch in calibration:
             try:
                 record(unpadded(batch) if products else [batch])

@@ -8,7 +8,7 @@ difference between the outputs of the expert's block and the merged block that e
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
 So are experts that are fused into a stack of matrices, each on the tokens that the expert's router
-sends to it.
+sends to it, and routers that are no Linear.
 With `inputs: merged_block` (RegMean++) the expert's block gets the hidden states of the merged
 model, as far as it is fitted, and x = z is the input of the expert's Linear there. All Linears of a
 block are fitted on E[x x^T] before they are replaced.
@@ -56,8 +56,7 @@ from lewis_hub.calibration.fused import FusedMoments, fused_moments
 from lewis_hub.calibration.grams import InputSum
 from lewis_hub.calibration.hooks import OutOfStepError, ProductRecorder, require_finite
 from lewis_hub.calibration.meta_model import MetaModel, build_stacks, weight_names
-from lewis_hub.calibration.model import check_tokens_fit, linears, stacks_in
-from lewis_hub.calibration.model import stacks as matrix_stacks
+from lewis_hub.calibration.model import check_tokens_fit, fused_parameters, linears
 from lewis_hub.calibration.passes import block_sums
 from lewis_hub.calibration.subject import Weights
 from lewis_hub.calibration.texts import (
@@ -124,6 +123,7 @@ class SequentialFit:
     n_before: int  # the number of blocks of stacks before this one
     inputs: InSequence = "merged"
     affine_of: AffineOptionsOf | None = None  # None: norms and biases stay as they are
+    fused: frozenset[str] = frozenset()  # parameters of a mixture that no Linear owns
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def fit(  # noqa: PLR0913
             raise NotByBlockError(expert[0].name, UNLIKE, expert[0].weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(stacks[0].model)
-    grouping = unpadded_batches if matrix_stacks(stacks[0].model) else batches
+    fused = frozenset(fused_parameters(stacks[0].model))
+    grouping = unpadded_batches if fused else batches
     jobs = []
     for number, stack in enumerate(stacks):
         beside = [expert[number] for expert in experts]
@@ -184,6 +185,7 @@ def fit(  # noqa: PLR0913
             *(stack, beside, stored_as, solve, folder, widest, grouping, n_threads, n_before),
             inputs=inputs,
             affine_of=affine_of,
+            fused=fused,
         )
         jobs.append(made)
     modules = (module for one in stacks for _, module in linears(one.path, one.blocks))
@@ -345,9 +347,9 @@ def _fit_unpaired(
 
 def _fit_fused(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str, Tensor]:
     """Fit experts that are fused into stacks on each expert's own inputs, where all have tokens."""
-    if not dict(stacks_in(trial.path, trial.block)):
+    if not _fused_of(job, trial):
         return {}
-    each = [_own_fused([pair.own for pair in texts], job.widest) for texts in pairs]
+    each = [_own_fused(job, [pair.own for pair in texts]) for texts in pairs]
     reached = [tensor for tensor in each[0] if all(tensor in one for one in each)]
 
     def solve(tensor: str) -> tuple[str, Tensor]:
@@ -360,14 +362,20 @@ def _fit_fused(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str,
     return found
 
 
-def _own_fused(texts: Sequence[BatchState], widest: int) -> dict[str, FusedMoments]:
-    """Moments of the stacks of an expert's block, by the tensors of the checkpoint."""
+def _own_fused(job: SequentialFit, texts: Sequence[BatchState]) -> dict[str, FusedMoments]:
+    """Moments of what is fused in an expert's block, by the tensors of the checkpoint."""
     first = texts[0]
-    moments = partial(grams.second_moments, widest=widest)
-    recorder = ProductRecorder(dict(stacks_in(first.path, first.block)), moments)
+    moments = partial(grams.second_moments, widest=job.widest)
+    recorder = ProductRecorder(_fused_of(job, first), moments)
     for state in texts:
         state.run(recorder)
-    return fused_moments(first.model.model, first.model.name, recorder, widest)
+    return fused_moments(first.model.model, first.model.name, recorder, job.widest)
+
+
+def _fused_of(job: SequentialFit, state: BatchState) -> dict[str, Tensor]:
+    """The parameters of a block that no Linear owns, in a model of which some are stacks."""
+    named = state.block.named_parameters(prefix=state.path)
+    return {name: parameter for name, parameter in named if name in job.fused}
 
 
 def _solve(
@@ -389,8 +397,8 @@ def _solve(
 
 def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) -> None:
     """Replace weights of a block of the merged model."""
-    stacked = stacks_in(trial.path, trial.block)
-    job.merged.replace_fused({n: one for n, one in stacked if n not in job.stored_as}, fitted)
+    fused = _fused_of(job, trial).items()
+    job.merged.replace_fused({n: one for n, one in fused if n not in job.stored_as}, fitted)
     for name, parameter in trial.block.named_parameters(prefix=trial.path):
         if (tensor := job.stored_as.get(name, "")) in fitted:
             parameter.data.copy_(fitted[tensor])

@@ -84,6 +84,20 @@ def test_experts_that_the_file_keeps_in_one_tensor_have_a_stack_of_moments(
         assert found[f"model.layers.{block}.mlp.experts.down_proj"][0].shape[0] == N_EXPERTS
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_router_that_is_no_linear_has_the_moments_of_all_tokens(texts, tmp_path, by_block):
+    config_class, settings, *_ = MIXTURES["mixtral"]
+    model = mixture(config_class, settings, tmp_path / "model")
+    seen = rows(model, "model.layers.1.mlp.gate", texts.ids)
+
+    found = gathered(tmp_path / "model", texts, tmp_path / "grams", by_block=by_block)
+
+    gram, transposed = found["model.layers.1.block_sparse_moe.gate"]
+    assert not transposed
+    assert len(seen) == texts.n_tokens
+    torch.testing.assert_close(gram[0].double(), seen.T @ seen / len(seen), rtol=1e-4, atol=1e-5)
+
+
 def test_an_expert_that_no_token_reached_has_none(tmp_path):
     config_class, settings, place, (gate, _, _) = MIXTURES["mixtral"]
     model = mixture(config_class, {**settings, "num_local_experts": 32}, tmp_path / "many")

@@ -231,6 +231,17 @@ def test_blocks_that_share_weights_are_refused(texts, saved):
     )
 
 
+def test_a_block_that_runs_several_times_is_refused_as_one_of_shared_weights(texts, saved):
+    small = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 24}
+    config = transformers.AlbertConfig(
+        **small, vocab_size=97, num_attention_heads=4, num_hidden_layers=3
+    )
+
+    assert refused(saved(transformers.AlbertForMaskedLM(config)), texts) == (
+        f"me/tiny: its blocks share weights, so it cannot be calibrated block by block.\n{WHOLE}"
+    )
+
+
 def chain(loop: Callable[[nn.ModuleList, torch.Tensor], object]) -> None:
     """Enter three blocks by a loop of its own."""
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
