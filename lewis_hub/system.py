@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from io import FileIO, TextIOWrapper
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import TextIO
 
 MOVES_OPEN_FILES = os.name != "nt"  # whether open files can be renamed and deleted
@@ -24,6 +25,7 @@ NOT_RESERVED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 RENAME_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _turn = Lock()  # of threads that move the position of a file
+_limited = RLock()  # held while memory is limited
 
 
 def n_cores() -> int:
@@ -57,6 +59,31 @@ def resident_bytes() -> int | None:
     except OSError:
         return peak_bytes()
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def limited_memory(n_bytes: int) -> Iterator[None]:
+    """Let this process have at most so much more memory inside the block.
+
+    What asks for more fails, in other threads too; most libraries raise a MemoryError. Only Linux
+    has such a limit.
+    """
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+    except (ImportError, OSError):
+        yield
+        return
+    with _limited:  # by one block at a time: the last one to end would else keep its limit
+        before, highest = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = pages * resource.getpagesize() + n_bytes
+        limits = [one for one in (limit, before, highest) if one != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), highest))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (before, highest))
 
 
 def peak_if_ended(process: subprocess.Popen[bytes]) -> int | None:

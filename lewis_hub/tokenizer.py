@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
@@ -175,7 +176,21 @@ def _growth(part: object) -> Iterator[int]:
     elif isinstance(part, dict):
         added = [part.get(key) for key in ("content", "prepend")]
         yield from (len(text) for text in added if isinstance(text, str) and text)
+        if isinstance(charsmap := part.get("precompiled_charsmap"), str):
+            yield _longest_replacement(charsmap)
         yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """The bytes of the longest text in SentencePiece's map of characters.
+
+    It has the size of a trie, the trie, and then the texts, each with a zero byte at its end.
+    """
+    with suppress(ValueError):  # the library refuses it
+        content = base64.b64decode(charsmap)
+        n_trie = int.from_bytes(content[:4], "little")
+        return max(1, *map(len, content[4 + n_trie :].split(b"\0")))
+    return 1
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -353,6 +355,22 @@ def test_a_tokenizer_that_makes_a_text_very_long_is_refused():
 
     with pytest.raises(TokenizerError, match="it may make a text more than 100,000 times as long"):
         read_vocabulary("org/model", {"tokenizer.json": json.dumps(document).encode()})
+
+
+def test_a_map_of_characters_that_makes_a_text_very_long_is_refused():
+    trie = [0] * 1024  # a double array with one entry: `a` -> the text at 0
+    trie[0], trie[256 ^ ord("a")] = 256 << 10, 512 << 10 | 1 << 8 | ord("a")
+    numbers = struct.pack("<1025I", 4 * len(trie), *trie)
+    document = {"model": {"type": "BPE", "vocab": {"b": 0}, "merges": []}}
+
+    def read(n_letters):
+        charsmap = base64.b64encode(numbers + n_letters * b"b" + b"\0").decode()
+        normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+        return load_tokenizer("org/model", {**document, "normalizer": normalizer})
+
+    assert read(1000).encode("aa").ids == 2000 * [0]
+    with pytest.raises(TokenizerError, match="it may make a text more than 100,000 times as long"):
+        read(100_001)
 
 
 def test_a_tokenizer_that_makes_what_a_model_wrote_very_long_is_refused():

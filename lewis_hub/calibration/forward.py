@@ -93,6 +93,7 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
     on_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
     fits = input.numel() > 0 and input.shape[-1] == weight.shape[-1]
+    fits = fits and (bias is None or bias.is_contiguous())  # oneDNN reads the next bytes instead
     if not (on_cpu and fits and has_onednn() and _is_plain(weight)):
         return linear(input, weight, bias)
     multiply = _without_copies()

@@ -14,7 +14,7 @@ from lewis_hub.documents import MAX_JSON_BYTES, MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.files import text_of
-from lewis_hub.recipe.backend import Backend, Option
+from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.tokenizer import panics_as_errors, require_modest
 
 EXTRAS = {  # backend -> package, our extra
@@ -23,7 +23,6 @@ EXTRAS = {  # backend -> package, our extra
     "mteb": ("mteb", "mteb"),
 }
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-ADDRESS = "base_url"  # where a server is does not change its answers
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class EvaluationSettings:
 
         Scores are comparable only if these are equal.
         """
+        # where a server is does not change its answers
         args = {name: value for name, value in self.backend_args.items() if name != ADDRESS}
         known = {
             "backend": self.backend if self.backend != "hf" else None,

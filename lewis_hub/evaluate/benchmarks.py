@@ -6,16 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.errors import EvaluationError
+from huggingface_hub import HfApi
+
+from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import (
     LONGEST_CAUSE,
-    OF_TASKS,
     Benchmarks,
     configure,
     library_settings,
@@ -30,7 +31,8 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
-from lewis_hub.hub.rows import commit_cache, library, only_tables, require_listed_rows
+from lewis_hub.hub.resolve import resolve_dataset
+from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -130,13 +132,13 @@ def at_commits(commits: Commits) -> Iterator[None]:
 
     def load_at_commit(path: str, *args: Any, **kwargs: Any) -> Any:
         commit = commits.get((path, kwargs.get("revision")))
+        own_files: AbstractContextManager[None] = only_tables()
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
-        with only_tables():
-            found = load(path, *args, **kwargs)
-        if commit:
-            require_listed_rows(path, commit, token=kwargs.get("token"))
-        return found
+            api = HfApi(token=kwargs.get("token"))
+            own_files = only_listed(api, resolve_dataset(api, path, commit))
+        with own_files:
+            return load(path, *args, **kwargs)
 
     datasets.load_dataset = load_at_commit
     try:
@@ -262,10 +264,11 @@ def build_requests(name: str, task: Any, limit: int | None) -> None:
 def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
     """Turn errors of lm-eval and datasets into one message that names the task."""
     from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
 
     try:
         yield
+    except LewisHubError:
+        raise
     except (OSError, DatasetsError) as error:
         files = {file.name: file for file in located.files} if located else {}
         dataset = files[name].config.get("dataset_path") if name in files else None
@@ -278,7 +281,7 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
     except (IndexError, StopIteration) as error:  # an empty split, an empty file
         remedy = "Check its `test_split` (or `validation_split`) and its data."
         raise EvaluationError(name, "has no items to score.", remedy) from error
-    except (*OF_TASKS, TemplateError) as error:
+    except Exception as error:  # of any class: a row that is no Python is a SyntaxError
         key, said = UNKNOWN_KEY.search(str(error)), " ".join(str(error).split())[:LONGEST_CAUSE]
         cause = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {said}"
         problem = f"cannot be built: {cause}"

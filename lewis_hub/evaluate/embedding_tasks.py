@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, read_yaml
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, ScoredData, TaskData
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
@@ -158,7 +158,9 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
         try:
             with own_cache, quiet_libraries(), only_tables():
                 task.load_data()
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except LewisHubError:
+            raise
+        except Exception as error:  # of any class: from mteb's Python and the columns of the data
             line = str(error).partition("\n")[0]
             problem = f"its data `{dataset['path']}` cannot be loaded: {line}"
             raise EvaluationError(name, problem, CHECK_DATA) from error

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.display import Advance
 from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError
@@ -32,7 +33,7 @@ from lewis_hub.files import require_inside
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
-PICKLE = "pytorch_model.bin"
+WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
 OWN, TOKENIZER = "sentence_transformers.", "tokenizer_class"
 CLASSES = (  # a file of a module -> its key with names of classes
     *(("router_config.json", "types"), ("config.json", "types")),
@@ -102,14 +103,25 @@ def _require_no_code(folder: Path) -> None:
                 problem = f"its module `{kind}` is no class of sentence-transformers"
                 remedy = "No other code is run: use another model."
                 raise EvaluationError(str(folder), problem, remedy)
-        if (place / PICKLE).exists() and not (place / "model.safetensors").exists():
+        _require_stored(folder, place)
+        if (place / PICKLE).exists() and not (place / WEIGHTS).exists():
             problem = f"the weights of its module {place.name} are pickled"
             remedy = "Load it in sentence-transformers and save it again."
             raise EvaluationError(str(folder), problem, remedy)
 
 
+def _require_stored(folder: Path, place: Path) -> None:
+    """Refuse a dense layer that is larger than the file with its weights: it is built first."""
+    sizes = [_read(place / "config.json").get(key) for key in ("in_features", "out_features")]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    stored = (place / WEIGHTS).stat().st_size if (place / WEIGHTS).exists() else 0
+    if len(numbers) == len(sizes) and math.prod(numbers) > stored:
+        problem = f"its module {place.name} has {numbers[0]} × {numbers[1]} weights, its file fewer"
+        raise EvaluationError(str(folder), problem, "The file is damaged: use an intact copy.")
+
+
 def _require_own_settings(folder: Path) -> None:
-    """Refuse settings by which transformers would load more than this folder, or call functions."""
+    """Refuse settings by which transformers loads more than this folder, or builds for ever."""
     for file in sorted(folder.rglob("*config.json")):
         found = _read(file)
         named = [text for key in ACTIVATIONS for text in _texts(found.get(key))]
@@ -126,6 +138,7 @@ def _require_own_settings(folder: Path) -> None:
             problem += "is not in its folder"
             remedy = "Only the files of the model are used: use another one."
             raise EvaluationError(str(folder), problem, remedy)
+        require_buildable(str(file.parent), found)
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -187,7 +200,9 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
                     "show_progress_bar": False,
                 },
             )
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # of any class: from the columns of the data
             problem = f"mteb could not score the model: {type(error).__name__}: {error}"
             remedy = "Choose tasks for this kind of model, and check the columns of their data."
             raise EvaluationError(name, problem, remedy) from error

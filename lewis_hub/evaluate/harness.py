@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.answers import recorded_answers
-from lewis_hub.evaluate.backends import ADDRESS, EvaluationSettings, load_backend
+from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
 from lewis_hub.hub.rows import library
 from lewis_hub.methods.numerics import torch_threads
+from lewis_hub.recipe.backend import ADDRESS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,6 @@ SAMPLING_SEED = 1234  # for tasks that sample their answers
 CPU_BYTES = 2_000_000_000
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
-# errors of the Python of tasks; nltk lacks data by a LookupError, benchmarks assert their settings
-OF_TASKS = (
-    *(ValueError, TypeError, LookupError, AttributeError, NameError),
-    *(ArithmeticError, AssertionError, ImportError),
-)
 LONGEST_CAUSE = 500  # characters
 
 
@@ -127,7 +123,11 @@ def evaluate_loaded(
     if settings.chat_template and not lm.tokenizer.chat_template:
         remedy = "Remove `evaluate.chat_template`, or compare with other models."
         raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
-    with library_settings(allow_code=benchmarks.allow_code), seeded():
+    with (
+        library_settings(allow_code=benchmarks.allow_code),
+        seeded(),
+        _errors_named(benchmarks, settings),
+    ):
         if settings.backend == "hf":
             lm.batch_size_per_gpu = settings.batch_size or _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
@@ -138,31 +138,46 @@ def evaluate_loaded(
             return _result(_run(lm, benchmarks, settings), benchmarks, settings)
 
 
-def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
-    """lm-eval's report; an error names the tasks."""
-    from jinja2 import TemplateError
-    from lm_eval.evaluator import evaluate
+@contextmanager
+def _errors_named(benchmarks: Benchmarks, settings: EvaluationSettings) -> Iterator[None]:
+    """Turn errors of lm-eval, of a server, and of the Python and data of tasks into one message."""
+    import torch
 
+    tasks = ", ".join(benchmarks.tasks)
     try:
-        report: Mapping[str, Any] = evaluate(
-            lm=lm,
-            task_dict={"tasks": benchmarks.tasks, "groups": benchmarks.groups},
-            limit=benchmarks.limit,
-            bootstrap_iters=0,  # standard errors are ours: lm-eval's start processes and print
-            apply_chat_template=settings.chat_template,
-            confirm_run_unsafe_code=benchmarks.allow_code,
-        )
-    except (*OF_TASKS, TemplateError) as error:
-        cause = " ".join(str(error).split())[:LONGEST_CAUSE]
-        problem = f"lm-eval could not score the answers: {type(error).__name__}: {cause}"
-        remedy = "Check the metrics, filters and columns of the task files."
-        raise EvaluationError(", ".join(benchmarks.tasks), problem, remedy) from error
+        yield
+    except LewisHubError:
+        raise
     except OSError as error:  # the class of the errors of `requests`
         if ADDRESS not in settings.backend_args:
             raise
         where, lines = str(settings.backend_args[ADDRESS]), str(error).splitlines()
         problem = f"the server did not answer: {type(error).__name__}: {lines[0] if lines else ''}"
         raise EvaluationError(where, problem, "Start it, or correct `base_url`.") from error
+    except torch.OutOfMemoryError as error:
+        remedy = "Set a smaller `batch_size` in `evaluate`, or score on another `--device`."
+        raise EvaluationError(
+            tasks, "the device has too little memory to score.", remedy
+        ) from error
+    except Exception as error:  # of any class: a row that is no Python is a SyntaxError
+        cause = " ".join(str(error).split())[:LONGEST_CAUSE]
+        problem = f"lm-eval could not score the answers: {type(error).__name__}: {cause}"
+        remedy = "Check the metrics, filters and columns of the task files."
+        raise EvaluationError(tasks, problem, remedy) from error
+
+
+def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
+    """lm-eval's report."""
+    from lm_eval.evaluator import evaluate
+
+    report: Mapping[str, Any] = evaluate(
+        lm=lm,
+        task_dict={"tasks": benchmarks.tasks, "groups": benchmarks.groups},
+        limit=benchmarks.limit,
+        bootstrap_iters=0,  # standard errors are ours: lm-eval's start processes and print
+        apply_chat_template=settings.chat_template,
+        confirm_run_unsafe_code=benchmarks.allow_code,
+    )
     return report
 
 

@@ -364,11 +364,11 @@ def _contains(text: str, question: Sequence[str], answer: str) -> bool:
     n_words = sum(map(_n_words, question))
     if n_words >= LONG_QUESTION:
         return True
-    last, pieces = max(question, key=len), text.split()
+    last, pieces = max(question, key=len).split(), text.split()
     counted = list(accumulate(map(_is_word, pieces), initial=0))
-    found = list(_places(text, answer)) if answer.strip() else []
-    for place in _places(text, last):
-        end = place + len(last.split())
+    found = list(_places(pieces, answer.split()))
+    for place in _places(pieces, last):
+        end = place + len(last)
         nearest = bisect_left(found, end)
         if nearest < len(found) and counted[found[nearest]] - counted[end] <= ANSWER_DISTANCE:
             return True
@@ -379,13 +379,21 @@ def _contains(text: str, question: Sequence[str], answer: str) -> bool:
     return False
 
 
-def _places(text: str, part: str) -> Iterator[int]:
-    """The numbers of the pieces at which a part of a text begins; both are `normalized`."""
-    number, last = 0, 0
-    for found in re.finditer(f"(?={re.escape(part)})", text):
-        number += text.count(" ", last, found.start())
-        last = found.start()
-        yield number
+def _places(pieces: Sequence[str], part: Sequence[str]) -> Iterator[int]:
+    """The numbers of the pieces at which a part of a text begins; none for an empty part.
+
+    The search of Knuth, Morris and Pratt, as a text may repeat a part a million times.
+    """
+    borders: list[int] = []  # of the first pieces of the part: how many of them end it as well
+    n_alike = 0  # pieces before this one that are the first of the part
+    for number, piece in enumerate((*part, None, *pieces) if part else ()):
+        while n_alike and (n_alike == len(part) or piece != part[n_alike]):
+            n_alike = borders[n_alike - 1]
+        n_alike += number > 0 and piece == part[n_alike]
+        if number < len(part):
+            borders.append(n_alike)
+        elif n_alike == len(part):
+            yield number - 2 * len(part)
 
 
 def _is_word(piece: str) -> bool:

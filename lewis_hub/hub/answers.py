@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urljoin
 
 import httpx2
 
@@ -78,8 +79,13 @@ def limit_silence(request: httpx2.Request) -> None:
     request.extensions["timeout"] = limits | set_by_caller
 
 
+REDIRECTED: dict[str, str] = {}  # address that a HEAD was redirected to -> the commit that it asked
+
+
 def require_true_names(answer: httpx2.Response) -> None:
     """Refuse names that do not name the file of a HEAD: huggingface_hub writes files by them.
+
+    It follows redirections itself; the commit that was asked for stays the same.
 
     Raises:
         DecodingError: the ETag has a slash or is a folder's name, or another commit was asked for.
@@ -90,10 +96,17 @@ def require_true_names(answer: httpx2.Response) -> None:
         tag = answer.headers.get(header, "").lstrip("W/").strip('"')
         if not PLAIN_TAG.fullmatch(tag):
             raise httpx2.DecodingError(f"an answer has the {header} {tag[:100]!r}")
-    asked = AT_COMMIT.search(answer.request.url.raw_path)
+    url = answer.request.url
+    found = AT_COMMIT.search(url.raw_path)
+    asked = REDIRECTED.pop(str(url), None) or (found and found[1].decode())
     commit = answer.headers.get("X-Repo-Commit")
-    if asked and commit is not None and commit != asked[1].decode():
+    if asked and commit is not None and commit != asked:
         raise httpx2.DecodingError(f"a file of another commit came, {commit[:100]!r}")
+    if asked and answer.has_redirect_location:
+        if len(REDIRECTED) > MAX_PAGES:  # most were not followed: they lead to the storage
+            REDIRECTED.clear()
+        following = urljoin(str(url), answer.headers["Location"])
+        REDIRECTED[str(httpx2.URL(following))] = asked
 
 
 def _purpose(request: httpx2.Request) -> Purpose:

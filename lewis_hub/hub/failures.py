@@ -103,6 +103,11 @@ class HubRepo:
         written = f"{self.name}@{self.revision}" if self.revision else self.name
         return self.error_type(written, self._redacted(problem), self._redacted(remedy))
 
+    def another_file(self, path: str) -> SourceError | PublishError:
+        """The error of a file that is not the one that the Hub listed."""
+        problem = f"`{path}` is another file than {self.api.endpoint} lists"
+        return self.failed(problem, "Run the same command again; it resolves the files again.")
+
     def _redacted(self, text: str) -> str:
         for spelled in (self.token, repr(self.token)[1:-1]) if self.token else ():
             text = text.replace(spelled, "<token>")

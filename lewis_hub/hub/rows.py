@@ -7,11 +7,12 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,25 @@ from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
+from lewis_hub.system import limited_memory, memory_bytes
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
-ONLY_TABLES: ContextVar[bool] = ContextVar("ONLY_TABLES", default=False)
+# None: whatever is asked for; else only tables, and of these repos only the files that are listed
+TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 README = "README.md"
 CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
 ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
+# options of a card that are letters: pandas reads longer ones as patterns
+LETTERS = ("sep", "delimiter", "thousands", "decimal", "comment", "quotechar", "escapechar")
+SPACES = r"\s+"
+# `datasets` tries all places for each wildcard in a name, and for each `**`
+MAX_STARS, MAX_DOUBLE_STARS = 3, 2
 ROWS_AT_ONCE = 1000
-MAX_EXPANSION = 200  # bytes of rows for a byte of parquet
+MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
+MAX_EXPANSION = 200  # bytes of rows for a byte of parquet or Arrow
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their file
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
@@ -69,22 +78,28 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
     call = _dataset_call(source, config, split)
-    with _dataset_failures(api, source, config, split), only_tables():
+    with _dataset_failures(api, source, config, split), only_listed(api, source):
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
-    _require_listed(api, source)
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
     return Rows(source.pinned, tuple(table.column_names), table)
 
 
-def require_listed_rows(repo: str, commit_sha: str, *, token: str | bool | None) -> None:
-    """Refuse rows of a dataset at a commit that were read from files that the Hub does not list.
+@contextmanager
+def only_listed(api: HfApi, source: Source) -> Iterator[None]:
+    """Inside the block `datasets` reads tables, and of a source only what the Hub lists.
 
     Raises:
-        SourceError: so it is, or the Hub failed.
+        SourceError: in the block or at its end: a file is another one.
     """
-    api = HfApi(token=token)
-    _require_listed(api, resolve_dataset(api, repo, commit_sha))
+    with only_tables(source):
+        yield
+    if source.folder is None:
+        try:
+            require_listed(api, source)
+        except SourceError:
+            shutil.rmtree(commit_cache(source.commit_sha), ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -92,26 +107,17 @@ def at_commit(repo: str, commit_sha: str, *, token: str | bool | None = None) ->
     """Inside the block `datasets` has the cache of a commit, which is the revision that is loaded.
 
     Raises:
-        SourceError: at the end of the block, as `require_listed_rows`.
+        SourceError: as `only_listed`.
     """
     config: Any = library().config
     before, own = config.HF_DATASETS_CACHE, commit_cache(commit_sha)
-    config.HF_DATASETS_CACHE = Path(own)
-    try:
-        yield
-    finally:
-        config.HF_DATASETS_CACHE = before
-    require_listed_rows(repo, commit_sha, token=token)
-
-
-def _require_listed(api: HfApi, source: Source) -> None:
-    if source.folder is not None:
-        return
-    try:
-        require_listed(api, source)
-    except SourceError:
-        shutil.rmtree(commit_cache(source.commit_sha), ignore_errors=True)
-        raise
+    api = HfApi(token=token)
+    with only_listed(api, resolve_dataset(api, repo, commit_sha)):
+        config.HF_DATASETS_CACHE = Path(own)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = before
 
 
 def library() -> Any:
@@ -127,43 +133,63 @@ def library() -> Any:
 
 
 @contextmanager
-def only_tables() -> Iterator[None]:
-    """Inside the block `datasets` refuses what is no table, or far larger than its file."""
+def only_tables(*sources: Source) -> Iterator[None]:
+    """Inside the block `datasets` refuses what is no table, or far larger than its file.
+
+    Of the repos of `sources` it reads the files at their commits.
+    """
     library()
-    before = ONLY_TABLES.set(True)
+    before = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
     try:
         yield
     finally:
-        ONLY_TABLES.reset(before)
+        TABLES_OF.reset(before)
 
 
 @cache
 def _limit_readers() -> None:
-    """Let `datasets` read tables only, and parquet in pieces and up to a limit, if it is asked to.
+    """Let `datasets` read tables only, in limited memory and up to a limit, if it is asked to.
 
     The files of a repo choose what reads them. HDF5 may name any file of this machine, and an
-    archive may hold pickles. Equal rows take no room in parquet: 20 million fit into 250 kB, and
-    `datasets` reads a whole group of rows at once. What is refused is a ValueError.
+    archive may hold pickles. What is refused is a ValueError.
     """
     import datasets.builder
+    from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     every: Any = datasets.builder.DatasetBuilder
-    parquet: Any = Parquet
-    prepare, generate = every.download_and_prepare, parquet._generate_tables
+    prepare = every.download_and_prepare
 
     def prepare_tables(self: Any, *args: Any, **options: Any) -> Any:
+        sources = TABLES_OF.get()
+        if sources is None:
+            return prepare(self, *args, **options)
         reader = type(self).__module__.rpartition(".")[2]
-        if ONLY_TABLES.get() and reader not in READERS:
+        if reader not in READERS:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
-        return prepare(self, *args, **options)
+        for source in sources:
+            _require_at_commit(source, self.config.data_files or {})
+        with limited_memory(MAX_MEMORY_BYTES):
+            return prepare(self, *args, **options)
+
+    every.download_and_prepare = prepare_tables
+    compressed: tuple[Any, ...] = (Arrow, Parquet)
+    for builder in compressed:
+        builder._generate_tables = _limited(builder._generate_tables)
+
+
+def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A method of a reader that yields tables, and refuses far more bytes than the files have.
+
+    Equal rows take no room: 20 million fit into 250 kB.
+    """
 
     def generate_some(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
-        if not ONLY_TABLES.get():
+        if TABLES_OF.get() is None:
             yield from generate(self, files, *args, **options)
             return
-        self.config.batch_size = self.config.batch_size or ROWS_AT_ONCE
+        self.config.batch_size = ROWS_AT_ONCE  # of parquet, whatever its card says
         stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
         left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
         for key, table in generate(self, files, *args, **options):
@@ -172,8 +198,16 @@ def _limit_readers() -> None:
                 raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
             yield key, table
 
-    every.download_and_prepare = prepare_tables
-    parquet._generate_tables = generate_some
+    return generate_some
+
+
+def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) -> None:
+    """Refuse addresses of other files of a repo than it had when it was resolved."""
+    repo = f"hf://datasets/{source.name}@"
+    listed = {f"{repo}{source.commit_sha}/{file.path}" for file in source.files}
+    for address in chain.from_iterable(data_files.values()):
+        if address.startswith(repo) and address not in listed:
+            raise HubRepo.of(HfApi(), source).another_file(address.removeprefix(repo))
 
 
 @dataclass(frozen=True)
@@ -225,10 +259,24 @@ def require_own_files(api: HfApi, source: Source) -> None:
             remedy = "Repair its card, or use another dataset."
             raise SourceError(source.pinned, f"`{name}` cannot be read: {error}", remedy) from None
         configs = card.get("configs") if isinstance(card, dict) else None
-        elsewhere = next(filter(ELSEWHERE.search, _texts(configs)), None)
-        if elsewhere is not None:
-            problem = f"`{name}` names data that is not in it: {elsewhere[:100]}"
-            raise SourceError(source.pinned, problem, "Use a dataset that has its data itself.")
+        for problem, remedy in _wrongs(configs):
+            raise SourceError(source.pinned, f"`{name}` {problem}", remedy)
+
+
+def _wrongs(configs: Any) -> Iterator[tuple[str, str]]:
+    """Problem and remedy of each part of a card that `datasets` must not read."""
+    for key, text in _texts(configs):
+        n_stars = max(part.count("*") for part in text.split("/"))
+        if key in LETTERS:
+            if len(text) > 2 and text != SPACES:
+                problem = f"sets `{key}` to a pattern: {text[:100]}"
+                yield problem, "Use a dataset whose tables are separated by one letter."
+        elif ELSEWHERE.search(text):
+            problem = f"names data that is not in it: {text[:100]}"
+            yield problem, "Use a dataset that has its data itself."
+        elif text.count("**") > MAX_DOUBLE_STARS or n_stars > MAX_STARS:
+            problem = f"names its data by too many wildcards: {text[:100]}"
+            yield problem, "Use a dataset that names its files."
 
 
 def _local(file: Path) -> bytes:
@@ -238,12 +286,17 @@ def _local(file: Path) -> bytes:
         return opened.read(MAX_JSON_BYTES)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts in a value that name something, each with the key that it has."""
     if isinstance(value, str):
-        yield value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for item in inner:
-        yield from _texts(item)
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name != "description":
+                yield from _texts(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
 
 
 def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, Any]:

@@ -24,7 +24,10 @@ class Gate(Part):
         "The others must be in `evaluate.compare`.",
     )
     tolerance: float = Field(
-        0.0, ge=0, description="How much worse the merge may be, in the unit of the metric."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How much worse the merge may be, in the unit of the metric.",
     )
     on_refusal: Literal["stop", "pull-request"] = Field(
         "stop", description="On failure --push pushes nothing, or opens a marked pull request."
@@ -44,7 +47,9 @@ class Benchmark(Part):
     dataset: str = Field(description="owner/name of a dataset that the Hub lists as a benchmark.")
     task_id: str = Field(min_length=1, description="The task's id in the dataset's `eval.yaml`.")
     metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
-    scale: float = Field(100.0, gt=0, description="Factor of the metric; 100 gives percent.")
+    scale: float = Field(
+        100.0, gt=0, allow_inf_nan=False, description="Factor of the metric; 100 gives percent."
+    )
 
 
 class Evaluation(Running):

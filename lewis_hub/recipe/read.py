@@ -21,7 +21,13 @@ from pydantic_core import ErrorDetails
 from lewis_hub.documents import DocumentError, read_yaml_documents
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.parts import arranged
-from lewis_hub.recipe.rules import SETTING, Complaint, FieldPath, contradictions
+from lewis_hub.recipe.rules import (
+    SETTING,
+    Complaint,
+    FieldPath,
+    contradictions,
+    only_by_options,
+)
 from lewis_hub.recipe.schema import Recipe
 
 # keys that mergekit or another version knows: the message says what to write instead
@@ -165,6 +171,7 @@ def _complaints(document: Mapping[str, Any], rules: Rules) -> Iterator[Complaint
         yield from (_complaint(where, by_path[where]) for where in paths)
     else:
         yield from rules(recipe)
+        yield from only_by_options(recipe)
 
 
 def _types(details: Sequence[ErrorDetails]) -> set[str]:

@@ -49,18 +49,17 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.guide:
         yield from _guide_contradictions(recipe)
     if recipe.evaluate:
-        yield from _gate_contradictions(recipe, recipe.evaluate)
-        yield from _benchmark_contradictions(recipe.evaluate)
-        if "model" in (recipe.evaluate.backend_args or {}):
-            problem = "every model of the recipe would be scored as this one."
-            remedy = (
-                "Leave it out: requests name the folder of each model. Or score the models one "
-            )
-            remedy += "by one with `lewis-hub evaluate`."
-            yield ("evaluate", "backend_args", "model"), problem, remedy
+        yield from _scoring_contradictions(recipe, recipe.evaluate)
     yield from _statistical_contradictions(recipe)
     yield from _align_contradictions(recipe)
     yield from _bad_parameters(recipe)
+
+
+def only_by_options(recipe: Recipe) -> Iterator[Complaint]:
+    """Find what the file of a recipe, which may be of someone else, may not set."""
+    for name, problem in recipe.evaluate.unsafe_args() if recipe.evaluate else ():
+        remedy = f"Give it as an option, if you trust it: `--backend-arg {name}=VALUE`."
+        yield ("evaluate", "backend_args", name), problem, remedy
 
 
 def asks_for_statistics(recipe: Recipe) -> bool:
@@ -184,8 +183,7 @@ def _mixture_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     yield from _prompt_contradictions(recipe)
     yield from _expert_contradictions(recipe)
     if recipe.evaluate:
-        yield from _gate_contradictions(recipe, recipe.evaluate)
-        yield from _benchmark_contradictions(recipe.evaluate)
+        yield from _scoring_contradictions(recipe, recipe.evaluate)
 
 
 def _expert_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -263,6 +261,16 @@ def _guided_slice(recipe: Recipe, where: FieldPath, part: Slice) -> Iterator[Com
             problem += f"{[*own]} in this slice."
             remedy = "Give the same range, or densities without a guide."
             yield (*where, "sources", number, "layer_range"), problem, remedy
+
+
+def _scoring_contradictions(recipe: Recipe, evaluation: Evaluation) -> Iterator[Complaint]:
+    yield from _gate_contradictions(recipe, evaluation)
+    yield from _benchmark_contradictions(evaluation)
+    if "model" in (evaluation.backend_args or {}):
+        problem = "every model of the recipe would be scored as this one."
+        remedy = "Leave it out: requests name the folder of each model. Or score the models one "
+        remedy += "by one with `lewis-hub evaluate`."
+        yield ("evaluate", "backend_args", "model"), problem, remedy
 
 
 def _gate_contradictions(recipe: Recipe, evaluation: Evaluation) -> Iterator[Complaint]:

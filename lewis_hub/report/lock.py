@@ -46,6 +46,7 @@ UNREAD_SUFFIXES = frozenset(
 # Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
 NAMES = frozenset({"model", "source_model", "base_model", "dataset", "include", "revision"})
 LATER = frozenset({"evaluate", "export", "publish", "allow_overlap"})
+EMBEDDINGS = "tokens"  # of a recipe's `tokenizer`
 NO_STATEMENT = (ValueError, TypeError, KeyError)
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
@@ -207,10 +208,14 @@ def _plain(value: Any) -> Any:
 
 
 def _determining(recipe: Any) -> Any:
-    """The recipe without the names of inputs and without settings of later stages."""
+    """The recipe without the names of inputs and without settings of later stages.
+
+    The embeddings of tokens stay as they are: a model that gives one has no other place in the
+    document, and the text of a token may be `model`.
+    """
     if isinstance(recipe, Mapping):
         return {
-            key: _determining(value)
+            key: value if key == EMBEDDINGS else _determining(value)
             for key, value in recipe.items()
             if key not in NAMES | LATER and value is not None
         }

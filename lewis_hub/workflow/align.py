@@ -145,8 +145,8 @@ def _align_one(
     }
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     kept = loader.scratch / FOLDER / f"{name}.json"
-    if known := _known(kept):
-        return known
+    if known := _known(kept):  # the same models may have had other names
+        return replace(known, source=expert.pinned, reference=reference.pinned)
     kept.parent.mkdir(parents=True, exist_ok=True)
     work = kept.with_suffix(".activations")
     found = AlignedModel(

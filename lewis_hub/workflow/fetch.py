@@ -21,8 +21,15 @@ from lewis_hub.display import Progress
 from lewis_hub.documents import read_json
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
-from lewis_hub.hub import fetch as hub_fetch
-from lewis_hub.hub.fetch import bytes_to_download, fetch, read_small, weight_files
+from lewis_hub.hub.fetch import (
+    CODE_FILES,
+    SIDECAR_FILES,
+    bytes_to_download,
+    fetch,
+    read_small,
+    weight_files,
+)
+from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
 from lewis_hub.hub.source import Source, SourceFile, cache_root
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
@@ -53,12 +60,12 @@ class FetchedSources:
 
 def small_files(api: HfApi, source: Source) -> Path:
     """Fetch configuration and tokenizer; return their folder."""
-    return fetch(api, source, lambda _: None, only=hub_fetch.SIDECAR_FILES)
+    return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
 
 
 def code_files(api: HfApi, source: Source) -> None:
     """Fetch the Python files of a source."""
-    fetch(api, source, lambda _: None, only=hub_fetch.CODE_FILES)
+    fetch(api, source, lambda _: None, only=CODE_FILES)
 
 
 def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
@@ -77,13 +84,13 @@ def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> Fe
 def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     """Fetch small files; weights that are not in the cache are read by byte ranges."""
     locations: dict[str, Location] = {}
-    counts: list[hub_fetch.ByteCounter] = []
+    counts: list[ByteCounter] = []
     for source in dict.fromkeys(sources):
         small_files(api, source)
         if bytes_to_download(source) == 0:
             locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
-            files = hub_fetch.RemoteFiles(source, api.endpoint)
+            files = RemoteFiles(source, api.endpoint)
             locations[source.pinned] = files.fetch
             counts.append(files.received)
     return FetchedSources(
@@ -171,15 +178,15 @@ class ModelLoader:
             return self.files.folders[source.pinned]
         expert = MergeSource(source.checkpoint, source.digest)
         alone = make_plan(MergeSettings("linear", None, (expert,)), self.max_shard_bytes)
-        output = self._write_configuration(source)
         as_what = "on its base" if source.source.is_adapter else "in bfloat16"
         of_depth = source.checkpoint.base is not None and not source.source.is_adapter
         if of_depth or any(tensor.permuted for tensor in source.checkpoint.tensors.values()):
             as_what = "aligned"
         title = f"Writing out {source.name} {as_what}"
         means = replace(self.means, is_read_next=True)
+        output = self._materialized(source)
         write_weights(alone, self.files.locations, output, means, self.progress, title)
-        return output
+        return self._write_configuration(source)
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
         """Return the subject with weights to load, by block if it must be or takes less memory."""
@@ -188,10 +195,13 @@ class ModelLoader:
         placed = replace(subject, folder=self.materialize_checkpoint(source))
         return choose_loading(placed, source.checkpoint, self.loading, self.scratch)
 
+    def _materialized(self, source: OpenedSource) -> Path:
+        name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
+        return self.scratch / "materialized" / name
+
     def _write_configuration(self, source: OpenedSource) -> Path:
         """Return a folder in `scratch` with the configuration of a source."""
-        name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
-        output = self.scratch / "materialized" / name
+        output = self._materialized(source)
         output.mkdir(parents=True, exist_ok=True)
         donor = source.checkpoint.base or source.pinned
         SidecarSettings(donor, new_dtype(source.checkpoint)).write(self.files.sources, output)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +16,13 @@ from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError, SourceError
+from lewis_hub.files import sha256_of
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.resolve import require_unchanged
 from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks
-from lewis_hub.merge.engine import ShardResult, forget_notes, run, tensors_in_memory
+from lewis_hub.merge.engine import NOTE, ShardResult, forget_notes, run, tensors_in_memory
 from lewis_hub.merge.mixture import MixtureSettings, make_mixture_plan
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statistics, make_plan
 from lewis_hub.merge.runners import Backend, Ray, threads
@@ -39,7 +43,7 @@ Folders = Mapping[str, Path]  # pinned source -> a folder with at least its smal
 class MergedModel:
     """A merged model."""
 
-    identity: str  # digest of its plan; models with the same digest have the same weights
+    identity: str  # digest of its plan and of the files beside the weights
     folder: Path
     # by file name, including the index. The shards of a stream are only on the Hub.
     shards: Mapping[str, ShardResult]
@@ -142,8 +146,16 @@ def write_weights(
     progress: Progress,
     title: str = "Merging",
 ) -> dict[str, ShardResult]:
-    """Write the shards of a plan into a folder; finished shards of an earlier run are kept."""
+    """Write the shards of a plan into a folder; finished shards of an earlier run are kept.
+
+    All other files in it are deleted, but for hidden ones: those of an earlier run with other
+    settings would be read as parts of this model.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    keep = {name for one in planned.layouts for name in (one.name, one.name + NOTE)}
+    for path in output.iterdir():
+        if path.name not in keep and not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
         found = run(planned, locations, output, means, advance)
     report_nan((result.replaced_nan for result in found.values()), progress)
@@ -169,7 +181,9 @@ def finish_model(
         forget_notes(planned.shards, output)
         raise
     written = sidecars.write(sources, output)
-    return MergedModel(planned.digest, output, shards, written, output_sizes(planned))
+    facts = [planned.digest, {path: sha256_of(output / path) for path in written}]
+    identity = "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return MergedModel(identity, output, shards, written, output_sizes(planned))
 
 
 def merge_in_memory(

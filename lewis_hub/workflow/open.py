@@ -20,7 +20,8 @@ from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.documents import read_json
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
-from lewis_hub.hub.fetch import read_range, read_small, weight_files
+from lewis_hub.hub.fetch import read_small, weight_files
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.recipe.reference import REPO
 from lewis_hub.tokenizer import Translation

@@ -24,7 +24,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.settings import require_valid
 from lewis_hub.merge.workspace import parts_folder
 from lewis_hub.methods import registry
-from lewis_hub.recipe.parts import not_needed, parts_of, references, with_made
+from lewis_hub.recipe.parts import not_needed, parts_of, references, used, with_made
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import all_parameters
 from lewis_hub.recipe.schema import Recipe
@@ -55,7 +55,7 @@ def with_parts(
     require_no_links(folder)
     whole, made = recipe, list[Recipe]()
     for number, part in enumerate(parts, start=1):
-        name, place = str(part.name), folder / _folder_name(number, part)
+        name, place = str(part.name), folder / _folder_name(number, part, whole.made)
         progress.say(f"Merging {name} ({number} of {len(parts)} before the last merge)")
         _show_report(place)
         merge(with_made(part, whole.made), place)
@@ -101,9 +101,10 @@ def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:
     return problems
 
 
-def _folder_name(number: int, part: Recipe) -> str:
-    """Return the name of a part's folder; an edited part has another one."""
-    digest = hashlib.sha256(part.model_dump_json(by_alias=True).encode()).hexdigest()
+def _folder_name(number: int, part: Recipe, made: Mapping[str, Path]) -> str:
+    """Return the name of a part's folder; an edited part has another one, and what uses it too."""
+    facts = [part.model_dump_json(by_alias=True), *(made[one].name for one in used(part, made))]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return f"{number}-{digest[:8]}"
 
 

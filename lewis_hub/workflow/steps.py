@@ -16,7 +16,7 @@ from typing import Any
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.files import text_of, write_whole
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import PICKLED, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Gate
 from lewis_hub.recipe.formats import ExportFormat
@@ -65,14 +65,19 @@ def steps_digest(
             ]
             for one in recipes
         ],
-        "sources": {
-            str(model): {
-                file.path: file.digest for file in source.files if can_change_the_result(file.path)
-            }
-            for model, source in sources.items()
-        },
+        "sources": {str(model): _digests(source) for model, source in sources.items()},
     }
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
+
+
+def _digests(source: Source) -> dict[str, str]:
+    """The digests of the files that can change a merge, by path: pickles if there is no other."""
+    pickles = source.matching(PICKLED) if source.is_pickled else ()
+    return {
+        file.path: file.digest
+        for file in source.files
+        if can_change_the_result(file.path) or file in pickles
+    }
 
 
 def record(output: Path, digest: str) -> None:

@@ -50,6 +50,12 @@ def test_rows_may_have_any_shape(shape):
     torch.testing.assert_close(by_rows(x, weight), x @ weight.T)
 
 
+def test_a_bias_that_is_every_other_entry_of_a_tensor_is_added():
+    x, weight, bias = torch.ones(3, 8), torch.zeros(4, 8), torch.arange(8.0)[::2]
+
+    assert by_rows(x, weight, bias).tolist() == [[0.0, 2.0, 4.0, 6.0]] * 3
+
+
 @settings(deadline=None)
 @given(sizes, sizes, sizes, st.booleans(), st.booleans())
 def test_products_without_copies_of_rows_have_the_same_bytes(

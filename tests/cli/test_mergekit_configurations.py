@@ -105,6 +105,29 @@ def test_finished_steps_of_an_interrupted_run_are_kept(models, monkeypatch, tmp_
     assert "Nothing changed" in CliRunner().invoke(cli, words).stdout
 
 
+def test_a_step_that_was_edited_after_an_interrupted_run_is_made_anew(
+    models, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(models)
+    step = "name: NAME\nbase_model: org/base\nmodels: [{model: MODEL, parameters: {weight: 0.5}}]\n"
+    step += "merge_method: task_arithmetic\ndtype: bfloat16\n---\n"
+    first = step.replace("NAME", "first").replace("MODEL", "org/math")
+    second = step.replace("NAME", "second").replace("MODEL", "first")
+    last = step.replace("name: NAME\n", "").replace("MODEL", "second").replace("---\n", "")
+
+    def run(text, output):
+        (models / "config.yaml").write_text(text)
+        return CliRunner().invoke(cli, ["merge", "config.yaml", str(tmp_path / output)])
+
+    failed = run(first + second + last.replace("0.5", "{filter: no_such, value: 0.5}"), "out")
+    assert "filter `no_such`" in str(failed.exception)
+    edited = first.replace("0.5", "0.25") + second + last
+
+    assert run(edited, "out").exit_code == run(edited, "clean").exit_code == 0
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "clean"))
+    assert all(found[name].equal(tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "says"),
     [

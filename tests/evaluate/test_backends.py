@@ -8,14 +8,16 @@ from importlib.util import find_spec
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 from completions_server import serving
+from pydantic import ValidationError
 
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.cli.options import rescored
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, ExtraMissingError
+from lewis_hub.errors import EvaluationError, ExtraMissingError, RecipeError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.gate import Previous, judge
@@ -26,6 +28,10 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe.evaluation import Gate
 
 NOWHERE = "http://127.0.0.1:9/v1/completions"
+MERGE = {"models": ["a/b"], "merge_method": "linear"}
+OTHERS = "it may name code, files or hosts, and a recipe may be of someone else."
+KERNEL = "it may name code of the Hub, and a recipe may be of someone else."
+ELSEWHERE = "it is not on this machine, and would get the prompts and your API key."
 
 
 def ignore(_: int) -> None:
@@ -240,3 +246,82 @@ def test_a_recipe_scores_its_own_models_on_a_server():
 
     with pytest.raises(lewis_hub.LewisHubError, match="every model of the recipe would be scored"):
         lewis_hub.check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "value", "problem"),
+    [
+        ("hf", "peft", "evil/adapter", OTHERS),
+        ("hf", "allow_all_kernels", True, OTHERS),
+        ("hf", "offload_folder", "/home/me", OTHERS),
+        ("vllm", "worker_cls", "evil.Worker", OTHERS),
+        ("mteb", "cache_folder", "/home/me", OTHERS),
+        ("hf", "attn_implementation", "evil/kernel", KERNEL),
+        ("local-completions", "base_url", "https://evil.example/v1/completions", ELSEWHERE),
+        ("local-completions", "base_url", "http://evil.example\\@127.0.0.1/v1", ELSEWHERE),
+        ("local-completions", "base_url", "http://127.0.0.1@evil.example/v1", ELSEWHERE),
+        ("local-completions", "base_url", "http://127.0.0.1.evil.example/v1", ELSEWHERE),
+    ],
+)
+def test_the_file_of_a_recipe_leads_to_no_code_file_or_host(
+    backend, name, value, problem, tmp_path
+):
+    args = {name: value}
+    if backend == "local-completions":
+        args = {"base_url": NOWHERE} | args
+    evaluate = {"tasks": ["gsm8k"], "backend": backend, "backend_args": args}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**MERGE, "evaluate": evaluate}))
+
+    with pytest.raises(RecipeError) as caught:
+        lewis_hub.read_recipe(file)
+
+    assert str(caught.value).partition(": ")[2] == (
+        f"`evaluate.backend_args.{name}`: {problem}\n"
+        f"Give it as an option, if you trust it: `--backend-arg {name}=VALUE`."
+    )
+    file.write_text(yaml.safe_dump({**MERGE, "evaluate": {"tasks": ["gsm8k"]}}))
+    told = rescored(lewis_hub.read_recipe(file), {"backend": backend, "backend_args": args})
+    assert told.evaluate.backend_args == args
+
+
+@pytest.mark.parametrize(
+    ("backend", "args"),
+    [
+        ("hf", {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}),
+        ("hf", {"think_end_token": "</think>", "parallelize": True, "max_length": 4096}),
+        ("vllm", {"gpu_memory_utilization": 0.8, "max_model_len": 4096, "quantization": "fp8"}),
+        ("local-completions", {"base_url": "http://localhost:8000/v1/completions"}),
+        ("local-completions", {"base_url": "http://[::1]:8000/v1/completions", "timeout": 60}),
+        ("mteb", {"truncate_dim": 64, "similarity_fn_name": "cosine"}),
+    ],
+)
+def test_the_file_of_a_recipe_says_how_large_and_exact_a_run_is(backend, args, tmp_path):
+    evaluate = {"tasks": ["gsm8k"], "backend": backend, "backend_args": args}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**MERGE, "evaluate": evaluate}))
+
+    assert lewis_hub.read_recipe(tmp_path / "recipe.yaml").evaluate.backend_args == args
+
+
+@pytest.mark.parametrize("name", ["custom_generate", "trust_remote_code"])
+def test_no_option_of_generation_runs_code(name):
+    with pytest.raises(ValidationError) as caught:
+        lewis_hub.Evaluation(tasks=("gsm8k",), generation={name: "./evil"})
+
+    (error,) = caught.value.errors()
+    assert error["msg"] == (
+        f"Value error, `generation.{name}` is not yours to set: no code of a model is run"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_lacks_are_refused_before_the_merge(value):
+    scored = {"tasks": ("gsm8k",)}
+    gate = {"task": "gsm8k", "metric": "exact_match,none", "tolerance": value}
+
+    with pytest.raises(ValidationError, match=f"`generation.temperature` is {value}, expected a f"):
+        lewis_hub.Evaluation(**scored, generation={"temperature": value})
+    with pytest.raises(ValidationError, match=f"`backend_args.x` is {value}, expected a finite"):
+        lewis_hub.Evaluation(**scored, backend_args={"x": value})
+    with pytest.raises(ValidationError, match="Input should be "):
+        lewis_hub.Evaluation(**scored, gate=gate)

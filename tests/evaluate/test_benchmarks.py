@@ -15,6 +15,8 @@ DATA_REMEDY = (
     "working folder), your network, and whether the dataset needs `hf auth login`."
 )
 
+CALLS_ITSELF = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+
 
 @pytest.fixture
 def refusal(own_tasks: Path, tmp_path: Path):
@@ -56,6 +58,21 @@ def test_settings_that_a_task_s_python_asserts_are_named(refusal, tmp_path):
     message = refusal("test_split:", "process_docs: !function own.docs\ntest_split:")
 
     assert message == f"after: cannot be built: AssertionError: no tokenizer.\n{FILE_REMEDY}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        ("doc_to_target:", 'doc_to_choice: "[{{word}}"\ndoc_to_target:', "SyntaxError: "),
+        ("after : {{word}}", CALLS_ITSELF, "RecursionError: maximum recursion depth"),
+    ],
+)
+def test_what_the_data_or_the_file_of_a_task_raise_names_the_task(refusal, old, new, cause):
+    message = refusal(old, new)
+
+    assert message.startswith("after: cannot be built: ")
+    assert cause in message
+    assert message.endswith(FILE_REMEDY)
 
 
 def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -151,3 +151,22 @@ def test_no_module_is_read_outside_of_the_model(tmp_path):
 
     with pytest.raises(EvaluationError, match="`../other` is a link to outside of the folder"):
         load_embedder(model, EvaluationSettings(backend="mteb"))
+
+
+def test_no_module_is_built_that_is_larger_than_its_files(tmp_path):
+    modules(tmp_path, "sentence_transformers.models.Dense")
+    config = tmp_path / "1_Dense" / "config.json"
+    config.write_text(json.dumps({"in_features": 10**6, "out_features": 10**6}))
+    with pytest.raises(EvaluationError) as dense:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+    config.write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 10**6}))
+    with pytest.raises(SourceError) as deep:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(dense.value) == (
+        f"{tmp_path}: its module 1_Dense has 1000000 × 1000000 weights, its file fewer.\n"
+        "The file is damaged: use an intact copy."
+    )
+    assert str(deep.value).startswith(
+        f"{tmp_path / '1_Dense'}: `num_hidden_layers` of its config.json is above the limit of 1"
+    )

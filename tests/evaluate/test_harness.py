@@ -220,7 +220,10 @@ def test_a_metric_that_cannot_take_the_answers_names_the_task(own_tasks, good_mo
     )
 
 
-@pytest.mark.parametrize("error", ["LookupError", "AssertionError", "ZeroDivisionError"])
+ERRORS = ["LookupError", "AssertionError", "ZeroDivisionError", "RuntimeError", "SyntaxError"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_an_error_of_a_task_s_python_names_the_task(own_tasks, good_model, tmp_path, error):
     text = (own_tasks / "after.yaml").read_text()
     (tmp_path / "after.yaml").write_text(text + "process_results: !function own.results\n")
@@ -233,6 +236,35 @@ def test_an_error_of_a_task_s_python_names_the_task(own_tasks, good_model, tmp_p
     assert str(raised.value).startswith(
         f"after: lm-eval could not score the answers: {error}: no data"
     )
+
+
+def test_a_device_with_too_little_memory_is_told(own_tasks, good_model, tmp_path):
+    text = (own_tasks / "after.yaml").read_text()
+    (tmp_path / "after.yaml").write_text(text + "process_results: !function own.results\n")
+    code = (
+        "import torch\n\ndef results(doc, answers):\n    raise torch.OutOfMemoryError('20 GiB')\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    tasks = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
+
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(good_model, tasks, CPU, ignore)
+
+    assert str(raised.value) == (
+        "after: the device has too little memory to score.\n"
+        "Set a smaller `batch_size` in `evaluate`, or score on another `--device`."
+    )
+
+
+def test_a_number_of_tokens_that_is_no_number_names_the_task(own_tasks, good_model, tmp_path):
+    text = (own_tasks / "after.yaml").read_text().replace("max_gen_toks: 1", "max_gen_toks: many")
+    (tmp_path / "after.yaml").write_text(text)
+    tasks = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
+
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(good_model, tasks, CPU, ignore)
+
+    assert str(raised.value).startswith("after: lm-eval could not score the answers: ValueError: ")
 
 
 def test_prompts_go_through_the_chat_template_where_that_is_asked_for(own_tasks):

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.fetch import read_range
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
 

@@ -18,8 +18,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub import answers
-from lewis_hub.hub.fetch import RemoteFiles, fetch, read_range, read_small
+from lewis_hub.hub.fetch import fetch, read_small
 from lewis_hub.hub.publish import Publication, publish
+from lewis_hub.hub.ranges import RemoteFiles, read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_root
 

@@ -19,7 +19,8 @@ from running_server import running
 from lewis_hub.errors import SourceError
 from lewis_hub.hub import answers, target
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
-from lewis_hub.hub.fetch import fetch, read_range, read_small
+from lewis_hub.hub.fetch import fetch, read_small
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import cache_folder
@@ -210,6 +211,33 @@ def test_a_redirect_to_no_host_is_one_message(source, no_pauses):
 
     told = f"{source.pinned}: {api.endpoint} does not answer like a Hub (UnicodeError: "
     assert str(raised.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["/elsewhere", "elsewhere", "?a=%2f b", "/a%zz b/ä?x#y", "/a/../b", "{url}/c", "//{host}/d"]
+    + [f"/me/model/resolve/{'b' * 40}/config.json", "/../resolve/main/x"],
+)
+def test_a_redirection_leads_to_no_other_commit(location):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            is_first = self.path == f"/me/model/resolve/{'a' * 40}/config.json"
+            self.send_response(307 if is_first else 200)
+            told = {"ETag": '"x"', "Content-Length": "9", "X-Repo-Commit": "b" * 40}
+            place = location.format(url=url, host=url.partition("//")[2])
+            told = {"Location": place.encode().decode("latin-1")} if is_first else told
+            for name, value in told.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        hub_repo = HubRepo(HfApi(endpoint=url), "me/model", revision="a" * 40)
+        address = hub_repo.file_url("config.json")
+        with pytest.raises(SourceError, match="a file of another commit came, 'bbbb"):
+            call_hub(hub_repo, lambda: hub_repo.api.get_hf_file_metadata(url=address))
 
 
 def test_a_file_without_a_length_is_limited(tmp_path, monkeypatch):

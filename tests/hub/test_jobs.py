@@ -91,7 +91,8 @@ def test_trouble_on_the_way_loses_no_line_says_none_twice_and_keeps_the_exit_cod
 
 
 def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_pauses):
-    job = run(api, "import time; time.sleep(60)")
+    job = run(api, "import time; print('now', flush=True); time.sleep(60)")
+    assert next(iter(api.fetch_job_logs(job_id=job.id, follow=True, namespace=ME))) == "now"
     running.fail("/logs", 503, times=100)
 
     with pytest.raises(PublishError, match="still fails with 503 after several attempts"):

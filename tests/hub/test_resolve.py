@@ -7,7 +7,8 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import HubRepo
-from lewis_hub.hub.fetch import fetch, read_range, read_small, weight_files
+from lewis_hub.hub.fetch import fetch, read_small, weight_files
+from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import cache_folder, cache_root, cached_sha, remember_revision
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
+import sys
 from dataclasses import replace
 
 import datasets
@@ -305,6 +307,98 @@ def test_a_parquet_file_of_equal_rows_is_read_in_pieces_and_up_to_a_limit(
     assert {len(column) for column in found.table.data.column("text").chunks} == {1000}
 
 
+def test_compressed_arrow_is_read_up_to_a_limit(tmp_path, api, monkeypatch):
+    table = pa.table({"text": ["x" * 1000] * 1000})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(tmp_path / "train.arrow", table.schema, options=options) as out:
+        for _ in range(10):
+            out.write_table(table)
+    assert (tmp_path / "train.arrow").stat().st_size < 40_000
+    monkeypatch.setattr(rows, "MAX_SMALL_BYTES", 1 << 20)
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read (its rows have over 200 times the bytes of the "
+        "file).\nRepair the file it names."
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory")
+def test_rows_of_one_long_text_take_no_memory_without_a_limit(tmp_path, api, monkeypatch):
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), ["x" * (1 << 21)])
+    pq.write_table(pa.table({"text": column}), tmp_path / "rows.parquet", store_schema=False)
+    assert (tmp_path / "rows.parquet").stat().st_size < 200_000
+    monkeypatch.setattr(rows, "MAX_MEMORY_BYTES", 1 << 30)
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    said = message(api, tmp_path / "rows.parquet")
+
+    assert "its rows could not be read (realloc of size " in said
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sep", "(a+)+$"), ("delimiter", ".*b"), ("thousands", "](a+)+$|[")],
+)
+def test_no_pattern_of_a_card_separates_a_table(tmp_path, api, option, value):
+    (tmp_path / "train.csv").write_text("a,b\n" + 40 * "a" + "b\n")
+    config = {"config_name": "default", "data_files": "train.csv", option: value}
+    card = json.dumps({"configs": [{**config, "engine": "python"}]})
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: `README.md` sets `{option}` to a pattern: {value}.\n"
+        "Use a dataset whose tables are separated by one letter."
+    )
+
+
+@pytest.mark.parametrize(
+    ("separator", "between"), [("\t", "\t"), (r"\t", "\t"), (r"\s+", "  "), (";;", ";;")]
+)
+def test_a_card_may_separate_tables_by_other_letters(tmp_path, api, separator, between):
+    (tmp_path / "train.csv").write_text(f"a{between}b\n1{between}2\n")
+    config = {"config_name": "default", "data_files": "train.csv", "sep": separator}
+    card = json.dumps({"configs": [{**config, "engine": "python"}]})
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+
+    assert load(api, tmp_path).rows([0]) == [{"a": 1, "b": 2}]
+
+
+@pytest.mark.parametrize("pattern", [5 * "*a" + "b.jsonl", "**/**/**/a.jsonl"])
+def test_a_card_names_files_by_few_wildcards(tmp_path, api, pattern):
+    (tmp_path / f"{200 * 'a'}.jsonl").write_bytes(lines(ROWS))
+    config = {"config_name": "default", "data_files": {"train": ["*.jsonl", pattern]}}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': [config]})}\n---\n")
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: `README.md` names its data by too many wildcards: {pattern}.\n"
+        "Use a dataset that names its files."
+    )
+
+
+def test_rows_of_another_commit_are_refused(hub, api, push):
+    sha = push("tests/sums", {"train.jsonl": lines(ROWS)}, repo_type="dataset")
+    source = resolve_dataset(api, "tests/sums")
+    commits = hub.store.find("datasets", "tests/sums").commits
+    other = push("tests/sums", {"train.jsonl": lines(ROWS[:1])}, repo_type="dataset")
+    commits[sha] = commits[other]
+
+    with pytest.raises(SourceError) as raised:
+        load_rows(api, source, None, "train")
+    assert f"`{other}/train.jsonl` is another file than" in str(raised.value)
+
+
+def test_rows_of_files_that_were_not_listed_are_refused(hub, api, push):
+    sha = push("tests/sums", {"train-0.jsonl": lines(ROWS)}, repo_type="dataset")
+    source = resolve_dataset(api, "tests/sums")
+    files = hub.store.find("datasets", "tests/sums").commits[sha].files
+    files["train-1.jsonl"] = files["train-0.jsonl"]
+
+    with pytest.raises(SourceError) as raised:
+        load_rows(api, source, None, "train")
+    assert f"`{sha}/train-1.jsonl` is another file than" in str(raised.value)
+
+
 def test_a_revision_of_a_dataset_may_have_slashes(api, push):
     push("me/rows", {"train.jsonl": b'{"a": 1}\n'}, "dataset")
     api.create_branch("me/rows", branch="convert/parquet", repo_type="dataset")
@@ -313,7 +407,10 @@ def test_a_revision_of_a_dataset_may_have_slashes(api, push):
     assert len(load_rows(api, found, None, "train")) == 1
 
 
-@pytest.mark.parametrize(("name", "reader"), [("train.h5", "hdf5"), ("train.tar", "webdataset")])
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [("train.h5", "hdf5"), ("train.tar", "webdataset")],
+)
 def test_files_that_are_no_tables_are_not_opened(api, push, name, reader):
     push("me/rows", {name: b"no table"}, "dataset")
     with pytest.raises(SourceError) as raised:

@@ -141,6 +141,23 @@ def test_two_digests_are_equal_exactly_when_all_that_fixes_the_bytes_is(first, s
     assert same == (first == second)
 
 
+def test_the_digest_tells_apart_which_model_gives_the_embedding_of_a_token():
+    sources = [
+        {"kind": "model_token", "model": model, "token": "he"} for model in ("zoo/math", "./text")
+    ]
+    settings = [
+        {},
+        *({"<tool>": {"source": source}} for source in sources),
+        *({text: {"source": "./text"}} for text in ("model", "export", "<tool>")),
+        {"model": {"source": "zoo/math"}},
+    ]
+    recipes = [edited(("tokenizer",), {"source": "union", "tokens": one}) for one in settings]
+
+    digests = {replace(LOCK, recipe=recipe).digest for recipe in recipes}
+
+    assert len(digests) == len(settings)
+
+
 def test_the_digest_is_the_documented_one():
     document = (
         '{"arithmetic":2,"calibration":[],"guide":[null,null],"inputs":[{"files":{"ä":"sha256:01"},'

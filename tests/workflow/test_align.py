@@ -148,6 +148,21 @@ def test_weights_alone_need_no_texts(models):
     )
 
 
+def test_two_copies_of_a_model_are_both_aligned(models):
+    """The second one takes the orders of the first, which has another name."""
+    shutil.copytree(models / "two", models / "copy")
+    alone = "align: {method: dual_space, weight_similarity: 1}"
+    text = RECIPE.replace("align: dual_space", f"{alone}\n  - model: copy\n    {alone}")
+
+    merged = lewis_hub.merge_models(recipe(models, text), models / "merged", progress=False)
+
+    found = weights(merged.output)
+    for name, own in weights(models / "one").items():
+        assert torch.allclose(found[name], own, rtol=0, atol=1e-6), name
+    told = json.loads((merged.output / "lewis/alignment.json").read_text(encoding="utf-8"))
+    assert [one["source"] for one in told["models"]] == ["two", "copy"]
+
+
 def test_models_of_another_size_are_refused(models):
     write_model(models / "three", seed=2)
     config = json.loads((models / "three/config.json").read_text(encoding="utf-8"))

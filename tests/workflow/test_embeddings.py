@@ -181,6 +181,22 @@ def test_one_model_is_scored_on_the_command_line(folder, monkeypatch):
     assert found[GAIN]["value"] == pytest.approx(gain(model), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (lines([*PAIRS, {**PAIRS[0], "sentence1": None}]), "mteb could not score the model: "),
+        (lines(PAIRS) + b'{"sentence1": ', "its data `zoo/pairs` cannot be loaded: "),
+    ],
+)
+def test_data_that_mteb_cannot_read_is_one_message(api, folder, rows, problem):
+    put(api, "zoo/pairs", {"test.jsonl": rows})
+    asked = recipe(folder, tasks=["pairs"]).evaluate
+    own = asked.model_copy(update={"include": str(folder / "tasks")})
+
+    with pytest.raises(EvaluationError, match=f"^pairs: {problem}"):
+        lewis_hub.evaluate_model(str(folder / "base"), own)
+
+
 def problem(asked):
     [found] = lewis_hub.check(asked).problems
     return found

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import CheckFailedError, PickleError, SourceError
+from lewis_hub.errors import CheckFailedError, OutputError, PickleError, SourceError
+from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.resources import Execution
 
@@ -101,6 +102,22 @@ def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, s
     assert again.titles == []
     assert "Converting zoo/pickles" not in other.titles
     assert cached(".work-*") == []
+
+
+def test_a_merge_of_steps_is_another_one_if_its_pickles_change(api, tmp_path):
+    folder = write_pickles(tmp_path / "pickles")
+    text = f"base_model: zoo/base\nmodels: [NAME]\nmerge_method: ties\n{DENSITY}"
+    step = f"name: step\n{text.replace('NAME', str(folder))}---\n"
+    asked = parse_recipe(step + text.replace("NAME", "step"), "recipe.yaml")
+
+    def merge():
+        return pipeline.merge_models(asked, tmp_path / "out", ALLOWED, progress=False).status
+
+    assert (merge(), merge()) == ("merged", "unchanged")
+    shutil.rmtree(folder)
+    write_pickles(folder, "expert-cipher")
+    with pytest.raises(OutputError, match="holds something else than this merge"):
+        merge()
 
 
 def test_without_the_flag_pickles_are_refused_with_the_risk_and_nothing_is_downloaded(

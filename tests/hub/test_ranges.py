@@ -9,7 +9,7 @@ import pytest
 from running_server import running
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.fetch import RemoteFiles
+from lewis_hub.hub.ranges import RemoteFiles
 from lewis_hub.hub.resolve import resolve_model
 
 WEIGHTS = os.urandom(300_000)

@@ -1,0 +1,106 @@
+"""A rerun with other settings: nothing that the interrupted run left is part of its model."""
+
+from contextlib import contextmanager
+
+import pytest
+
+import lewis_hub
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.fetch import fetch_whole
+from lewis_hub.workflow.job import prepare
+from lewis_hub.workflow.merge import finish_model, write_weights
+from lewis_hub.workflow.resources import Execution
+
+SHARDED = Execution(max_shard_bytes=1_000_000)
+SHARDS = [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
+
+
+class StopsBefore(Silent):
+    """The user presses Ctrl-C when a stage begins."""
+
+    def __init__(self, title):
+        self._title = title
+
+    @contextmanager
+    def stage(self, title, total, unit):
+        if title.startswith(self._title):
+            raise KeyboardInterrupt
+        with super().stage(title, total, unit) as advance:
+            yield advance
+
+
+@pytest.fixture(autouse=True)
+def _offline(hub):
+    """The sources are local folders."""
+
+
+def recipe(weight, more=""):
+    return parse_recipe(
+        f"base_model: {zoo_folder()}/base\nmerge_method: task_arithmetic\ndtype: float32\n"
+        f"models: [{{model: {zoo_folder()}/expert-reverse, parameters: {{weight: {weight}}}}}]\n"
+        f"export: [gguf:f16]\n{more}",
+        "recipe.yaml",
+    )
+
+
+def interrupted(asked, output, execution=None):
+    """Merge up to the export; return the folder in which the run worked."""
+    with pytest.raises(KeyboardInterrupt):
+        lewis_hub.merge_models(asked, output, execution, StopsBefore("Exporting"))
+    return output.with_name(output.name + ".partial")
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize(("first", "then"), [(SHARDED, None), (None, SHARDED)])
+def test_an_export_has_the_weights_of_its_own_run(tmp_path, first, then):
+    interrupted(recipe(1.0), tmp_path / "merged", first)
+
+    again = lewis_hub.merge_models(recipe(0.5), tmp_path / "merged", then, progress=False)
+    clean = lewis_hub.merge_models(recipe(0.5), tmp_path / "clean", then, progress=False)
+
+    name = "model-F16.gguf"
+    assert (again.output / name).read_bytes() == (clean.output / name).read_bytes()
+
+
+def test_what_is_scored_and_exported_has_no_file_of_another_run(tmp_path):
+    in_chat = recipe(1.0, "chat_template: chatml\n")
+    work = interrupted(in_chat, tmp_path / "merged")
+    assert "model.safetensors" in visible(work)
+    (work / "lewis").mkdir()
+    (work / "lewis/generated.jsonl").write_text("{}", encoding="utf-8")
+
+    interrupted(recipe(0.5), tmp_path / "merged", SHARDED)
+    clean = interrupted(recipe(0.5), tmp_path / "clean", SHARDED)
+
+    assert visible(work) == visible(clean)
+    assert [name for name in visible(work) if name.endswith(".safetensors")] == SHARDS
+
+
+def test_a_rerun_keeps_its_finished_shards(tmp_path):
+    work = interrupted(recipe(0.5), tmp_path / "merged", SHARDED)
+    written = {name: (work / name).stat().st_mtime_ns for name in SHARDS}
+
+    interrupted(recipe(0.5), tmp_path / "merged", SHARDED)
+
+    assert {name: (work / name).stat().st_mtime_ns for name in SHARDS} == written
+
+
+def test_scores_are_kept_for_weights_and_the_files_beside_them(api, tmp_path):
+    def identity(asked, name):
+        job = prepare(asked, Execution(), api, Silent())
+        files = fetch_whole(api, [one.source for one in job.sources.models], Silent())
+        planned, folder = job.plan.plan(None), tmp_path / name
+        shards = write_weights(planned, files.locations, folder, job.means, Silent())
+        return planned.digest, finish_model(planned, shards, job.sidecars, files.sources, folder)
+
+    plain, in_chat = recipe(0.5), recipe(0.5, "chat_template: chatml\n")
+    (digest, first), (_, again) = identity(plain, "first"), identity(plain, "again")
+    other_digest, other = identity(in_chat, "other")
+
+    assert first.identity == again.identity
+    assert (other_digest, other.identity != first.identity) == (digest, True)
