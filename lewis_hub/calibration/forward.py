@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lewis_hub.calibration.hooks import ProductRecorder
-from lewis_hub.calibration.meta_model import SHARES, MetaModel
+from lewis_hub.calibration.meta_model import SHARES, UNCHAINED, MetaModel
 from lewis_hub.calibration.model import Linear, config_value, matrix
 from lewis_hub.calibration.subject import FEWER, HELD_BYTES, STATES
 from lewis_hub.calibration.texts import TokenBatch
@@ -390,8 +390,7 @@ def _chain_errors(model: MetaModel) -> Iterator[None]:
     except (NotAChainError, RuntimeError) as error:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
-        problem = "its decoder does more between its blocks than to hand on hidden states"
-        problem = SHARES if error.args == (SHARES,) else problem
+        problem = SHARES if error.args == (SHARES,) else UNCHAINED
         raise NotByBlockError(model.name, problem, model.weights.remedy) from error
 
 

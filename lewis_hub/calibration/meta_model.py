@@ -46,6 +46,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
 
+UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
 SHARES = "its blocks share weights, so it cannot be calibrated block by block"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from statistical_merges import Recorder, merge, of_three, weights
+from statistical_merges import Recorder, merge, of_three, recipe, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lewis_hub
@@ -80,3 +80,13 @@ def test_experts_without_tokens_are_averaged_and_counted_where_the_file_has_each
     averaged = [n for n in of_experts if torch.allclose(found[n], (one[n] + two[n]) / 2, atol=1e-6)]
     assert note.startswith(f"{len(averaged)} weight matrices of the blocks")
     assert 0 < len(averaged) < len(of_experts)
+
+
+def test_the_disk_for_the_moments_of_a_stack_is_counted(tmp_path):
+    text = recipe_of(tmp_path, "gpt_oss") + METHOD.replace("INPUTS", "own")
+
+    report = lewis_hub.check(recipe(text))
+
+    n_blocks, n_models, hidden, inner = 3, 2, LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    of_stacks = 4 * n_models * n_blocks * N_EXPERTS * (hidden**2 + inner**2)
+    assert report.disk_bytes - report.output_bytes >= of_stacks
