@@ -66,13 +66,14 @@ def make(out: Path, cipher: Stage = CIPHER, primer: Stage = alignment.STAGE) -> 
     for name, items in {"skills": of_skills, "primer": alignment.items("texts")}.items():
         lines = [json.dumps(dataclasses.asdict(item)) + "\n" for item in items]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    _train(out / "cipher", deeper(load(lewis_hub.zoo_folder() / "base")), cipher)
+    train_into(out / "cipher", deeper(load(lewis_hub.zoo_folder() / "base")), cipher)
     for seed, (name, n_blocks) in enumerate(STARTS.items(), start=1):
         size = {"hidden_size": 64, "intermediate_size": 176, "n_blocks": n_blocks}
-        _train(out / name, new_llama(seed, len(zoo_tokenizer()), **size), primer)
+        train_into(out / name, new_llama(seed, len(zoo_tokenizer()), **size), primer)
 
 
-def _train(folder: Path, model: LlamaForCausalLM, stage: Stage) -> None:
+def train_into(folder: Path, model: LlamaForCausalLM, stage: Stage) -> None:
+    """Train and save a model, unless the folder is there."""
     if not folder.exists():
         tokenizer = zoo_tokenizer()
         train(model, stage, batches(stage, tokenizer))

@@ -99,12 +99,25 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """Where the rows and columns of a tensor go in one of another size; None: where they are.
+
+    Entry i is the place of stored row or column i, or -1. A vector is one row.
+    """
+
+    rows: bytes | None  # little-endian int32
+    columns: bytes | None
+    scale: float  # of all values
+
+
+@dataclass(frozen=True)
 class Adapted:
-    """How an adapter, or a model of another depth, changes one tensor of its base."""
+    """How an adapter, or a model of another depth or width, changes one tensor of its base."""
 
     base: TensorHeader
     saved: TensorHeader | None  # of its own file, replaces the base's tensor; NO_FILE: zeros
     update: LowRank | None  # added afterwards
+    fitted: Fitted | None = None  # of a `saved` of another size: the other entries are the base's
 
     @property
     def own(self) -> tuple[TensorHeader, ...]:

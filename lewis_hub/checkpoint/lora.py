@@ -257,13 +257,14 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
     _require_saved(file, saved)
     changes: dict[str, Adapted] = {}
     for name, tensor in saved.items():
-        if _is_copy(file, name, saved):
-            continue
+        twin = _twin(file, name, saved)
+        if twin and not names.find(name, file.base.tensors):
+            continue  # the base ties its head
         target = file.target(name, tensor.name)
         if target.name in changes:
             raise file.error(f"`{tensor.name}` replaces {target.name} a second time")
         _require_shape(file, target, tensor)
-        changes[target.name] = Adapted(target, tensor, None)
+        changes[target.name] = Adapted(target, twin or tensor, None)
     targets = {
         module: file.target(f"{module}.weight", next(iter(parts.values())).name)
         for module, parts in modules.items()
@@ -308,14 +309,12 @@ def _require_saved(file: _AdapterFile, saved: Mapping[str, TensorHeader]) -> Non
             raise file.error(problem, "Save the adapter again, or use an intact copy.")
 
 
-def _is_copy(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> bool:
-    """Whether a saved head is that of a base without one: PEFT kept it equal to the embeddings."""
+def _twin(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> TensorHeader | None:
+    """The saved embeddings that PEFT kept equal to a saved head; None if it did not."""
     if not (file.config.ensure_weight_tying and names.is_head(name)):
-        return False
-    return not names.find(name, file.base.tensors) and any(
-        names.is_token_embedding(other) and tensor.shape == saved[name].shape
-        for other, tensor in saved.items()
-    )
+        return None
+    tables = (tensor for other, tensor in saved.items() if names.is_token_embedding(other))
+    return next((one for one in tables if one.shape == saved[name].shape), None)
 
 
 def _require_shape(file: _AdapterFile, target: TensorHeader, tensor: TensorHeader) -> None:

@@ -13,6 +13,7 @@ EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.exper
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
 NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
+TIED = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 
 
 def module(name: str) -> str:
@@ -63,6 +64,11 @@ def is_routed(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether a tensor belongs to the output head: `lm_head.weight` or its bias."""
     return block(name) is None and HEAD.search(module(name)) is not None
+
+
+def may_be_tied(name: str) -> bool:
+    """Whether a tensor is the matrix of the head, which may be that of the embeddings."""
+    return block(name) is None and TIED.search(name) is not None
 
 
 def may_have_tokens(name: str) -> bool:

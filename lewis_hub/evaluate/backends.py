@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
@@ -117,7 +119,29 @@ def _transformers(path: str, settings: EvaluationSettings) -> Any:
         "use_safetensors": True,
     }
     args = {**own, **settings.backend_args}
-    return HFLM(pretrained=path, tokenizer=path, device=settings.device, **args)
+
+    class WholeModel(HFLM):  # type: ignore[misc]
+        """Refuses a model with weights that are in no file, which would be random."""
+
+        AUTO_MODEL_CLASS: Any
+
+        def _create_model(self, *given: Any, **options: Any) -> None:
+            automatic = self.AUTO_MODEL_CLASS
+            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(_whole, automatic))
+            super()._create_model(*given, **options)
+            self.AUTO_MODEL_CLASS = automatic
+
+    return WholeModel(pretrained=path, tokenizer=path, device=settings.device, **args)
+
+
+def _whole(automatic: Any, path: str, **options: Any) -> Any:
+    model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
+    if absent := sorted(report["missing_keys"]):
+        others = f"{len(absent) - 1} more of the weights that its architecture needs"
+        problem = f"its files lack {absent[0]} (and {others})"
+        remedy = "The config does not describe these files: check the source, or take another."
+        raise EvaluationError(path, problem, remedy)
+    return model
 
 
 def _vllm(path: str, settings: EvaluationSettings) -> Any:

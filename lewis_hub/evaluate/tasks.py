@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -56,6 +56,7 @@ TYPES: Mapping[str, tuple[Check, str]] = {
         for kind in ("training", "validation", "test", "fewshot")
     },
 }
+OF_GROUPS = frozenset({"aggregate_metric_list", "group", "group_alias", "metadata", "task"})
 MAX_READ = 1000  # files for one task
 MAX_REACHED = 20_000  # tasks and groups of one name
 NAME_A_TASK = "Name one of its tasks, here and in `evaluate.tasks`."
@@ -322,11 +323,9 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
     config = file.config
     metrics = [m.get("metric") for m in config.get("metric_list") or () if isinstance(m, Mapping)]
     unsafe = config.get("unsafe_code", False) is not False or "code_eval" in metrics
-    if not unsafe and (include is None or not file.path.is_relative_to(include)):
-        unsafe = runs_code(file.modules, bundled_folder())
-    if unsafe:
+    bundled = [m for m in file.modules if include not in {*m.parents, *file.path.parents}]
+    if unsafe or runs_code(bundled, bundled_folder()):
         raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
-    bundled = () if include and file.path.is_relative_to(include) else file.modules
     if _loads_metric(config) or loads_code(bundled, bundled_folder()):
         raise EvaluationError(file.name, "runs code of a metric that the Hub has.", ALLOW)
 
@@ -355,14 +354,16 @@ class _Catalog:
 
     def expand(self, name: str) -> Iterator[TaskFile]:
         """The task, or the group and its members, or all tasks of the tag; own ones come first."""
-        for n_reached, file in enumerate(self._expand(name, ()), start=1):
+        for n_reached, file in enumerate(self._expand(name, (), {}), start=1):
             if n_reached > MAX_REACHED:
                 problem = f"leads to more than {MAX_REACHED:,} tasks and groups."
                 raise EvaluationError(name, problem, CORRECT)
             yield file
 
-    def _expand(self, name: str, above: tuple[TaskFile, ...]) -> Iterator[TaskFile]:
-        """The files of a name that the last of the groups `above` lists."""
+    def _expand(
+        self, name: str, above: tuple[TaskFile, ...], overrides: Mapping[str, Any]
+    ) -> Iterator[TaskFile]:
+        """The files of a name that the last of the groups `above` lists, with its own keys."""
         parent = above[-1] if above else None
         _require_no_circle(name, name, [group.name for group in above], "lists")
         file = self.own.get(name)
@@ -371,33 +372,39 @@ class _Catalog:
             path = self.bundled.files.get(name)
             file = None if path is None else read_file(path)
             tagged = _bundled_tag(name) if file is None and name in self.bundled.tags else []
-        if file is not None:
+        if file is not None and file.is_group:
             yield file
-            if file.is_group:
-                yield from self._members((*above, file), file.config.get("task"))
-            return
-        if not tagged:
+            inner = {**_for_members(file.config), **overrides}
+            yield from self._members((*above, file), file.config.get("task"), inner)
+        elif file is not None:
+            yield replace(file, config={**file.config, **overrides, "task": name})
+        elif not tagged:
             raise self._unknown(name, parent)
-        self.through_tag |= parent is not None
-        for member in tagged:
-            yield from self._expand(member, above)
+        else:
+            self.through_tag |= parent is not None
+            for member in tagged:
+                yield from self._expand(member, above, overrides)
 
-    def _members(self, groups: tuple[TaskFile, ...], members: Any) -> Iterator[TaskFile]:
+    def _members(
+        self, groups: tuple[TaskFile, ...], members: Any, overrides: Mapping[str, Any]
+    ) -> Iterator[TaskFile]:
+        """The files of what a group lists; as in lm-eval, the keys of a member are over its own."""
         group = groups[-1]
         for member in members if isinstance(members, list) else []:
             if isinstance(member, str):
-                yield from self._expand(member, groups)
+                yield from self._expand(member, groups, overrides)
                 continue
             if not isinstance(member, Mapping):
                 problem = f"a member of `{group.name}` is neither a name nor a mapping."
                 raise EvaluationError(str(group.path), problem, CORRECT)
-            inline = TaskFile(f"{group.name}::{_name(member)}", group.path, member)
+            name, keys = _name(member), {**overrides, **_for_members(member)}
+            inline = TaskFile(f"{group.name}::{name}", group.path, {**member, **keys})
             if inline.is_group and isinstance(member.get("task"), list):
-                yield from self._members((*groups, inline), member["task"])
-            elif "dataset_path" in member:  # a whole task written inside the group
-                yield inline
+                yield from self._members((*groups, inline), member["task"], keys)
+            elif "dataset_path" in member and name not in [*self.own, *self.bundled.files]:
+                yield inline  # a whole task written inside the group
             else:
-                yield from self._expand(str(_name(member)), groups)
+                yield from self._expand(str(name), groups, keys)
 
     def _unknown(self, name: str, parent: TaskFile | None) -> EvaluationError:
         known = [*self.own, *self.bundled.files, *self.bundled.tags]
@@ -413,6 +420,11 @@ class _Catalog:
 
 def _name(member: Mapping[str, Any]) -> Any:
     return member.get("group", member.get("task"))
+
+
+def _for_members(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a group, or of a member of one, that replace those of the tasks in it."""
+    return {key: value for key, value in group.items() if key not in OF_GROUPS}
 
 
 def _bundled_tag(tag: str) -> list[str]:

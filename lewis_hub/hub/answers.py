@@ -28,7 +28,7 @@ LOOKUP = re.compile(
     rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
 )
 AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
-PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]*")
+PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
 LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
 
 # `checked`: of a file, by who checks its length; `log`: the lines of a Job, which come as they are
@@ -88,14 +88,16 @@ def require_true_names(answer: httpx2.Response) -> None:
     It follows redirections itself; the commit that was asked for stays the same.
 
     Raises:
-        DecodingError: the ETag has a slash or is a folder's name, or another commit was asked for.
+        DecodingError: the ETag is empty, has a slash or is a folder's name; or it is a file of
+            another commit.
     """
     if answer.request.method != "HEAD":
         return
     for header in ("X-Linked-Etag", "ETag"):
-        tag = answer.headers.get(header, "").lstrip("W/").strip('"')
-        if not PLAIN_TAG.fullmatch(tag):
-            raise httpx2.DecodingError(f"an answer has the {header} {tag[:100]!r}")
+        tag = answer.headers.get(header)
+        name = None if tag is None else tag.lstrip("W/").strip('"')
+        if name is not None and not PLAIN_TAG.fullmatch(name):
+            raise httpx2.DecodingError(f"an answer has the {header} {name[:100]!r}")
     url = answer.request.url
     found = AT_COMMIT.search(url.raw_path)
     asked = REDIRECTED.pop(str(url), None) or (found and found[1].decode())

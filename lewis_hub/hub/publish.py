@@ -10,7 +10,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -73,6 +73,7 @@ class Publication:
     tag: str | None = None
     private: bool = False  # of a repo that is created
     expected_parent: str | None = None  # sha of main that was compared with, or NO_REPO; None: any
+    former: Collection[str] = ()  # files of the previous merge that its lock does not list
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def publish(
         remedy = "Tag it once it is merged, or push it as a commit."
         raise hub_repo.failed("a pull request has no commit on main to tag yet", remedy)
     target = open_repo(hub_repo, landing, private=publication.private)
-    change = _compare(hub_repo, target, files, sent)
+    change = _compare(hub_repo, target, files, sent, publication.former)
     _require_free_tag(hub_repo, change, tag)
     found = PushedCommit(str(target.head)) if change.done_in(target) else None
     if not found and not _is_expected(target, publication.expected_parent):
@@ -247,7 +248,11 @@ def _require_model(folder: Path, paths: Sequence[str]) -> None:
 
 
 def _compare(
-    hub_repo: HubRepo, target: Target, files: Mapping[str, Path], sent: Additions
+    hub_repo: HubRepo,
+    target: Target,
+    files: Mapping[str, Path],
+    sent: Additions,
+    former: Collection[str] = (),
 ) -> Change:
     """Find the differences; a file that the Hub stores in git is compared by its git sha1."""
     in_git = [path for path in files if target.digests.get(path, "").startswith("git-sha1:")]
@@ -256,7 +261,7 @@ def _compare(
     digests |= {path: git_sha1_of(files[path]) for path in in_git}
     digests |= {path: f"sha256:{a.upload_info.sha256.hex()}" for path, a in sent.items()}
     ours = {path for path in target.digests if WEIGHTS.fullmatch(path) or path == SIGNATURE}
-    ours |= _outputs_of_previous_merge(hub_repo, target) & set(target.digests)
+    ours |= {*former, *_outputs_of_previous_merge(hub_repo, target)} & set(target.digests)
     return Change(target, files, sent, digests, sorted(ours - set(digests)))
 
 
@@ -350,15 +355,10 @@ def _preupload_files(
     if not batch:
         return
     disable_progress_bars()  # only the command line prints
+    name, upload, proposes = hub_repo.name, hub_repo.api.preupload_lfs_files, landing != "commit"
     call_hub(
         hub_repo,
-        lambda: hub_repo.api.preupload_lfs_files(
-            hub_repo.name,
-            batch,
-            revision=MAIN,
-            create_pr=landing == "pull-request",
-            free_memory=False,
-        ),
+        lambda: upload(name, batch, revision=MAIN, create_pr=proposes, free_memory=False),
     )
     for addition in batch:
         if addition._should_ignore:  # there is no public attribute

@@ -20,7 +20,7 @@ import httpx2
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -330,16 +330,14 @@ def commit_cache(commit_sha: str) -> str:
 @contextmanager
 def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str) -> Iterator[None]:
     """Turn errors of `datasets`, which only differ in their text, into a `SourceError`."""
-    from datasets.exceptions import DatasetsError
-
     try:
         with hub_failures(HubRepo.of(api, source)):
             yield
     except StopIteration:  # the error of `datasets` for a file without rows
         raise SourceError(source.pinned, *NO_ROWS) from None
-    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and SCRIPTS not in str(error):
-            raise
+    except LewisHubError:
+        raise
+    except Exception as error:  # of any class, where cards and files have values of other types
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise _unloadable(source, config, split, error) from error

@@ -31,10 +31,23 @@ class AlignedKind:
     """Units of one kind in all blocks; similarities are means over them."""
 
     name: str
-    n_units: int
+    n_units: int  # of the reference
     n_moved: int  # units that have another place than before
+    n_matched: int
+    n_own: int  # of the model
+    n_zipped: int  # beside the matched ones, averaged onto them
     before: float  # similarity of units in the same place, if these alone were not matched
     after: float
+
+    @property
+    def n_left_out(self) -> int:
+        """Units of the model without a place."""
+        return self.n_own - self.n_matched - self.n_zipped
+
+    @property
+    def n_lacking(self) -> int:
+        """Places without a unit of the model."""
+        return self.n_units - self.n_matched
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,18 @@ class MatchedBlocks:
 
 
 @dataclass(frozen=True)
+class MatchedWidths:
+    """The units of a model in the places of those of a model of another width."""
+
+    places: Mapping[str, Order]  # of each of its units, by group; -1: it is left out
+    norm_scales: Mapping[str, float]  # factors of the norms of the residual stream, by module
+
+    def document(self) -> dict[str, Any]:
+        """The widths as plain JSON."""
+        return {"places": _listed(self.places), "norm_scales": dict(self.norm_scales)}
+
+
+@dataclass(frozen=True)
 class AlignedModel:
     """A model whose blocks, units or both were matched with those of another model."""
 
@@ -64,16 +89,18 @@ class AlignedModel:
     reference: str  # pinned
     weight_similarity: float
     calibration: Mapping[str, Any]  # facts that fix the texts; empty without texts
-    orders: Mapping[str, Order]  # of each group of units, such as `3.mlp`
+    orders: Mapping[str, Order]  # of each group of units, such as `3.mlp`; -1: it has none there
     before: Mapping[str, float]  # similarity of units in the same place, by group
     after: Mapping[str, float]
     blocks: MatchedBlocks | None = None  # None: it has the depth of the reference
+    widths: MatchedWidths | None = None  # None: it has the width of the reference
 
     @property
     def digest(self) -> str:
         """Equal digests mean equal orders and places."""
-        orders = {group: order.tolist() for group, order in sorted(self.orders.items())}
-        facts = [VERSION, orders, *([list(self.blocks.numbers)] if self.blocks else [])]
+        facts = [VERSION, _listed(dict(sorted(self.orders.items())))]
+        facts += [[*self.blocks.numbers]] if self.blocks else []
+        facts += [self.widths.document()] if self.widths else []
         return "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -86,13 +113,17 @@ class AlignedModel:
 
     def _kind(self, kind: str) -> AlignedKind:
         orders = {group: self.orders[group] for group in self._groups(kind)}
-        moved = [int((order != np.arange(len(order))).sum()) for order in orders.values()]
-        n_units = sum(map(len, orders.values()))
+        own = self.widths.places if self.widths else orders
+        n_units, n_own = (sum(len(found[group]) for group in orders) for found in (orders, own))
+        moved = sum(((o >= 0) & (o != np.arange(len(o)))).sum() for o in orders.values())
+        matched = sum((order >= 0).sum() for order in orders.values())
+        placed = sum((own[group] >= 0).sum() for group in orders)
         before, after = (
             sum(values[group] * len(order) for group, order in orders.items()) / n_units
             for values in (self.before, self.after)
         )
-        return AlignedKind(CALLED[kind], n_units, sum(moved), before, after)
+        counts = n_units, int(moved), int(matched), n_own, int(placed - matched)
+        return AlignedKind(CALLED[kind], *counts, before, after)
 
     def document(self) -> dict[str, Any]:
         """The model as plain JSON."""
@@ -103,23 +134,25 @@ class AlignedModel:
             "calibration": dict(self.calibration),
             "digest": self.digest,
             **({"blocks": asdict(self.blocks)} if self.blocks else {}),
+            **({"widths": self.widths.document()} if self.widths else {}),
             "similarity": {
                 group: {"before": self.before[group], "after": self.after[group]}
                 for group in self.orders
             },
-            "orders": {group: order.tolist() for group, order in self.orders.items()},
+            "orders": _listed(self.orders),
         }
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> AlignedModel:
         """The model that `document` wrote."""
         similarity, blocks = document["similarity"], document.get("blocks")
+        widths = document.get("widths")
         return cls(
             document["source"],
             document["reference"],
             document["weight_similarity"],
             document["calibration"],
-            {group: np.array(order, np.int64) for group, order in document["orders"].items()},
+            _arrays(document["orders"]),
             {group: values["before"] for group, values in similarity.items()},
             {group: values["after"] for group, values in similarity.items()},
             MatchedBlocks(
@@ -129,7 +162,16 @@ class AlignedModel:
             )
             if blocks
             else None,
+            MatchedWidths(_arrays(widths["places"]), widths["norm_scales"]) if widths else None,
         )
+
+
+def _listed(orders: Mapping[str, Order]) -> dict[str, list[int]]:
+    return {group: order.tolist() for group, order in orders.items()}
+
+
+def _arrays(lists: Mapping[str, list[int]]) -> dict[str, Order]:
+    return {group: np.array(order, np.int64) for group, order in lists.items()}
 
 
 def alignment_json(models: Sequence[AlignedModel]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 
@@ -85,17 +85,23 @@ class Alignment:
     base: str | None  # label of the base; None without a base
     overrides: Mapping[int, Override] = field(default_factory=dict)  # by row
 
+    def foreign_source(self, labels: Collection[str]) -> str | None:
+        """A source of an override that is not among `labels`; None if there is none."""
+        sources = (override.source for override in self.overrides.values())
+        return next((one for one in sources if one is not None and one not in labels), None)
+
     def assemble(
         self, labels: Sequence[str], parts: Sequence[TensorHeader | None]
     ) -> tuple[Assembled | None, ...]:
         """Map the rows of one tensor (`parts`) for each source; None if stored as needed."""
         ids = np.stack([self.ids[label] for label in labels])
         n_stored = np.array([part.shape[0] if part else 0 for part in parts])
+        lengths = dict(zip(labels, n_stored.tolist(), strict=True))
         has = (ids >= 0) & (ids < n_stored[:, None])
         overrides = {
             row: override
             for row, override in self.overrides.items()
-            if override.source is None or override.row < n_stored[labels.index(override.source)]
+            if override.source is None or override.row < lengths.get(override.source, 0)
         }
         sources, rows, means = self._substitutes(labels, ids, has, overrides)
         forced = np.zeros(self.n_rows, bool)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import MERGEABLE, NO_FILE, Adapted, TensorHeader
+from lewis_hub.checkpoint.header import MERGEABLE, NO_FILE, Adapted, Fitted, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.symmetries import Units
@@ -45,9 +45,9 @@ def in_places(
             tensors[name] = tensor  # a buffer, equal in all blocks
         elif block is None or number is not None:
             stored = name if number is None else names.renumbered(name, number)
-            tensors[name] = _instead(tensor, own.tensors[stored])
+            tensors[name] = instead(tensor, own.tensors[stored])
         elif names.component(name) in units.family.writers:
-            tensors[name] = _instead(tensor, _zeros(tensor))
+            tensors[name] = instead(tensor, _zeros(tensor))
         else:
             tensors[name] = tensor
     return Checkpoint(own.label, tensors, reference.label)
@@ -101,9 +101,9 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     return {name: tensor.shape for name, tensor in tensors if tensor.dtype in MERGEABLE}
 
 
-def _instead(base: TensorHeader, saved: TensorHeader) -> TensorHeader:
-    """A tensor of the reference, with other values."""
-    change, n_bytes = Adapted(base, saved, None), 4 * base.n_elements
+def instead(base: TensorHeader, saved: TensorHeader, fitted: Fitted | None = None) -> TensorHeader:
+    """A tensor of the reference, with other values; `fitted` if they are of another size."""
+    change, n_bytes = Adapted(base, saved, None, fitted), 4 * base.n_elements
     return TensorHeader(base.name, "F32", base.shape, saved.shard, 0, n_bytes, change)
 
 

@@ -11,6 +11,9 @@ model's tensors are in the order found so far. A group after the other is matche
 of the matched similarities no longer grows. Units of heads are matched within each pair of heads,
 and then the heads by what that gives, as in the paper's matching of groups.
 
+Of two models of different width, some units have no partner: p is one to one where it is defined.
+Cosines are then over the entries that both have.
+
 The paper takes the correlation of weights (here: the cosine), takes groups in random order (here:
 the residual stream, then the blocks), and matches the heads of queries and keys apart from those of
 values. Here a head stays whole, as the outputs of a model change otherwise.
@@ -19,6 +22,7 @@ values. Here a head stays whole, as the outputs of a model change otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +65,7 @@ class Matched:
     orders: Mapping[str, Order]
     similarity: Mapping[str, float]  # of each group, matched
     unmatched: Mapping[str, float]  # of each group, if it alone were left in its own order
+    nearest: Mapping[str, Order]  # of MLPs: for each unit of the other model the most similar one
 
 
 @dataclass
@@ -70,13 +75,15 @@ class _State:
     orders: dict[str, Order] = field(default_factory=dict)
     similarity: dict[str, float] = field(default_factory=dict)
     unmatched: dict[str, float] = field(default_factory=dict)
+    nearest: dict[str, Order] = field(default_factory=dict)
 
 
 def match(units: Units, reference: ComparedModel, other: ComparedModel, weight: float) -> Matched:
     """Find the orders in which the units of `other` resemble those of `reference` most.
 
     Args:
-        units: of both models, which have the same tensors.
+        units: of the reference. The other model has the same tensors, with as many query heads in
+            a group.
         reference: the model whose order is kept.
         other: the model that is permuted.
         weight: w in the formula, from 0 (activations alone) to 1 (weights alone).
@@ -89,9 +96,8 @@ def match(units: Units, reference: ComparedModel, other: ComparedModel, weight: 
             mean = float(np.mean([*finder.state.similarity.values()]))
             if mean < best_mean + LEAST_GAIN:
                 break
-            now = finder.state
-            best, best_mean = _State({**now.orders}, {**now.similarity}, {**now.unmatched}), mean
-    return Matched(best.orders, best.similarity, best.unmatched)
+            best, best_mean = deepcopy(finder.state), mean
+    return Matched(best.orders, best.similarity, best.unmatched, best.nearest)
 
 
 class _Finder:
@@ -115,11 +121,13 @@ class _Finder:
     def _assign(self, group: str) -> None:
         similarity = self._similarity(group)
         self._keep(group, similarity, best_order(similarity))
+        if group != RESIDUAL:
+            self.state.nearest[group] = nearest_units(similarity)
 
     def _keep(self, group: str, similarity: Tensor, order: Order) -> None:
         self.state.orders[group] = order
         self.state.similarity[group] = _mean_of(similarity, order)
-        self.state.unmatched[group] = _mean_of(similarity, np.arange(len(order)))
+        self.state.unmatched[group] = _mean_of(similarity, np.arange(min(similarity.shape)))
 
     def _assign_heads(self, block: int) -> None:
         groups = {kind: f"{block}.{kind}" for kind in HEADS}
@@ -171,8 +179,8 @@ class _Finder:
         for name, dimension in self._units.with_group(group):
             if any(g not in self.state.orders for g in self._units.across(name, dimension)):
                 continue  # in the first sweep
-            ours = self._rows(self._reference.read(name), name, dimension, group)
-            theirs = self._rows(self._in_order(name, dimension), name, dimension, group)
+            pair = self._in_order(name, dimension)
+            ours, theirs = (self._rows(one, name, dimension, group) for one in pair)
             dots = dots + ours @ theirs.T
             squares = squares + ours.square().sum(dim=1)
             others = others + theirs.square().sum(dim=1)
@@ -180,19 +188,22 @@ class _Finder:
         cosines = dots / lengths.where(lengths > 0, 1)
         return cosines.nan_to_num(0.0, 0.0, 0.0)  # products of huge weights overflow float32
 
-    def _in_order(self, name: str, dimension: int) -> Tensor:
-        """A tensor of the other model, with its other dimension in the order found so far."""
-        tensor = self._other.read(name)
+    def _in_order(self, name: str, dimension: int) -> tuple[Tensor, Tensor]:
+        """A tensor of both, with its other dimension in the order found so far, where matched."""
+        ours, theirs = self._reference.read(name), self._other.read(name)
         across = self._units.across(name, dimension)
         if not across:
-            return tensor
+            return ours, theirs
         order = torch.from_numpy(self._units.joined(across, self.state.orders))
-        return tensor.index_select(1 - dimension, order)
+        if (order < 0).any():
+            [kept] = torch.nonzero(order >= 0, as_tuple=True)
+            ours, order = ours.index_select(1 - dimension, kept), order[kept]
+        return ours, theirs.index_select(1 - dimension, order)
 
     def _rows(self, tensor: Tensor, name: str, dimension: int, group: str) -> Tensor:
         """The weights of a group's units, one unit a row."""
         rows = tensor.movedim(dimension, 0).reshape(tensor.shape[dimension], -1)
-        start, size = self._units.place_in(group, name, dimension)
+        start, size = self._units.place_in(group, name, dimension, len(rows))
         return rows[start : start + size]
 
 
@@ -207,11 +218,19 @@ def correlation(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def best_order(similarity: Tensor) -> Order:
-    """The permutation p with the largest Σ_i S[i, p(i)]."""
+    """The p, one to one, with the largest Σ_i S[i, p(i)]; -1 for i without a partner."""
     from scipy.optimize import linear_sum_assignment  # of the extra `align`
 
-    _, order = linear_sum_assignment(similarity.double().numpy(), maximize=True)
-    return np.asarray(order, np.int64)
+    rows, columns = linear_sum_assignment(similarity.double().numpy(), maximize=True)
+    order = np.full(len(similarity), -1, np.int64)
+    order[rows] = columns
+    return order
+
+
+def nearest_units(similarity: Tensor) -> Order:
+    """The i with the largest S[i, j] for each j; -1 if none is above 0."""
+    best, nearest = similarity.max(dim=0)
+    return np.asarray(nearest.where(best > 0, -1).numpy(), np.int64)
 
 
 def match_heads(
@@ -224,15 +243,16 @@ def match_heads(
 
     Args:
         similarity: of queries, keys, values, and of the inputs of the output matrix.
-        sizes: number of groups, query heads in a group, width of a head.
+        sizes: the reference's number of groups, and of both query heads in a group and the width
+            of a head.
         rotary: whether queries and keys within a head keep their places.
     """
     n_groups, n_queries, width = sizes
     parts = {kind: _by_heads(similarity[kind], width) for kind in HEADS}
-    values = np.zeros((n_groups, n_groups))
+    values = np.zeros((n_groups, parts[KEY].shape[1]))
     chosen: dict[tuple[int, int], tuple[Order, Order, Order]] = {}
     for ours in range(n_groups):
-        for theirs in range(n_groups):
+        for theirs in range(values.shape[1]):
             pair = {kind: parts[kind][ours, theirs] for kind in (KEY, VALUE)}
             rows, columns = (slice(g * n_queries, (g + 1) * n_queries) for g in (ours, theirs))
             pair |= {kind: parts[kind][rows, columns] for kind in (QUERY, OUTPUT)}
@@ -258,6 +278,11 @@ def _head_orders(
     """The orders of all units of a block's heads."""
     found: dict[str, list[Order]] = {kind: [] for kind in HEADS}
     for ours, theirs in enumerate(groups.tolist()):
+        if theirs < 0:
+            for kind, parts in found.items():
+                n_heads = n_queries if kind in (QUERY, OUTPUT) else 1
+                parts.append(np.full(n_heads * width, -1, np.int64))
+            continue
         within, value, queries = chosen[ours, theirs]
         found[KEY].append(theirs * width + within)
         found[VALUE].append(theirs * width + value)
@@ -281,4 +306,6 @@ def _means(similarity: Tensor, order: Order) -> Tensor:
 
 
 def _mean_of(similarity: Tensor, order: Order) -> float:
-    return float(similarity[torch.arange(len(order)), torch.from_numpy(order)].double().mean())
+    [places] = np.nonzero(order >= 0)
+    matched = similarity[torch.from_numpy(places), torch.from_numpy(order[places])]
+    return float(matched.double().mean())

@@ -21,6 +21,11 @@ def as_bytes(order: Sequence[int] | Order) -> bytes:
     return np.asarray(order, STORED).tobytes()
 
 
+def as_order(stored: bytes | None) -> Order | None:
+    """The order that a header holds; None: entries are where they are stored."""
+    return None if stored is None else np.frombuffer(stored, STORED).astype(np.int64)
+
+
 def permuted_header(tensor: TensorHeader, orders: Sequence[Order | None]) -> TensorHeader:
     """The header of a tensor whose dimensions, two at most, are read in these orders."""
     *rows, columns = (None if order is None else as_bytes(order) for order in orders)
@@ -40,7 +45,7 @@ class PermutingReader:
             self._files.read(tensor, first_byte, into)
             return
         stored, width = replace(tensor, permuted=None), WIDTHS[tensor.dtype]
-        rows, columns = (_order(one) for one in (tensor.permuted.rows, tensor.permuted.columns))
+        rows, columns = (as_order(one) for one in (tensor.permuted.rows, tensor.permuted.columns))
         row_bytes = tensor.shape[-1] * width
         done = 0
         while done < into.nbytes:
@@ -62,7 +67,3 @@ class PermutingReader:
         row = np.empty(row_bytes, np.uint8)
         self._files.read(stored, place, row.data)
         into[:] = row.view(kind)[entries].view(np.uint8).data
-
-
-def _order(stored: bytes | None) -> Order | None:
-    return None if stored is None else np.frombuffer(stored, STORED).astype(np.int64)

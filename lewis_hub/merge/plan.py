@@ -78,6 +78,22 @@ class MergeSettings:
         takes_base = registry.find(self.method).takes_base
         return (self.base, *self.experts) if self.base and takes_base else self.experts
 
+    @property
+    def pattern(self) -> Checkpoint:
+        """The checkpoint whose tensors and dtypes the merge has; it need not be merged itself."""
+        return (self.base or self.experts[0]).checkpoint
+
+    @property
+    def stand_in(self) -> MergeSource | None:
+        """The base if its tensors may replace missing ones, and the method does not take it."""
+        takes_base = registry.find(self.method).takes_base
+        return None if takes_base or self.missing == "error" else self.base
+
+    @property
+    def read(self) -> tuple[MergeSource, ...]:
+        """All sources whose files may be read: those of `sources`, then `stand_in`."""
+        return (*self.sources, self.stand_in) if self.stand_in else self.sources
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -196,7 +212,7 @@ def _digested(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return {
         name: hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
         for name, value in fields
-        if name != "permuted" or value is not None
+        if name not in ("permuted", "fitted") or value is not None
     }
 
 
@@ -242,12 +258,12 @@ def make_plan(
             the sources do not fit together.
     """
     require_mergeable(settings)
-    tensors = settings.sources[0].checkpoint.tensors
+    tensors = settings.pattern.tensors
     own = [expert.parameters for expert in settings.experts]
     require_filters_fit(settings.parameters, own, tensors)
     _require_schedule_fits(settings, schedule or {})
     made = plan_tensors(settings, depths(tensors), schedule or {})
-    planned = plan_shards(settings.method, settings.sources, made, max_shard_bytes)
+    planned = plan_shards(settings.method, settings.read, made, max_shard_bytes)
     return planned.computed_in(settings.arithmetic)
 
 
@@ -255,7 +271,7 @@ def plan_tensors(
     settings: MergeSettings, depths: Mapping[str, float], schedule: Schedule
 ) -> dict[str, TensorPlan]:
     """Plan the tensors of `depths`, in this order; the sources are those of the settings."""
-    tensors = settings.sources[0].checkpoint.tensors
+    tensors = settings.pattern.tensors
     found = {}
     for name, depth in depths.items():
         kept = tensors[name].kept_dtype
@@ -292,11 +308,16 @@ def _plan_tensor(
     settings: MergeSettings, schedule: Schedule, output: OutputTensor, depth: float
 ) -> TensorPlan:
     method, experts, name = registry.find(settings.method), settings.experts, output.name
-    parts = [source.checkpoint.tensors.get(name) for source in settings.sources]
-    labels = [source.label for source in settings.sources]
+    used = tuple(
+        len(settings.sources) if settings.stand_in and name not in one.checkpoint.tensors else i
+        for i, one in enumerate(settings.sources)
+    )
+    sources = [settings.read[number] for number in used]
+    parts = [source.checkpoint.tensors.get(name) for source in sources]
+    labels = [source.label for source in sources]
     inputs, assembled = assemble_inputs(settings.alignment, name, output.shape, labels, parts)
     if inputs[0].dtype not in MERGEABLE:
-        return TensorPlan(output, inputs[:1], (0,))
+        return TensorPlan(replace(output, dtype=inputs[0].dtype), inputs[:1], used[:1])
 
     def value_of(setting: str, expert: MergeSource) -> float:
         tensor = expert.checkpoint.tensors.get(name)
@@ -319,7 +340,6 @@ def _plan_tensor(
     )
     n_streams = len(experts) if method.takes("streams") else 0
     streams = tuple(random_bits.stream(settings.seed, name, i) for i in range(n_streams))
-    used = tuple(range(len(inputs)))
     return TensorPlan(output, inputs, used, weights, densities, streams, own, options, assembled)
 
 
@@ -332,9 +352,14 @@ def require_mergeable(settings: MergeSettings) -> None:
     if not settings.experts:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")
     _require_number_of_experts(method, settings)
-    first, *others = (source.checkpoint for source in settings.sources)
-    assembled = settings.alignment.tensors if settings.alignment else frozenset()
-    mismatches = compare(first, others, settings.missing, assembled)
+    others = [one.checkpoint for one in settings.sources if one.checkpoint is not settings.pattern]
+    labels, alignment = [source.label for source in settings.sources], settings.alignment
+    assembled = alignment.tensors if alignment else frozenset()
+    has_tokens = assembled & settings.pattern.tensors.keys()
+    if alignment and has_tokens and (foreign := alignment.foreign_source(labels)):
+        problem = f"a token takes its row from {foreign}, which is not merged"
+        raise MergeError(where, problem, "Name one of the merged models, or list it among them.")
+    mismatches = compare(settings.pattern, others, settings.missing, assembled)
     if mismatches:
         problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
         raise MergeError(where, problem, mismatches[0].remedy)

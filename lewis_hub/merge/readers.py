@@ -1,4 +1,4 @@
-"""Readers of a merge's sources: of adapters, of tensors with rows of several sources, without NaN.
+"""Readers of a merge's sources: adapters, other widths, rows of several sources, without NaN.
 
 A value depends only on its position: not on the pieces that are read, nor on the number of threads.
 """
@@ -15,11 +15,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.checkpoint.header import NO_FILE, WIDTHS, Adapted, LowRank, TensorHeader
+from lewis_hub.checkpoint.header import NO_FILE, WIDTHS, Adapted, Fitted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.kernels.calls import FORMATS, Floats, add_low_rank, narrow, widen
 from lewis_hub.merge.alignment import MEAN, Assembled
-from lewis_hub.merge.permutation import PermutingReader
+from lewis_hub.merge.permutation import PermutingReader, as_order
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_floats
 
@@ -100,9 +100,43 @@ class AdapterReader:
         """The values to update: the base's, or zeros or those that the adapter stores instead."""
         if adapted.saved and adapted.saved.shard == NO_FILE:
             return np.zeros(n, np.float32)
+        if adapted.saved and adapted.fitted:
+            return self._fit(adapted, adapted.saved, adapted.fitted, first, n)
         if adapted.saved:
             return read_floats(self._own, adapted.saved, first, n)
         return read_floats(self._base, adapted.base, first, n)
+
+    def _fit(
+        self, adapted: Adapted, saved: TensorHeader, fitted: Fitted, first: int, n: int
+    ) -> Floats:
+        """The values of the base, but where `saved` has a row and a column.
+
+        Rows that go to one place become their mean, and columns their sum, but entries of a vector
+        their mean. Sums are in float64, in the order of the columns.
+        """
+        values, n_columns = read_floats(self._base, adapted.base, first, n), adapted.base.shape[-1]
+        rows, columns = as_order(fitted.rows), as_order(fitted.columns)
+        columns = np.arange(saved.shape[-1]) if columns is None else columns
+        [taken] = np.nonzero(columns >= 0)
+        places = columns[taken]
+        counts = np.bincount(places, minlength=n_columns)
+        shares = np.maximum(counts, 1) if len(saved.shape) == 1 else np.ones(n_columns, np.int64)
+        done = 0
+        while done < n:
+            row, start = divmod(first + done, n_columns)
+            piece = values[done : done + n_columns - start]
+            stored = [row] if rows is None else np.flatnonzero(rows == row).tolist()
+            total = np.zeros(n_columns)
+            for one in stored:
+                found = read_floats(self._own, saved, one * len(columns), len(columns))
+                total += np.bincount(places, found[taken], n_columns)
+            if stored:
+                mean = total * fitted.scale / (shares * len(stored))
+                part = slice(start, start + len(piece))
+                with np.errstate(over="ignore"):  # reported as a value that is not finite
+                    np.copyto(piece, mean[part], "same_kind", where=counts[part] > 0)
+            done += len(piece)
+        return values
 
     def _read_factors(self, adapted: Adapted, update: LowRank) -> Factors:
         left, right = (read_floats(self._own, t).reshape(t.shape) for t in (update.b, update.a))

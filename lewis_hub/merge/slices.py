@@ -229,12 +229,11 @@ def _require_own_overrides(
     """Refuse the row of a token from a model that is no source of the slice."""
     if alignment is None or not alignment.tensors & sources[0].checkpoint.tensors.keys():
         return
-    labels = [source.label for source in sources]
-    for override in alignment.overrides.values():
-        if override.source is not None and override.source not in labels:
-            problem = f"a token takes its row from {override.source}, but this slice does not use "
-            remedy = "Rows of tokens come from the first slice's sources, of the head from the "
-            raise MergeError(place.where, f"{problem}it", f"{remedy}last's: name one of them.")
+    foreign = alignment.foreign_source([source.label for source in sources])
+    if foreign is not None:
+        problem = f"a token takes its row from {foreign}, but this slice does not use it"
+        remedy = "Rows of tokens come from the first slice's sources, of the head from the "
+        raise MergeError(place.where, problem, f"{remedy}last's: name one of them.")
 
 
 def _mismatches(

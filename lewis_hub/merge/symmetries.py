@@ -168,6 +168,16 @@ class Units:
             self, axes={n: a for n, a in self.axes.items() if names.block(n) not in left}
         )
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of units of each group."""
+        return {
+            group: size // len(axis)
+            for name, axes in self.axes.items()
+            for axis, size in zip(axes, self.shapes[name], strict=False)
+            for group in axis
+        }
+
     @property
     def in_words(self) -> str:
         """The numbers that two models need to share."""
@@ -192,9 +202,9 @@ class Units:
         """The groups of the other dimension of a matrix; of a vector none."""
         return next((axis for d, axis in enumerate(self.axes[name]) if d != dimension), FIXED)
 
-    def place_in(self, group: str, name: str, dimension: int) -> tuple[int, int]:
-        """The first of a group's units along a dimension of a tensor, and their number."""
-        axis, size = self.axes[name][dimension], self.shapes[name][dimension]
+    def place_in(self, group: str, name: str, dimension: int, size: int) -> tuple[int, int]:
+        """The first of a group's units along a dimension of a size, and their number."""
+        axis = self.axes[name][dimension]
         return axis.index(group) * (size // len(axis)), size // len(axis)
 
     def place_at_site(self, group: str, site: str, width: int) -> tuple[int, int]:

@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lewis_hub.recipe.reference import Part
 
-NAMED = {"dual_space": "method", "segment_wise": "depth"}  # in `align`
+NAMED = {  # in `align`
+    "dual_space": "method",
+    "segment_wise": "depth",
+    "neuron_matching": "width",
+    "neuron_zipping": "width",
+}
+EXPECTED = (
+    "expected `method: dual_space`, `depth: segment_wise` or both, or `width: neuron_matching` or "
+    "`neuron_zipping` alone"
+)
 
 
 def _named_method(value: Any) -> Any:
@@ -16,7 +25,8 @@ def _named_method(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value not in NAMED:
-        raise ValueError(f"expected `dual_space` or `segment_wise`, found {value!r}")
+        *others, last = (f"`{name}`" for name in NAMED)
+        raise ValueError(f"expected {', '.join(others)} or {last}, found {value!r}")
     return {NAMED[value]: value}
 
 
@@ -24,7 +34,7 @@ class Align(Part):
     """How a model is matched with the base before the merge, or with the first model if none is.
 
     First the blocks of a model of another depth are put in the places of the base's, then the units
-    of a model without a common base are permuted.
+    of a model without a common base are permuted. Or units are matched across two widths.
     """
 
     method: Literal["dual_space"] | None = Field(
@@ -37,34 +47,46 @@ class Align(Part):
         description="How blocks are matched. `segment_wise`: by their outputs on the calibration "
         "texts, and by weights. Absent: both models have the same number.",
     )
+    width: Literal["neuron_matching", "neuron_zipping"] | None = Field(
+        None,
+        description="How units of models of different width are matched. `neuron_matching`: one "
+        "to one, as `dual_space`; units without a partner are left out. `neuron_zipping`: of an "
+        "MLP they are averaged onto the unit that they resemble most. Absent: both have one size.",
+    )
     weight_similarity: float = Field(
         0.5,
         ge=0,
         le=1,
         description="Share of the similarity of weights. The rest is that of activations. With 1, "
-        "no texts are needed.",
+        "no texts are needed, but for `width` and for `method` with `depth`.",
     )
 
     @property
     def needs_texts(self) -> bool:
         """Whether the models are run on texts."""
-        return self.weight_similarity < 1 or self.matches_both
+        return self.weight_similarity < 1 or self.always_runs
 
     @property
-    def matches_both(self) -> bool:
-        """Whether blocks and units are matched: then blocks are matched by their outputs alone."""
-        return self.method is not None and self.depth is not None
+    def always_runs(self) -> bool:
+        """Whether weights alone do not suffice.
+
+        Before units are matched, blocks are compared by their outputs alone. For another width, the
+        scales of norms are measured.
+        """
+        return self.width is not None or (self.method is not None and self.depth is not None)
 
     @model_validator(mode="after")
     def _names_one(self) -> Align:
-        if not (self.method or self.depth):
-            raise ValueError("expected `method: dual_space`, `depth: segment_wise` or both")
+        if bool(self.method or self.depth) == bool(self.width):
+            raise ValueError(EXPECTED)
         return self
 
 
 Alignment = Annotated[
     Align,
     BeforeValidator(
-        _named_method, json_schema_input_type=Align | Literal["dual_space", "segment_wise"]
+        _named_method,
+        json_schema_input_type=Align
+        | Literal["dual_space", "segment_wise", "neuron_matching", "neuron_zipping"],
     ),
 ]

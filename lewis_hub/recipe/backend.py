@@ -27,6 +27,8 @@ OURS = {  # arguments of a backend, or of a generation, that lewis-hub sets -> w
     "batch_size": "set `batch_size` beside `backend_args`",
     "auth_token": "put it into the variable OPENAI_API_KEY, which no file records",
     "header": "put the key into the variable OPENAI_API_KEY, which no file records",
+    "token": "put it into the variable HF_TOKEN, which no file records",
+    "hf_token": "put it into the variable HF_TOKEN, which no file records",
 }
 
 ADDRESS = "base_url"
@@ -37,14 +39,15 @@ EXACTNESS = (
     *("load_in_4bit", "load_in_8bit", "kv_cache_dtype", "enforce_eager", "seed"),
     *("truncation", "truncation_side", "truncate", "truncate_dim", "similarity_fn_name"),
     *("add_bos_token", "prefix_token_id", "enable_thinking", "use_fast_tokenizer"),
-    *("tokenizer_backend", "tokenized_requests", "default_prompt_name"),
+    *("tokenizer_backend", "tokenizer_mode", "tokenized_requests", "default_prompt_name"),
 )
 SIZE = (
     *("max_length", "max_model_len", "max_gen_toks", "max_batch_size", "max_num_seqs"),
     *("max_num_batched_tokens", "gpu_memory_utilization", "cpu_offload_gb", "swap_space"),
     *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "parallelize"),
     *("disable_custom_all_reduce", "enable_prefix_caching", "enable_chunked_prefill"),
-    *("logits_cache", "low_cpu_mem_usage", "num_concurrent", "max_retries", "timeout"),
+    *("enable_expert_parallel", "block_size", "max_memory_per_gpu", "low_cpu_mem_usage"),
+    *("logits_cache", "num_concurrent", "max_retries", "timeout"),
 )
 TEXTS = ("model", "eos_string", "think_end_token")  # that are sent or searched, and nothing else
 WORD = re.compile(r"[\w.-]*", re.ASCII)  # no path and no repo, such as that of a kernel

@@ -332,7 +332,7 @@ def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
             problem = f"`align` needs calibration data, but `{entry.model}` has none."
             remedy = "Add `calibration` to the recipe."
-            if not any(one.align and one.align.matches_both for one in recipe.models):
+            if not any(one.align and one.align.always_runs for one in recipe.models):
                 remedy += " Or set `weight_similarity: 1` in `align`: weights alone."
             yield ("models", index), problem, remedy
 

@@ -209,7 +209,8 @@ class ModelEntry(Part):
         None,
         description="`dual_space`: match its units with those of the base or of the first model, "
         "for models that were trained from different starts. `segment_wise`: match its blocks, for "
-        "models of different depth.",
+        "models of different depth. `neuron_matching`, `neuron_zipping`: match its units, for "
+        "models of different width.",
     )
 
     @model_validator(mode="before")

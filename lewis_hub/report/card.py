@@ -391,14 +391,22 @@ def eval_results(
         if scored and score and isfinite(score.value):
             entry = _entry(task, scored, benchmark, facts)
             by_dataset.setdefault(benchmark.dataset, []).append(entry)
+    paths = eval_result_paths(benchmarks)
     return {
-        f"{FOLDER}/{name}.yaml": str(
+        paths[dataset]: str(
             yaml.safe_dump(
                 eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
             )
         )
-        for name, entries in zip(unique_slugs(by_dataset), by_dataset.values(), strict=True)
+        for dataset, entries in by_dataset.items()
     }
+
+
+def eval_result_paths(benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
+    """The file of leaderboard entries for each dataset of benchmarks, scored or not."""
+    datasets = dict.fromkeys(benchmark.dataset for benchmark in benchmarks.values())
+    names = (f"{FOLDER}/{slug}.yaml" for slug in unique_slugs(datasets))
+    return dict(zip(datasets, names, strict=True))
 
 
 def _entry(

@@ -33,7 +33,7 @@ ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
 HARNESS = "eval-harness"
 SEQUENTIAL = ("nguyen2026regmean", "gu2026featcal")  # the nearest published fits in sequence
 DUAL_SPACE = "xu2024training"  # matching of units by activations and weights
-SEGMENT_WISE = "xu2024heterogeneous"  # matching of blocks of models of different depth
+HETEROGENEOUS = "xu2024heterogeneous"  # matching of models of different depth or width
 BY_ACTIVATION = "sun2024simple"  # magnitude times activation norm, of a weight
 
 
@@ -242,7 +242,7 @@ class CardFacts:
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     aligned: tuple[AlignedModel, ...] = ()  # models matched with another
-    blocks: Mapping[str, Picture] = field(default_factory=dict)  # of aligned models, by source
+    matches: Mapping[str, Picture] = field(default_factory=dict)  # of aligned models, by source
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
     in_expert_blocks: bool = False  # on inputs in the experts' blocks, as RegMean++
     trims_by_activation: bool = False
@@ -278,7 +278,7 @@ class CardFacts:
         keys = [guide.paper] if guide and guide.paper else []
         keys += method.papers if method else ()
         keys += [DUAL_SPACE] if any(one.orders for one in self.aligned) else []
-        keys += [SEGMENT_WISE] if any(one.blocks for one in self.aligned) else []
+        keys += [HETEROGENEOUS] if any(one.blocks or one.widths for one in self.aligned) else []
         keys += SEQUENTIAL[: 1 if self.in_expert_blocks else None] if self.in_sequence else ()
         keys += [BY_ACTIVATION] if self.trims_by_activation else []
         keys += [HARNESS] if self.was_scored else []

@@ -22,9 +22,11 @@ from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, text_of, write_whole
-from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks
-from lewis_hub.merge.symmetries import Units, permute, units_of
+from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks, MatchedWidths
+from lewis_hub.merge.permutation import Order
+from lewis_hub.merge.symmetries import RESIDUAL, Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
+from lewis_hub.merge.width import norm_scales, places_of
 from lewis_hub.recipe.alignment import Align
 from lewis_hub.recipe.schema import ModelEntry
 from lewis_hub.workflow.depth import blocks_of, placed, require_one_family
@@ -33,6 +35,7 @@ from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading
 from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
+from lewis_hub.workflow.width import fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +76,16 @@ def alignment_problems(
     if settings is None:
         return []
     problems = []
-    if find_spec("scipy") is None and any(one and one.method for one in settings.asked):
+    if find_spec("scipy") is None and any(
+        one and (one.method or one.width) for one in settings.asked
+    ):
         problems.append(str(ExtraMissingError("`align`", "align")))
     reference = settings.reference
     for expert, asked in zip(settings.experts, settings.asked, strict=True):
         if asked is None:
             continue
         try:
-            if not asked.depth:
+            if not (asked.depth or asked.width):
                 _require_alike(reference, expert)
         except AlignmentError as error:
             problems.append(" ".join(str(error).split("\n")))
@@ -95,7 +100,8 @@ def alignment_problems(
                 problems.append(
                     f"`align` runs whole models, and {one.name} takes "
                     f"{loading.model_bytes(one.checkpoint):,} bytes in memory, more than "
-                    "`--max-memory` allows. Raise the limit, or set `weight_similarity: 1`."
+                    "`--max-memory` allows. Raise the limit"
+                    + ("." if asked.always_runs else ", or set `weight_similarity: 1`.")
                 )
     return list(dict.fromkeys(problems))
 
@@ -161,11 +167,15 @@ def _align_one(
             expert = placed(reference, expert, blocks.numbers)
             units = units.without(blocks.identity)
             found = replace(found, blocks=blocks)
-        if asked.method:
-            used = texts if asked.weight_similarity < 1 else None
+        if asked.method or asked.width:
+            used = texts if asked.weight_similarity < 1 or asked.width else None
             matched = _match_units((reference, expert), units, asked, used, work, loader)
             orders, before, after = matched.orders, matched.unmatched, matched.similarity
             found = replace(found, orders=orders, before=before, after=after)
+            if asked.width:
+                zipped = matched.nearest if asked.width == "neuron_zipping" else {}
+                widths = _widths((reference, expert), orders, zipped, work)
+                found = replace(found, widths=widths)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_whole(kept, json.dumps(found.document()))
@@ -281,6 +291,29 @@ def _match_units(
     return found
 
 
+def _widths(
+    pair: tuple[OpenedSource, OpenedSource],
+    orders: Mapping[str, Order],
+    nearest: Mapping[str, Order],
+    work: Path,
+) -> MatchedWidths:
+    """Where the units of the second model go; scales of norms are from the texts that were run."""
+    from lewis_hub.calibration.units import read_activations
+    from lewis_hub.methods.numerics import torch_threads
+
+    ours, theirs = (units_of(one.checkpoint, one.config) for one in pair)
+    places = {
+        group: places_of(order, theirs.sizes[group], nearest.get(group))
+        for group, order in orders.items()
+    }
+    if ours.sizes[RESIDUAL] == theirs.sizes[RESIDUAL]:
+        return MatchedWidths(places, {})
+    seen = [partial(read_activations, work / name) for name in ("reference", "other")]
+    with torch_threads(1):  # on any number of threads the sums are the same
+        scales = norm_scales(ours, orders[RESIDUAL], *seen)
+    return MatchedWidths(places, scales)
+
+
 def _write_activations(
     source: OpenedSource,
     units: Units,
@@ -295,7 +328,8 @@ def _write_activations(
 
     folder.mkdir(parents=True)
     sites = {site: units.sites[site] for site in wanted}
-    widths = sum(map(units.width_at, sites))
+    shapes = {name: tensor.shape for name, tensor in source.checkpoint.tensors.items()}
+    widths = sum(map(replace(units, shapes=shapes).width_at, sites))
     n_bytes = n_kept(texts.tokens) * widths * WIDTH
     require_room(folder, n_bytes, "the activations of the texts", FEWER)
     placed = loader.materialize_checkpoint(source)
@@ -352,6 +386,9 @@ def aligner(
         found = known.get(source.pinned)
         if found is None:
             return source
+        if found.widths:
+            source = fitted(reference, source, found.widths)
+            return replace(source, digest=f"{source.digest}+{found.digest}")
         units = units_of(source.checkpoint, source.config)
         if found.blocks:
             source = placed(reference, source, found.blocks.numbers)

@@ -293,6 +293,33 @@ def _check_task(selection: TaskSelection, calibration: Calibration) -> None:
             raise EvaluationError(file.name, problem, remedy)
 
 
+def without_copied_head(sources: MergeSources, with_heads: Iterable[OpenedSource]) -> MergeSources:
+    """Drop a stored head of the donor that ties it, if one of `with_heads` has its own.
+
+    transformers loads the embeddings in its place, and the own head would be lost in the merge.
+    Without it the sources differ, and are compared as if the donor stored no head.
+    """
+    donor = sources.donor
+    if not (ties(donor.config) and any(map(_has_own_head, with_heads))):
+        return sources
+    stored = donor.checkpoint.tensors.items()
+    kept = {name: tensor for name, tensor in stored if not names.may_be_tied(name)}
+    bare = replace(donor.checkpoint, tensors=kept)
+    return sources.replaced(
+        lambda one: replace(one, checkpoint=bare) if one.pinned == donor.pinned else one
+    )
+
+
+def _has_own_head(source: OpenedSource) -> bool:
+    """Return whether a source stores a head that is not its embeddings, by what its files say."""
+    tensors = source.checkpoint.tensors
+    head = next((one for name, one in tensors.items() if names.may_be_tied(name)), None)
+    if head is None or head.adapted is None:
+        return head is not None and ties(source.config) is False
+    tables = (one for name, one in tensors.items() if names.is_token_embedding(name))
+    return head.adapted.own not in [one.adapted.own for one in tables if one.adapted]
+
+
 def settle(sources: MergeSources) -> MergeSources:
     """Give sources that tie head and embeddings, as the base does, a head if the base has one.
 
@@ -306,7 +333,7 @@ def settle(sources: MergeSources) -> MergeSources:
 
     def settled(one: OpenedSource) -> OpenedSource:
         stated = ties(one.config)
-        tied = silent if stated is None else stated
+        tied = (silent if stated is None else stated) and not _has_own_head(one)
         base = sources.donor.checkpoint
         return replace(one, checkpoint=settle_heads(base, one.checkpoint)) if tied else one
 

@@ -40,7 +40,6 @@ from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.depth import depth_notes, depth_problems, in_depth
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, output_headers, stack_config
@@ -50,6 +49,7 @@ from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, nee
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
 from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
+from lewis_hub.workflow.width import in_size, size_notes, size_problems
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -109,6 +109,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
+        sources = check.without_copied_head(sources, _with_heads(recipe, sources))
         sources = sources if takes_parts else check.settle(sources)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
@@ -116,8 +117,8 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         known = tokens.translations
         sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
         problems += tokens.problems
-        problems += (of_depth := depth_problems(merged_entries(recipe), sources))
-        if not takes_parts and not of_depth:
+        problems += (of_size := size_problems(merged_entries(recipe), sources))
+        if not takes_parts and not of_size:
             problems += _misfits(recipe, sources, tokens)
     output = sources.donor.checkpoint
     if not problems:
@@ -134,9 +135,17 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     workload = workload_of(recipe, execution, sources, measurement, output)
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
     notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
-    notes += depth_notes(merged_entries(recipe), sources) if not problems else ()
+    notes += size_notes(merged_entries(recipe), sources) if not problems else ()
     report = check.make_report(workload, facts, problems, notes)
     return Examined(report, inputs, sources, facts, tokens, output)
+
+
+def _with_heads(recipe: Recipe, sources: MergeSources) -> tuple[OpenedSource, ...]:
+    """Return the sources of the merged head."""
+    references = by_reference(recipe, sources.base, sources.experts)
+    if recipe.slices:
+        return tuple(references[source.model] for source in recipe.slices[-1].sources)
+    return () if recipe.mixed else sources.models
 
 
 def _tokenizer_request(
@@ -163,7 +172,7 @@ def _tokenizer_request(
 
 def _misfits(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> list[str]:
     """Return why the sources do not fit, without row counts that the tokenizers explain."""
-    fitting = in_depth(merged_entries(recipe), sources)
+    fitting = in_size(merged_entries(recipe), sources)
     donor, *others = (one.checkpoint for one in fitting.models)
     rows = tokens.alignment.tensors if tokens.alignment else ()
     found = compare(donor, others, recipe.missing, rows)
@@ -174,7 +183,7 @@ def plan_settings(
     recipe: Recipe, execution: Execution, sources: MergeSources, tokens: Tokens
 ) -> PlanSettings:
     """Return the settings that determine the plan of a merge."""
-    sources = in_depth(merged_entries(recipe), sources)
+    sources = in_size(merged_entries(recipe), sources)
     base, references = sources.base, by_reference(recipe, sources.base, sources.experts)
     takes_base = registry.find(recipe.merge_method).takes_base
     settings: MergeSettings | StackSettings | MixtureSettings

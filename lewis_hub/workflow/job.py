@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.files import sha256_of
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.fetch import read_small
@@ -30,12 +31,11 @@ from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.rules import fits_in_sequence, runs_expert_blocks, trims_by_activation
 from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
-from lewis_hub.report.lock import Lock
+from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.align import AlignmentSettings, aligner, alignment_settings
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.depth import in_depth
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.export import require_exportable
@@ -48,6 +48,7 @@ from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
+from lewis_hub.workflow.width import in_size
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MergeJob:
 
     @property
     def planned(self) -> Lock:
-        """The lock of the merge, without its outputs."""
+        """The lock of the merge; of its outputs it has the user's task files alone."""
         return self.reporting.planned
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
@@ -197,7 +198,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         statistics = StatisticsSettings(
             method=recipe.merge_method,
             moments=measurement.moments,
-            sources=in_depth(resolve.merged_entries(recipe), sources),
+            sources=in_size(resolve.merged_entries(recipe), sources),
             reader=next(one for one in sources.models if one.pinned == reader),
             plan=plan,
             sidecars=sidecars,
@@ -287,6 +288,11 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
+    tasks = {
+        f"lewis/{path}": OutputFile(sha256_of(file), file.stat().st_size)
+        for path, file in pinned.task_files.items()
+    }
+    planned = replace(planned, outputs=tasks)
     mergekit = _mergekit(recipe, examined, pinned.document)
     card = CardFacts(
         title=recipe.name or UNNAMED,

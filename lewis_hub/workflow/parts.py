@@ -61,7 +61,8 @@ def with_parts(
         merge(with_made(part, whole.made), place)
         made.append(_hide_report(place))
         whole = with_made(whole, {name: place})
-        for unused in not_needed(whole, parts[number:]):
+        own = {str(one.name) for one in parts}  # others belong to the merge that this is a part of
+        for unused in own.intersection(not_needed(whole, parts[number:])):
             rmtree(whole.made[unused], ignore_errors=True)
     yield whole.model_copy(update={"intermediate": tuple(made)})
     rmtree(folder)

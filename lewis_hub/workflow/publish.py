@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi
+from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub import errors
 from lewis_hub.display import Progress
@@ -25,10 +26,12 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
+from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
-from lewis_hub.report import difference, markdown
-from lewis_hub.report.card import DISAGREE
+from lewis_hub.report import cost, difference, markdown, page
+from lewis_hub.report import lock as locks
+from lewis_hub.report.card import DISAGREE, eval_result_paths
 from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import FILE as LOCK
@@ -101,9 +104,12 @@ def same_merge(found: Lock, planned: Lock) -> bool:
 
 
 def same_model(found: Lock, planned: Lock) -> bool:
-    """Return whether a merge has the weights and the scoring of the planned merge."""
+    """Return whether a merge has the weights, scoring and task files of the planned merge."""
+    if found.digest != planned.digest:
+        return False
     scoring = planned.recipe.get("evaluate")
-    return found.digest == planned.digest and scoring in (None, found.recipe.get("evaluate"))
+    has_tasks = planned.outputs.items() <= found.outputs.items()
+    return scoring is None or (scoring == found.recipe.get("evaluate") and has_tasks)
 
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
@@ -256,9 +262,23 @@ def push(
         tag=None if proposes else asked.tag,
         private=asked.private,
         expected_parent=destination.target.head or hub_publish.NO_REPO,
+        former=_unlisted(destination.previous),
     )
     with progress.stage("Publishing", hub_publish.folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance, sent)
+
+
+def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
+    """Return what a merge may have beside its card and the files that its lock lists."""
+    if previous is None:
+        return frozenset()
+    scoring = previous.lock.recipe.get("evaluate") or {}
+    try:
+        boards = TypeAdapter(dict[str, Benchmark]).validate_python(scoring.get("benchmarks") or {})
+    except (AttributeError, ValidationError):
+        boards = {}
+    described = {LOCK, locks.PROVENANCE_FILE, FILE, difference.FILE, cost.FILE, page.FILE}
+    return frozenset({*described, *eval_result_paths(boards).values()})
 
 
 def _require_licence(folder: Path) -> None:

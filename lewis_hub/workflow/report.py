@@ -21,12 +21,12 @@ from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
-from lewis_hub.report.blocks import draw_blocks
 from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.facts import CardFacts, Guided
 from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile
 from lewis_hub.report.maps import draw_maps
+from lewis_hub.report.matches import draw_matches
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.usage import usage_of
@@ -46,7 +46,7 @@ class ReportSettings:
     """The values of a report that are known before the merge."""
 
     facts: CardFacts  # of the card, without results of the merge
-    planned: Lock  # the lock without outputs and rows
+    planned: Lock  # the lock without rows; of its outputs it has the user's task files alone
     snapshot: RecipeSnapshot
     mergekit: MergekitMerge | None  # the settings for mergekit; None if mergekit has no such merge
     benchmarks: Mapping[str, Benchmark]  # task -> benchmark whose leaderboard shows the score
@@ -66,9 +66,9 @@ def write(
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
-    blocks = draw_blocks(gathered.aligned, folder / "lewis")
+    matches = draw_matches(gathered.aligned, folder / "lewis")
     maps = guided.maps if guided else None
-    pictures = [one for one in (chart, maps, *blocks.values()) if one]
+    pictures = [one for one in (chart, maps, *matches.values()) if one]
     written = _write_locked(settings, folder, guided, scored)
     if gathered.generated:
         write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")
@@ -98,7 +98,7 @@ def write(
         digest=lock.digest,
         measured=gathered.measured,
         aligned=gathered.aligned,
-        blocks=blocks,
+        matches=matches,
         notes=gathered.notes,
         machine=machine,
     )

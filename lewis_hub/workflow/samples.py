@@ -14,6 +14,7 @@ from lewis_hub.evaluate.items import first_items
 from lewis_hub.evaluate.samples import Samples, collect_samples
 from lewis_hub.evaluate.scores import ModelResult
 from lewis_hub.evaluate.tasks import locate_tasks
+from lewis_hub.files import is_hidden
 from lewis_hub.workflow.task_data import ScoredSources
 from lewis_hub.workflow.texts import ScoredTasks
 
@@ -71,5 +72,10 @@ def closed(data: TaskData, sources: ScoredSources, include: Path | None) -> str 
 
 
 def is_beside(path: Path, include: Path | None) -> bool:
-    """Return whether data are beside the user's own task files, which become part of a merge."""
-    return include is not None and path.resolve().is_relative_to(include.resolve())
+    """Return whether data are beside the user's own task files, which become part of a merge.
+
+    Hidden files do not.
+    """
+    if include is None or not path.resolve().is_relative_to(include.resolve()):
+        return False
+    return not is_hidden(path.resolve().relative_to(include.resolve()))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
-from lewis_hub.files import text_of, write_whole
+from lewis_hub.files import sha256_of, text_of, write_whole
 from lewis_hub.hub.source import PICKLED, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Gate
@@ -24,11 +24,11 @@ from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
+from lewis_hub.report.lock import ARITHMETIC, Lock, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
-from lewis_hub.workflow.resolve import RecipeSnapshot
+from lewis_hub.workflow.resolve import TASKS, RecipeSnapshot
 
 FILE = ".steps.json"
 LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step
@@ -96,6 +96,8 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     found = complete_in(output)
     if found is None or _recorded(output) != (digest, found.digest):
         return None
+    if not _has_tasks_of(recipe, found):
+        return None
     asked = recipe.publish
     stated = found.recipe.get("publish") or {}
     boards = recipe.evaluate.benchmarks if recipe.evaluate else None
@@ -114,6 +116,16 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     gates = (recipe.evaluate.gate or ()) if recipe.evaluate else ()
     repo = asked.repo if asked else None
     return Finished(reporting, {}, gates, repo, recipe.export or ())
+
+
+def _has_tasks_of(recipe: Recipe, found: Lock) -> bool:
+    """Whether a merge was scored by the user's task files as they are now."""
+    if recipe.evaluate is None or recipe.evaluate.include is None:
+        return True
+    folder, own = Path(recipe.locate(recipe.evaluate.include)), f"lewis/{TASKS}/"
+    stated = {path: file.sha256 for path, file in found.outputs.items() if path.startswith(own)}
+    files = {folder / path.removeprefix(own): sha256 for path, sha256 in stated.items()}
+    return all(file.is_file() and sha256_of(file) == sha256 for file, sha256 in files.items())
 
 
 def _recorded(output: Path) -> tuple[Any, Any] | None:

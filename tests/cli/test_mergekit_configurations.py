@@ -128,6 +128,26 @@ def test_a_step_that_was_edited_after_an_interrupted_run_is_made_anew(
     assert all(found[name].equal(tensor) for name, tensor in wanted.items())
 
 
+def test_a_step_with_an_adapter_of_its_own_keeps_the_steps_before_it(models, monkeypatch, tmp_path):
+    monkeypatch.chdir(models)
+    first, second = (
+        f"models: [{{model: org/math}}, {{model: org/{other}}}]\nmerge_method: linear\nname: {name}"
+        for name, other in (("first", "code"), ("second", "base+org/lora-code"))
+    )
+    last = "models: [{model: first}, {model: second}]\nmerge_method: linear\n"
+    (models / "config.yaml").write_text("\n---\n".join([first, second, last]))
+
+    run = CliRunner().invoke(cli, ["merge", "config.yaml", str(tmp_path / "out")])
+
+    assert run.exit_code == 0, run.output
+    math, code = (load_file(models / f"org/{one}/model.safetensors") for one in ("math", "code"))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"  # without an adapter
+    base = load_file(models / "org/base/model.safetensors")[name]
+    expected = ((math[name] + code[name]) / 2 + (math[name] + base) / 2) / 2
+    torch.testing.assert_close(found[name], expected)
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "says"),
     [

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from completions_server import serving
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.cli.main import cli
@@ -166,6 +167,7 @@ def test_the_command_scores_a_model_by_the_name_that_a_server_knows(own_tasks, g
     [
         (["--backend", "local-completions"], "`local-completions` needs the server's address"),
         (["--backend-arg", "pretrained=x"], "`backend_args.pretrained` is not yours to set"),
+        (["--backend-arg", "token=x"], "put it into the variable HF_TOKEN, which no file records"),
         (
             ["--backend-arg", f"base_url={NOWHERE}"],
             "is an argument of `backend: local-completions`",
@@ -325,3 +327,19 @@ def test_numbers_that_json_lacks_are_refused_before_the_merge(value):
         lewis_hub.Evaluation(**scored, backend_args={"x": value})
     with pytest.raises(ValidationError, match="Input should be "):
         lewis_hub.Evaluation(**scored, gate=gate)
+
+
+def test_a_model_whose_files_lack_weights_is_not_scored(tmp_path):
+    folder = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1.mlp." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(EvaluationError) as caught:
+        load(folder, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{folder}: its files lack model.layers.1.mlp.down_proj.weight (and 2 more of the weights "
+        "that its architecture needs).\n"
+        "The config does not describe these files: check the source, or take another."
+    )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.tasks import (
     METRICS,
+    OF_GROUPS,
     TaskSelection,
     bundled_folder,
     locate_tasks,
@@ -96,6 +98,29 @@ def test_an_unknown_task_names_the_nearest_ones():
         "Nearest: gsm8k, hrm8k. Put your own task files into the folder that `evaluate.include` "
         "names."
     )
+
+
+def test_the_keys_of_a_group_and_of_its_members_replace_those_of_the_tasks(tmp_path):
+    rows = "dataset_path: json\ndataset_kwargs: {data_files: rows.jsonl}\n"
+    inner = "group: inner\ntask: [sums]\nlimit: 1\n"
+    member = "{task: products, dataset_path: me/private, unsafe_code: true}"
+    outer = f"group: outer\ntask: [inner, {member}]\nnum_fewshot: 7\nlimit: 2\n"
+    files = {"sums": ARITHMETIC, "products": f"task: products\n{rows}"}
+    include = write(tmp_path, **files, inner=inner, outer=outer)
+
+    located = locate_tasks(TaskSelection(("outer",), include, allow_code=True))
+
+    sums, products = located.tasks
+    assert (sums.name, sums.config["num_fewshot"], sums.config["limit"]) == ("sums", 7, 2)
+    assert (products.name, products.config["dataset_path"]) == ("products", "me/private")
+    with pytest.raises(EvaluationError, match="products: runs code that the model writes"):
+        locate_tasks(TaskSelection(("outer",), include))
+
+
+def test_the_keys_of_groups_are_those_of_lm_eval():
+    from lm_eval.config.group import GroupConfig
+
+    assert {field.name for field in fields(GroupConfig)} == OF_GROUPS
 
 
 def test_a_group_with_an_unknown_member_names_its_file(tmp_path):

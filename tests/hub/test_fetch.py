@@ -274,16 +274,18 @@ def test_a_cache_without_links_gets_copies(api, source, monkeypatch):
     assert resolve_model(api, "tests/model") == source
 
 
-def test_an_etag_is_no_path(api, source, hub, xet, no_pauses):
+@pytest.mark.parametrize("etag", ["../../../outside", ""])
+def test_an_etag_is_no_path(api, source, hub, xet, no_pauses, etag):
     shard = "model-00001-of-00002.safetensors"
     files = hub.store.find("models", "tests/model").commits[source.commit_sha].files
-    files[shard] = replace(files[shard], sha256="../../../outside")
+    files[shard] = replace(files[shard], sha256=etag)
     xet[shard] = SHARD
 
     with pytest.raises(SourceError) as error:
         fetch(api, source, lambda _: None, (shard,))
-    assert "(an answer has the X-Linked-Etag '../../../outside')" in str(error.value)
+    assert f"(an answer has the X-Linked-Etag {etag!r})" in str(error.value)
     assert not (cache_root().parent / "outside").exists()
+    assert not (source.snapshot / shard).is_symlink()
 
 
 def test_an_answer_about_another_commit_is_none(api, source, hub):

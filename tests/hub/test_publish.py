@@ -131,6 +131,19 @@ def test_what_a_former_merge_left_goes_and_other_peoples_files_stay(api, folder)
     ]
 
 
+def test_what_the_lock_of_a_former_merge_does_not_list_goes_as_well(api, folder):
+    scores = ".eval_results/gsm8k.yaml"
+    write(folder, {scores: b"[]", "lewis/gate.json": b"{}"})
+    publish(api, folder, REPO, PLAIN, lambda _: None)
+    for path in (scores, "lewis/gate.json"):
+        (folder / path).unlink()
+    former = Publication("Merge", former=(scores, "lewis/gate.json", "lewis/never.json"))
+
+    assert publish(api, folder, REPO, former, lambda _: None).changed
+    assert content(api).keys() == FILES.keys()
+    assert not publish(api, folder, REPO, former, lambda _: None).changed
+
+
 def test_hidden_files_stay_at_home(api, folder):
     write(folder, {".env": b"SECRET", ".cache/x": b"x", "lewis/.tmp": b"x"})
 

@@ -420,6 +420,27 @@ def test_files_that_are_no_tables_are_not_opened(api, push, name, reader):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "card"),
+    [
+        ("train.jsonl", b'{"a":' * 2000 + b"1" + b"}" * 2000, {}),
+        ("train.jsonl.gz", b"\x1f\x8b", {}),
+        ("train.jsonl.zip", b"PK", {}),
+        ("train.jsonl", b"{}", {"configs": [{"config_name": 5, "data_files": "train.jsonl"}]}),
+        ("train.jsonl", b"{}", {"configs": [{"data_files": [{"split": "train", "path": [[]]}]}]}),
+        ("train.jsonl", b"{}", {"dataset_info": {"features": 5}}),
+        ("dataset_infos.json", b'{"default": 5}', {}),
+        ("dataset_infos.json", b"[" * 100_000, {}),
+    ],
+)
+def test_what_datasets_cannot_read_is_one_message(tmp_path, api, name, content, card):
+    (tmp_path / "test.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+
+    assert message(api, tmp_path).startswith(f"{tmp_path}: its rows could not be read (")
+
+
 def test_programs_that_use_datasets_themselves_are_not_limited(tmp_path, api):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
     load_rows(api, resolve_dataset(api, str(tmp_path / "rows.jsonl")), None, "train")

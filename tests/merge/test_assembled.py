@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lewis_hub.errors import MergeError
 from lewis_hub.merge.alignment import Alignment, Override
 from lewis_hub.merge.runners import Runner, threads
 
@@ -89,6 +90,24 @@ def test_every_row_is_that_of_the_naive_rule(zoo, dtypes, overrides, lacking):
         start, *others = naive(tensors, name, "base", overrides)
         expected = start + (0.5 * (others[0] - start) + 0.5 * (others[1] - start))
         assert torch.allclose(merged[name], expected, rtol=0, atol=1e-6)
+
+
+def test_a_base_that_the_method_does_not_take_stands_in_for_a_head_but_gives_no_single_row(zoo):
+    tensors = {label: model(i, ROWS[label]) for i, label in enumerate(ROWS)}
+    del tensors["x"][HEAD]
+    base, x, y = (zoo.source(label, one) for label, one in tensors.items())
+
+    def settings(source):
+        told = alignment(overrides={1: Override(source, 2, is_forced=True)})
+        common = {"missing": "base", "dtype": "float32"}
+        return zoo.settings("linear", base, [x, y], alignment=told, **common)
+
+    merged = zoo.merge(settings("x")).tensors[HEAD]
+
+    start, theirs = naive({label: tensors[label] for label in ("base", "y")}, HEAD, "base", {})
+    assert torch.allclose(merged, (start + theirs) / 2, rtol=0, atol=1e-6)
+    with pytest.raises(MergeError, match="a token takes its row from base, which is not merged"):
+        zoo.merge(settings("base"))
 
 
 def test_without_a_base_the_mean_stands_in(zoo):

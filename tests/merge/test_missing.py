@@ -39,6 +39,38 @@ def test_a_tensor_that_an_expert_lacks_is_merged_as_if_it_had_the_base_s(zoo, me
         assert all(torch.equal(one[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_base_that_the_method_does_not_take_stands_in_for_every_model(zoo, listed):
+    lacks = ("b.weight", "c", "lm_head.weight")
+    base, filling = zoo.source("base", model(0)), {name: model(0)[name] for name in lacks}
+    others = [base] if listed else []
+    x = zoo.source("x", {**model(1, *lacks), "extra": torch.ones(3)}, {"weight": 0.3})
+    y = zoo.source("y", model(2, "a.weight"))
+    full = [
+        zoo.source("full x", model(1) | filling, {"weight": 0.3}),
+        zoo.source("full y", model(2) | {"a.weight": model(0)["a.weight"]}),
+    ]
+
+    found = zoo.merge(zoo.settings("linear", base, [x, y, *others], missing="base"), "out").tensors
+    expected = zoo.merge(zoo.settings("linear", base, [*full, *others]), "full").tensors
+
+    assert set(found) == set(model(0))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_merge_has_the_dtypes_of_a_base_that_the_method_does_not_take(zoo):
+    counts = {"steps": torch.arange(3)}
+    base = zoo.source("base", model(0) | counts)
+    wide = {name: tensor.float() for name, tensor in model(1).items()}
+    experts = [zoo.source(label, wide | {"steps": torch.arange(3).int()}) for label in "xy"]
+
+    found = zoo.merge(zoo.settings("linear", base, experts)).tensors
+
+    for name, tensor in model(1).items():
+        assert (found[name].dtype, found[name].tolist()) == (torch.bfloat16, tensor.tolist())
+    assert found["steps"].tolist() == [0, 1, 2]
+
+
 def test_without_the_policy_it_is_an_error_that_names_it(zoo):
     base, expert = zoo.source("base", model(0)), zoo.source("x", model(1, "b.weight"))
 

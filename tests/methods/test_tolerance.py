@@ -28,3 +28,12 @@ def test_another_shape_or_dtype_and_nan_are_never_within_the_tolerance():
     assert not within_tolerance(ones.flatten(), ones)
     assert not within_tolerance(ones.bfloat16(), ones)
     assert not within_tolerance(ones / 0 * 0, ones)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_entry_allows_no_other_difference(dtype):
+    stored = torch.tensor([1.0, 2.0, torch.inf], dtype=dtype)
+
+    assert within_tolerance(stored.clone(), stored)
+    assert not within_tolerance(torch.tensor([1.0, 2.0, 3.0], dtype=dtype), stored)
+    assert not within_tolerance(torch.tensor([9.0, 2.0, torch.inf], dtype=dtype), stored)

@@ -372,7 +372,12 @@ def test_what_was_matched_is_read_back_from_its_document():
     [
         ("calibration:", "#", "`align` needs calibration data, but `one` has none."),
         ("segment_wise", "{weight_similarity: 1}", "expected `method: dual_space`, `depth: "),
-        ("segment_wise", "layers", "expected `dual_space` or `segment_wise`, found 'layers'"),
+        (
+            "segment_wise",
+            "layers",
+            "expected `dual_space`, `segment_wise`, `neuron_matching` or `neuron_zipping`, found "
+            "'layers'",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_aligned_is_refused_when_it_is_read(old, new, problem):

@@ -89,6 +89,53 @@ def test_a_head_of_one_s_own_is_refused_or_left_out_as_the_recipe_says(zoo):
     assert set(tensors) == set(expert) - {HEAD}
 
 
+HEAD_OF_ITS_OWN = "has a lm_head.weight of its own, the base"
+
+
+def test_a_head_of_one_s_own_is_refused_too_if_the_tied_base_stores_a_copy(zoo, tmp_path):
+    base = zoo(
+        "b", change={HEAD: load_file(zoo_folder() / "base" / "model.safetensors")[EMBEDDING]}
+    )
+    zoo("e", "expert-reverse", {HEAD: head(1)}, tied=False)
+
+    def stacked(first, last):
+        sources = [f"[{{model: {tmp_path}/{name}, layer_range: [0, 4]}}]" for name in (first, last)]
+        slices = "".join(f"- sources: {one}\n" for one in sources)
+        text = f"base_model: {tmp_path}/b\nslices:\n{slices}merge_method: passthrough\n"
+        return lewis_hub.check(parse_recipe(text, "recipe.yaml")).problems
+
+    (problem,) = lewis_hub.check(zoo.recipe()).problems
+    assert HEAD_OF_ITS_OWN in problem
+    assert "lm_head.weight" in stacked("b", "e")[0]
+    assert stacked("e", "b") == ()
+    tensors, loaded = zoo.merged("missing: base\n")
+
+    assert set(tensors) == set(base) - {HEAD}
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("saved", ["its own", "the embeddings", "with the embeddings"])
+def test_an_adapter_s_head_is_refused_unless_it_is_tied_as_the_base_s(zoo, tmp_path, saved):
+    zoo("b", change={HEAD: load_file(zoo_folder() / "base" / "model.safetensors")[EMBEDDING]})
+    (tmp_path / "e").mkdir()
+    stored = {f"base_model.model.{HEAD}": head(1)}
+    if saved != "its own":
+        stored[f"base_model.model.{EMBEDDING}"] = head(1)
+    save_file(stored, tmp_path / "e" / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "modules_to_save": ["lm_head"]}
+    told |= {"ensure_weight_tying": True} if saved == "with the embeddings" else {}
+    (tmp_path / "e" / "adapter_config.json").write_text(json.dumps(told))
+
+    problems = lewis_hub.check(zoo.recipe()).problems
+
+    if saved != "with the embeddings":
+        assert HEAD_OF_ITS_OWN in problems[0]
+        return
+    tensors, loaded = zoo.merged("dtype: bfloat16\n")
+    assert torch.equal(tensors[HEAD], head(1))
+    assert torch.equal(loaded.lm_head.weight.bfloat16(), head(1))
+
+
 def test_what_an_expert_lacks_is_refused_or_stays_as_in_the_base(zoo):
     base = zoo("b", change={HEAD: head(0)}, tied=False)
     zoo("e", "expert-reverse", without=(UP,))

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
+from lewis_hub.errors import OutputError
 
 pytestmark = pytest.mark.slow  # each scores models
 
@@ -152,6 +153,25 @@ def test_a_folder_that_passed_is_judged_again_by_what_was_pushed_meanwhile(hub, 
     assert not json.loads((place / "bad/lewis/gate.json").read_text())["passed"]
 
 
+def test_a_merge_without_scores_leaves_no_score_of_the_merge_before_it(hub, place):
+    name, boards = f"{hub.user}/reverse", "benchmarks: {zoo_reverse: BOARD}"
+    board = "{dataset: zoo/reverse, task_id: reverse, metric: 'exact_match,none'}"
+    text = RECIPE.format(weight=1.0, gate=GATE, user=hub.user).replace("  limit: 20\n", "")
+    text = text.replace("  compare:", f"  {boards.replace('BOARD', board)}\n  compare:")
+    Path("recipe.yaml").write_text(text)
+    run("merge", "-q", "--push")
+    described = {".eval_results/reverse.yaml", "lewis/gate.json", "lewis/scores.json"}
+    assert described <= {*hub.api().list_repo_files(name)}
+
+    unscored = text.partition("evaluate:")[0] + "publish:" + text.partition("publish:")[2]
+    Path("recipe.yaml").write_text(unscored.replace("weight: 1.0", "weight: 0.5"))
+    run("merge", "-q", "--push", "-o", "unscored")
+
+    now = {*hub.api().list_repo_files(name)}
+    assert not described & now
+    assert {"lewis/lock.json", "lewis/provenance.json", "lewis/report.html"} <= now
+
+
 def test_a_metric_that_the_task_does_not_have_is_refused_before_any_download(hub, place):
     with pytest.raises(Exception, match="it has no metric `acc,none`."):
         merge(hub, gate=GATE.replace("exact_match", "acc"))
@@ -165,3 +185,22 @@ def test_a_gate_cannot_be_passed_by_not_scoring(hub, place):
 
     assert done.exit_code == 2
     assert "the recipe has a quality gate" in done.stderr
+
+
+@pytest.mark.parametrize("step", ["", "name: step\n"])
+def test_scores_by_an_edited_task_are_made_again(hub, place, step):
+    scored = "evaluate: {tasks: [zoo_reverse], include: tasks, limit: 2}\n"
+    text = "base_model: zoo/base\nmodels: [NAME]\nmerge_method: linear\n"
+    if step:
+        text = step + text.replace("NAME", "zoo/expert-reverse") + "---\n" + text
+    Path("recipe.yaml").write_text(text.replace("NAME", "step" if step else "zoo/base") + scored)
+    words = ("merge", "-q", "--json")
+    first, again = (json.loads(run(*words).stdout)["status"] for _ in range(2))
+    task = Path("tasks/zoo_reverse.yaml")
+    task.write_text(task.read_text() + "description: 'Letters: '\n")
+
+    with pytest.raises(OutputError, match="holds something else than this merge"):
+        run(*words)
+
+    assert (first, again) == ("merged", "unchanged")
+    assert run("merge", "-q", "--no-eval").exit_code == 0

@@ -12,7 +12,7 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.report.lock import Lock
+from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.workflow.publish import same_merge
 
 EXPERT = "zoo/expert-reverse"
@@ -227,6 +227,18 @@ def test_scores_that_are_not_asked_for_are_not_missed():
     )
 
     assert [same_merge(found, one) for one in planned] == [True, True, False]
+
+
+def test_scores_by_other_task_files_are_not_those_of_the_planned_merge():
+    def lock(**outputs):
+        recipe = {"evaluate": {"tasks": ["a"], "include": "tasks"}}
+        return Lock((), (), recipe, "ties", 1, None, None, 1, 1000, outputs, {})
+
+    old, new = OutputFile("aa", 2), OutputFile("bb", 2)
+    found = lock(**{"model.safetensors": new, "lewis/tasks/a.yaml": old})
+    planned = [lock(**{"lewis/tasks/a.yaml": one}) for one in (old, new)]
+
+    assert [same_merge(found, one) for one in planned] == [True, False]
 
 
 def test_force_merges_and_publishes_again(hub, zoo):

@@ -67,10 +67,21 @@ def test_files_count_as_public_beside_the_task_that_is_published_with_them(tmp_p
     assert why(inside) is None
     assert why(inside, outside) == "Its data are files outside of the folder of its task."
     assert why("https://example.org/rows.jsonl") == why(outside)
+    assert why(inside.parent / ".mine" / "rows.jsonl") == why(outside)  # it is not published
     assert why() == "It is unknown where its data come from."
     assert why(inside, code=True) == (
         "Python code makes its items, so it is unknown whether they are public."
     )
+
+
+def test_data_that_a_task_reads_elsewhere_are_not_those_of_its_repo(tmp_path):
+    more = "dataset_kwargs: {data_files: {test: /home/me/rows.jsonl}}\n"
+    (tmp_path / "task.yaml").write_text(TASK.format(name="sums", path="me/public") + more)
+
+    (data,) = task_data(locate_tasks(TaskSelection(("sums",), tmp_path)))
+
+    assert (data.repo, data.files) == (None, ("/home/me/rows.jsonl",))
+    assert closed(data, {}, tmp_path) == "Its data are files outside of the folder of its task."
 
 
 def merge(more=""):
