@@ -28,7 +28,13 @@ from lewis_hub.recipe import read
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
+from lewis_hub.recipe.rules import (
+    LISTED_ONCE,
+    Complaint,
+    aligns_by_texts,
+    asks_for_statistics,
+    contradictions,
+)
 from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
@@ -412,6 +418,10 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
         if base is None:
             require_whole(api, expert)
+    pinned = [expert.pinned for expert in experts]
+    if recipe.models and (repeated := [one for one in pinned if pinned.count(one) > 1]):
+        problem = f"two of them are {repeated[0]}, by names of one commit."
+        raise RecipeError("recipe", "models", problem, LISTED_ONCE)
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
 
 
