@@ -43,6 +43,18 @@ CLASSES = (  # a file of a module -> its key with names of classes
 HANDED_ON, OTHER_TOKENIZER = ("_args", "_kwargs"), "tokenizer_name_or_path"
 WORD = re.compile(r"\w*", re.ASCII)
 ACTIVATIONS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
+SIZES = {  # a file of a module -> its settings that have as many weights as their product, or more
+    "config.json": (("in_features", "out_features"), ("input_dim", "hidden_dim"), ("dimension",)),
+    "lstm_config.json": (
+        ("hidden_dim", "hidden_dim"),
+        ("embedding_dimension", "hidden_dim"),
+        ("word_embedding_dimension", "hidden_dim"),
+    ),
+    "cnn_config.json": (
+        ("in_embedding_dimension", "out_channels", "kernel_sizes"),
+        ("in_word_embedding_dimension", "out_channels", "kernel_sizes"),
+    ),
+}
 
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -103,21 +115,25 @@ def _require_no_code(folder: Path) -> None:
                 problem = f"its module `{kind}` is no class of sentence-transformers"
                 remedy = "No other code is run: use another model."
                 raise EvaluationError(str(folder), problem, remedy)
-        _require_stored(folder, place)
-        if (place / PICKLE).exists() and not (place / WEIGHTS).exists():
-            problem = f"the weights of its module {place.name} are pickled"
-            remedy = "Load it in sentence-transformers and save it again."
-            raise EvaluationError(str(folder), problem, remedy)
+        for pickled in [place / PICKLE] if place == folder else sorted(place.rglob(PICKLE)):
+            if pickled.exists() and not pickled.with_name(WEIGHTS).exists():
+                problem = f"the weights of its module {pickled.parent.name} are pickled"
+                remedy = "Load it in sentence-transformers and save it again."
+                raise EvaluationError(str(folder), problem, remedy)
 
 
-def _require_stored(folder: Path, place: Path) -> None:
-    """Refuse a dense layer that is larger than the file with its weights: it is built first."""
-    sizes = [_read(place / "config.json").get(key) for key in ("in_features", "out_features")]
-    numbers = [size for size in sizes if isinstance(size, int)]
-    stored = (place / WEIGHTS).stat().st_size if (place / WEIGHTS).exists() else 0
-    if len(numbers) == len(sizes) and math.prod(numbers) > stored:
-        problem = f"its module {place.name} has {numbers[0]} × {numbers[1]} weights, its file fewer"
-        raise EvaluationError(str(folder), problem, "The file is damaged: use an intact copy.")
+def _require_stored(folder: Path, file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a module that is larger than the files with its weights: it is built first."""
+    files = (*file.parent.glob("*.safetensors"), *file.parent.glob(PICKLE))
+    stored = sum(weights.stat().st_size for weights in files)
+    for keys in SIZES.get(file.name, ()):
+        values = [settings.get(key) for key in keys]
+        largest = [max(value, default=1) if isinstance(value, list) else value for value in values]
+        numbers = [number for number in largest if isinstance(number, int)]
+        if len(numbers) == len(keys) and math.prod(numbers) > stored:
+            shape = " × ".join(map(str, numbers))
+            problem = f"its module {file.parent.name} has {shape} weights, its file fewer"
+            raise EvaluationError(str(folder), problem, "The file is damaged: use an intact copy.")
 
 
 def _require_own_settings(folder: Path) -> None:
@@ -139,6 +155,7 @@ def _require_own_settings(folder: Path) -> None:
             remedy = "Only the files of the model are used: use another one."
             raise EvaluationError(str(folder), problem, remedy)
         require_buildable(str(file.parent), found)
+        _require_stored(folder, file, found)
 
 
 def _texts(value: object) -> Iterator[str]:
