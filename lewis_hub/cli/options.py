@@ -235,7 +235,11 @@ def scoring(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def rescored(recipe: lewis_hub.Recipe, running: Mapping[str, Any]) -> lewis_hub.Recipe:
-    """Apply the options of `scoring` to a recipe; they replace the settings of its `evaluate`."""
+    """Apply the options of `scoring` to a recipe; they replace the settings of its `evaluate`.
+
+    An argument or an option of generation replaces that of its name, and arguments of another
+    backend.
+    """
     if not running:
         return recipe
     if recipe.evaluate is None:
@@ -244,6 +248,10 @@ def rescored(recipe: lewis_hub.Recipe, running: Mapping[str, Any]) -> lewis_hub.
             f"the recipe scores nothing: add `evaluate` to it, or remove {named}"
         )
     evaluation = recipe.evaluate.model_dump(by_alias=True, exclude_unset=True)
+    stays = running.get("backend") in (None, recipe.evaluate.backend or "hf")
+    for name in ("generation", "backend_args") if stays else ("generation",):
+        if name in running:
+            running = {**running, name: {**(evaluation.get(name) or {}), **running[name]}}
     changed = validated(type(recipe.evaluate), **{**evaluation, **running})
     return recipe.model_copy(update={"evaluate": changed})
 

@@ -366,6 +366,10 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         problem = f"it could not be fetched ({text[:200]})"
         remedy = "Check the network and HF_ENDPOINT, then run the same command again."
     else:
-        cause = " ".join(str(error.__cause__ or error).split())[:300]
-        problem, remedy = f"its rows could not be read ({cause})", "Repair the file it names."
+        cause = error.__cause__ or error
+        said = " ".join(str(cause).split())[:300] or type(cause).__name__
+        problem, remedy = f"its rows could not be read ({said})", "Repair the file it names."
+        if isinstance(cause, MemoryError) or "out of memory" in said:
+            remedy = f"Reading them takes over {MAX_MEMORY_BYTES >> 30} GiB of memory: use .jsonl "
+            remedy += "or .parquet files with shorter rows."
     return SourceError(source.pinned, problem, remedy)

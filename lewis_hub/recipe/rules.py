@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lewis_hub.recipe.backend import ADDRESS
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.parts import last_sections
@@ -59,7 +60,11 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
 def only_by_options(recipe: Recipe) -> Iterator[Complaint]:
     """Find what the file of a recipe, which may be of someone else, may not set."""
     for name, problem in recipe.evaluate.unsafe_args() if recipe.evaluate else ():
-        remedy = f"Give it as an option, if you trust it: `--backend-arg {name}=VALUE`."
+        remedy = "Remove it, and give it as an option, if you trust it: "
+        if name == ADDRESS:  # which the backend needs
+            remedy = "Remove `backend` and `backend_args`, and give them as options, if you trust "
+            remedy += "the server: `--backend local-completions` and "
+        remedy += f"`--backend-arg {name}=VALUE`."
         yield ("evaluate", "backend_args", name), problem, remedy
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 import pytest
@@ -26,6 +28,7 @@ from lewis_hub.evaluate.harness import evaluate_model, load
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores, settings_words
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.recipe.backend import ADDRESS, EXACTNESS, SIZE, TEXTS
 from lewis_hub.recipe.evaluation import Gate
 
 NOWHERE = "http://127.0.0.1:9/v1/completions"
@@ -232,6 +235,26 @@ def test_options_replace_the_settings_of_a_recipe(tmp_path):
         rescored(recipe.model_copy(update={"evaluate": None}), {"num_fewshot": 5})
 
 
+def test_an_option_keeps_the_other_arguments_of_a_recipe():
+    """Some arguments may only be options, so a run may need both."""
+    own = {"backend": "vllm", "backend_args": {"dtype": "float32", "max_model_len": 99}}
+    generation = {"temperature": 0.1, "max_gen_toks": 5}
+    scoring = {"tasks": ["gsm8k"], "generation": generation}
+    recipe = lewis_hub.Recipe.model_validate(
+        {"models": ["a/b"], "merge_method": "linear", "evaluate": scoring | own}
+    )
+    given = {"backend_args": {"lora": "x", "dtype": "auto"}, "generation": {"temperature": 0.5}}
+
+    same = rescored(recipe, given).evaluate
+    named = rescored(recipe, given | {"backend": "vllm"}).evaluate
+    other = rescored(recipe, given | {"backend": "hf"}).evaluate
+
+    assert same.backend_args == {"dtype": "auto", "max_model_len": 99, "lora": "x"}
+    assert named == same
+    assert same.generation == other.generation == {"temperature": 0.5, "max_gen_toks": 5}
+    assert other.backend_args == {"lora": "x", "dtype": "auto"}
+
+
 def test_a_recipe_scores_its_own_models_on_a_server():
     recipe = lewis_hub.Recipe.model_validate(
         {
@@ -278,9 +301,12 @@ def test_the_file_of_a_recipe_leads_to_no_code_file_or_host(
     with pytest.raises(RecipeError) as caught:
         lewis_hub.read_recipe(file)
 
+    remedy = f"Remove it, and give it as an option, if you trust it: `--backend-arg {name}=VALUE`."
+    if name == "base_url":
+        remedy = "Remove `backend` and `backend_args`, and give them as options, if you trust the "
+        remedy += "server: `--backend local-completions` and `--backend-arg base_url=VALUE`."
     assert str(caught.value).partition(": ")[2] == (
-        f"`evaluate.backend_args.{name}`: {problem}\n"
-        f"Give it as an option, if you trust it: `--backend-arg {name}=VALUE`."
+        f"`evaluate.backend_args.{name}`: {problem}\n{remedy}"
     )
     file.write_text(yaml.safe_dump({**MERGE, "evaluate": {"tasks": ["gsm8k"]}}))
     told = rescored(lewis_hub.read_recipe(file), {"backend": backend, "backend_args": args})
@@ -303,6 +329,14 @@ def test_the_file_of_a_recipe_says_how_large_and_exact_a_run_is(backend, args, t
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**MERGE, "evaluate": evaluate}))
 
     assert lewis_hub.read_recipe(tmp_path / "recipe.yaml").evaluate.backend_args == args
+
+
+def test_the_arguments_that_a_recipe_may_set_are_documented():
+    page = (Path(__file__).parents[2] / "docs" / "scores.md").read_text("utf-8")
+    listed = page.partition("A recipe may set ")[2].partition("\n\n")[0]
+
+    allowed = {*EXACTNESS, *SIZE, *TEXTS, ADDRESS} - {"model"}  # a recipe has several
+    assert {*re.findall(r"`(\w+)`", listed)} == allowed
 
 
 @pytest.mark.parametrize("name", ["custom_generate", "trust_remote_code"])

@@ -153,6 +153,54 @@ def test_no_module_is_read_outside_of_the_model(tmp_path):
         load_embedder(model, EvaluationSettings(backend="mteb"))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "shape"),
+    [
+        (
+            "q_0_Dense/config.json",
+            {"in_features": 10**6, "out_features": 10**6},
+            "1000000 × 1000000",
+        ),
+        ("config.json", {"input_dim": 10**5, "hidden_dim": 10**6}, "100000 × 1000000"),
+        ("config.json", {"dimension": 10**11}, "100000000000"),
+        ("lstm_config.json", {"hidden_dim": 10**5, "embedding_dimension": 1}, "100000 × 100000"),
+        (
+            "cnn_config.json",
+            {"in_word_embedding_dimension": 10, "out_channels": 10, "kernel_sizes": [1, 10**9]},
+            "10 × 10 × 1000000000",
+        ),
+    ],
+)
+def test_modules_of_every_kind_and_inside_others_have_their_weights(
+    name, settings, shape, tmp_path
+):
+    modules(tmp_path, "sentence_transformers.models.Router")
+    file = tmp_path / "1_Dense" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(settings))
+
+    with pytest.raises(EvaluationError) as refused:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert f"its module {file.parent.name} has {shape} weights, its file fewer" in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize("inner", [".", "q_0_Dense"])
+def test_a_dense_layer_with_a_pickle_is_told_to_be_pickled(inner, tmp_path):
+    modules(tmp_path, "sentence_transformers.models.Dense")
+    place = tmp_path / "1_Dense" / inner
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps({"in_features": 768, "out_features": 512}))
+    (place / "pytorch_model.bin").write_bytes(bytes(4 * 768 * 512))
+
+    with pytest.raises(EvaluationError) as pickled:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert f"the weights of its module {place.name} are pickled" in str(pickled.value)
+
+
 def test_no_module_is_built_that_is_larger_than_its_files(tmp_path):
     modules(tmp_path, "sentence_transformers.models.Dense")
     config = tmp_path / "1_Dense" / "config.json"

@@ -333,7 +333,28 @@ def test_rows_of_one_long_text_take_no_memory_without_a_limit(tmp_path, api, mon
     said = message(api, tmp_path / "rows.parquet")
 
     assert "its rows could not be read (realloc of size " in said
+    assert said.endswith(
+        "Reading them takes over 1 GiB of memory: use .jsonl or .parquet files with shorter rows."
+    )
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory")
+def test_a_file_that_takes_more_memory_than_the_limit_is_not_called_broken(
+    kind, tmp_path, api, monkeypatch
+):
+    path = tmp_path / f"rows.{kind}"
+    text = "x" * (1 << 20)
+    many = [{"text": text} for _ in range(80)] if kind == "json" else [{"text": text * 80}]
+    path.write_text(json.dumps(many) if kind == "json" else f"text\n{many[0]['text']}\n")
+    monkeypatch.setattr(rows, "MAX_MEMORY_BYTES", 64 << 20)
+
+    said = message(api, path)
+
+    assert "its rows could not be read (" in said
+    assert "()" not in said
+    assert said.endswith("use .jsonl or .parquet files with shorter rows.")
 
 
 @pytest.mark.parametrize(
