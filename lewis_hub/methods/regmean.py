@@ -131,6 +131,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         embeddings: whether rows of token embeddings are weighted by how often texts have the token
     """
     del affine  # see `lewis_hub.calibration.affine`
+    if embeddings and all(gram is not None and gram.shape[-1] == 1 for gram in grams):
+        trim = "magnitude"  # most tokens are in no text, so that their rows would have no rank
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]

@@ -514,6 +514,24 @@ def test_an_embedding_is_fitted_as_the_matrix_that_multiplies_one_hot_inputs(nor
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_embedding_is_trimmed_by_magnitude_as_most_tokens_are_in_no_text():
+    vectors = torch.tensor([[[4.0, 1.0], [2.0, 3.0]], [[1.0, 6.0], [8.0, 7.0]]])
+
+    merged = regmean(
+        torch.zeros(2, 2),
+        vectors,
+        weights=torch.tensor([1.0, 1.0]),
+        densities=[0.5, 0.5],
+        grams=[torch.tensor([1.0, 0.0]).view(2, 1, 1)] * 2,
+        transposed=True,
+        embeddings=True,
+        trim="activation",
+    )
+
+    # kept: 4 and 3 of the first, 8 and 7 of the second; no text has the second token
+    torch.testing.assert_close(merged, torch.tensor([[2.0, 0.0], [4.0, 5.0]]))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 def test_each_matrix_of_a_stack_is_fitted_by_its_own_moments(transposed, ridge):
