@@ -16,7 +16,6 @@ SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {fi
 
 LARGEST = 3.4e38  # in float32
 LEAVE_OUT = "Leave it out."
-LISTED_ONCE = "List each expert once, with its weight."
 ONE_METHOD = (
     "All slices have the recipe's `merge_method`. To use several methods, write several documents "
     "separated by `---`, each a merge with a `name`; the last can name the others as models."
@@ -130,7 +129,7 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         remedy = "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
         yield ("models",), "`models` is missing.", remedy
     for name in _repeated(recipe, (entry.model for entry in recipe.experts)):
-        yield ("models",), f"`{name}` is listed twice.", LISTED_ONCE
+        yield ("models",), f"`{name}` is listed twice.", "List each expert once, with its weight."
 
 
 def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:

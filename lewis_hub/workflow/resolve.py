@@ -28,13 +28,7 @@ from lewis_hub.recipe import read
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
-from lewis_hub.recipe.rules import (
-    LISTED_ONCE,
-    Complaint,
-    aligns_by_texts,
-    asks_for_statistics,
-    contradictions,
-)
+from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
@@ -418,11 +412,25 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
         if base is None:
             require_whole(api, expert)
-    pinned = [expert.pinned for expert in experts]
-    if recipe.models and (repeated := [one for one in pinned if pinned.count(one) > 1]):
-        problem = f"two of them are {repeated[0]}, by names of one commit."
-        raise RecipeError("recipe", "models", problem, LISTED_ONCE)
+    if recipe.models:
+        takes_base = registry.find(recipe.merge_method).takes_base
+        merged = {entry.model for entry in entries} | ({recipe.base_model} if takes_base else set())
+        _require_distinct({one: found[one] for one in found if one in merged})
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def _require_distinct(sources: Mapping[ModelReference, Source]) -> None:
+    """Refuse a model under two names, as two experts or as the base and an expert.
+
+    Densities, weights and orders of units are kept by the pinned name.
+    """
+    known: dict[object, ModelReference] = {}
+    for reference, source in sources.items():
+        place = source.folder.resolve() if source.folder else source.pinned
+        if (first := known.setdefault(place, reference)) != reference:
+            problem = f"it is `{first}` by another name, and would be merged as one more model"
+            remedy = "List each model once; the base can be left out."
+            raise SourceError(str(reference), problem, remedy)
 
 
 def each_source(

@@ -128,17 +128,3 @@ def test_a_lock_does_not_change_with_the_way_that_the_work_is_done(job):
 
     assert other.planned == first.planned
     assert other.plan == first.plan
-
-
-def test_an_expert_that_is_listed_by_two_names_of_one_commit_is_refused(hub):
-    put_zoo(hub)
-    sha = hub.api().model_info("zoo/expert-reverse").sha
-    twice = RECIPE.replace("zoo/expert-cipher", "zoo/expert-reverse@main")
-
-    with pytest.raises(lewis_hub.LewisHubError) as caught:
-        lewis_hub.check(parse_recipe(twice, "recipe.yaml"))
-
-    assert str(caught.value) == (
-        f"recipe: `models`: two of them are zoo/expert-reverse@{sha}, by names of one commit.\n"
-        "List each expert once, with its weight."
-    )
