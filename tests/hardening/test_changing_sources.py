@@ -106,6 +106,26 @@ def test_a_stream_uploads_again_what_it_made_of_weights_that_were_replaced(
     assert lewis_hub.verify("tests/streamed", progress=False, rebuild=True).problems == ()
 
 
+def test_a_model_gets_no_tokenizer_while_its_weights_are_replaced(hub, tmp_path):
+    model = shutil.copytree(zoo_folder() / "base", tmp_path / "model")
+    donor = shutil.copytree(zoo_folder() / "base", tmp_path / "donor")
+    weights, kept = model / "model.safetensors", (model / "model.safetensors").read_bytes()
+
+    def change():
+        weights.write_bytes(kept[:-64] + bytes(64))
+
+    def transplant(name, calls):
+        progress = AtStages(calls)
+        return lewis_hub.transplant_tokenizer(model, donor, tmp_path / name, progress=progress)
+
+    with pytest.raises(SourceError, match="changed while it was read"):
+        transplant("made", {"Writing the model": change})
+    weights.write_bytes(kept)
+
+    again, clean = transplant("made", {}), transplant("clean", {})
+    assert weight_bytes(again.output) == weight_bytes(clean.output)
+
+
 TEXTS = "calibration: {dataset: texts.jsonl, text: '{text}', samples: 6}"
 
 
