@@ -39,6 +39,11 @@ ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 # options of a card that are letters: pandas reads longer ones as patterns
 LETTERS = ("sep", "delimiter", "thousands", "decimal", "comment", "quotechar", "escapechar")
 SPACES = r"\s+"
+# texts that are in tables, and name no data
+CONTENTS = frozenset(
+    {"description", "names", "column_names", "index_col", "usecols", "columns", "field"}
+    | {"na_values", "true_values", "false_values"}
+)
 # `datasets` tries all places for each wildcard in a name, and for each `**`
 MAX_STARS, MAX_DOUBLE_STARS = 3, 2
 ROWS_AT_ONCE = 1000
@@ -287,12 +292,12 @@ def _local(file: Path) -> bytes:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The texts in a value that name something, each with the key that it has."""
+    """The texts in `configs` that may name data, each with the key that it has."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, inner in value.items():
-            if name != "description":
+            if key or name not in CONTENTS:
                 yield from _texts(inner, str(name))
     elif isinstance(value, list):
         for inner in value:

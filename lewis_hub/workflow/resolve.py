@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi
+from pydantic import ValidationError
 
 from lewis_hub.checkpoint.lora import read_config
 from lewis_hub.errors import GuideError, RecipeError, SourceError, SourcesError
@@ -142,13 +143,22 @@ def resolve_one(
     model: ModelReference | Path | str, api: HfApi, *, allow_pickle: bool = False
 ) -> Source:
     """Pin a model outside of a recipe."""
-    reference = ModelReference.model_validate(model)
+    reference = _reference(model)
     if reference.on:
         problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
         raise SourceError(str(reference), problem, remedy)
     found = resolve_model(api, reference.name, reference.revision, allow_pickle=allow_pickle)
     return require_whole(api, with_converted(found, code=False))
+
+
+def _reference(model: ModelReference | Path | str) -> ModelReference:
+    try:
+        return ModelReference.model_validate(model)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        remedy = "Write owner/name, owner/name@revision or the path of a folder."
+        raise SourceError(repr(str(model)), problem, remedy) from None
 
 
 def require_whole(api: HfApi, source: Source) -> Source:
@@ -372,7 +382,7 @@ def sources_inside(recipe: Recipe, folder: Path) -> list[str]:
 
 def named_inside(models: Iterable[str], folder: Path | None) -> list[str]:
     """Return models that are named in the working folder and are files in a folder."""
-    names = [str(ModelReference.model_validate(one).name) for one in models]
+    names = [_reference(one).name for one in models]
     return [name for name in names if folder and _is_inside(name, folder)]
 
 

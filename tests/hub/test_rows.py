@@ -385,6 +385,20 @@ def test_a_card_may_separate_tables_by_other_letters(tmp_path, api, separator, b
     assert load(api, tmp_path).rows([0]) == [{"a": 1, "b": 2}]
 
 
+def test_a_card_says_what_stands_in_its_tables(tmp_path, api):
+    (tmp_path / "train.csv").write_text("1,\\N\n~,4\n")
+    config = {"config_name": "default", "data_files": "train.csv", "header": None}
+    config |= {"names": ["~a", "b::c"], "na_values": ["\\N", "~"], "description": "/x"}
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{json.dumps(config)}]\n---\n")
+
+    found = load(api, tmp_path)
+
+    assert found.rows([0, 1]) == [{"~a": 1.0, "b::c": None}, {"~a": None, "b::c": 4.0}]
+    config["data_files"] = [{"split": "train", "path": {"description": "/etc/passwd"}}]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{json.dumps(config)}]\n---\n")
+    assert "`README.md` names data that is not in it: /etc/passwd" in message(api, tmp_path)
+
+
 @pytest.mark.parametrize("pattern", [5 * "*a" + "b.jsonl", "**/**/**/a.jsonl"])
 def test_a_card_names_files_by_few_wildcards(tmp_path, api, pattern):
     (tmp_path / f"{200 * 'a'}.jsonl").write_bytes(lines(ROWS))
