@@ -397,8 +397,9 @@ def _solve(
 
 def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) -> None:
     """Replace weights of a block of the merged model."""
-    fused = _fused_of(job, trial).items()
-    job.merged.replace_fused({n: one for n, one in fused if n not in job.stored_as}, fitted)
+    if not fitted.keys() <= set(job.stored_as.values()):  # converting stacks copies them all
+        fused = _fused_of(job, trial).items()
+        job.merged.replace_fused({n: one for n, one in fused if n not in job.stored_as}, fitted)
     for name, parameter in trial.block.named_parameters(prefix=trial.path):
         if (tensor := job.stored_as.get(name, "")) in fitted:
             parameter.data.copy_(fitted[tensor])
