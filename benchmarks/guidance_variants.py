@@ -158,6 +158,9 @@ def _by_statistics(*, generic: bool) -> Iterator[Variant]:
                 name = family.replace(" generic", f" {alpha} generic")
                 yield _regmean(name, alpha, 1.0, family, 64, more, own=False)
     yield from _anchored(generic=generic)
+    for name, alpha, more in (("regmean 0.5", 0.5, {}), ("regmean merged 0.7", 0.7, MERGED)):
+        settings = {**more, "embeddings": True}
+        yield _regmean(f"{name} embeddings", alpha, 1.0, f"{name} embeddings", 64, settings)
 
 
 def _anchored(*, generic: bool) -> Iterator[Variant]:

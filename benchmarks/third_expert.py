@@ -1,11 +1,11 @@
 """A third expert of a base, and its data: Roman numerals in both directions.
 
-    python benchmarks/third_expert.py MODELS DATA [--skill NAME]
+    python benchmarks/third_expert.py MODELS DATA [--skill NAME] [--whole]
 
 MODELS contains `base`. This writes `expert-roman` beside it, and roman_{train,tune,test}.jsonl into
 DATA. No number is in two splits. With `--skill` it trains an expert on NAME_train.jsonl in DATA. It
 trains all matrices of the blocks in full rank, unlike an adapter; embeddings and norms are those of
-the base. It is seeded, and uses torch's default number of threads.
+the base unless `--whole` trains them too. It is seeded, and uses torch's default number of threads.
 """
 
 from __future__ import annotations
@@ -61,16 +61,18 @@ def _asked(number: int) -> Iterator[dict[str, str]]:
     yield {"question": f"Which number is {written}?", "answer": str(number)}
 
 
-def train(base: Path, data: Path, skill: str, out: Path) -> None:
+def train(base: Path, data: Path, skill: str, out: Path, *, whole: bool) -> None:
     """Fine-tune on answers only, and write the expert in bfloat16."""
     items = texts(base, read_items(data, skill, "train"))
     torch.manual_seed(SEED)
     model = load(base, "float32")
-    matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2]
+    trained = [
+        p for n, p in model.named_parameters() if whole or (".layers." in n and p.dim() == 2)
+    ]
     model.requires_grad_(requires_grad=False)
-    for matrix in matrices:
-        matrix.requires_grad_()
-    optimizer = torch.optim.AdamW(matrices, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
+    for parameter in trained:
+        parameter.requires_grad_()
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
     rng, started = random.Random(SEED), time.perf_counter()
     for step in range(N_STEPS):
         pace = min(1.0, (step + 1) / WARM_UP, (N_STEPS - step) / (0.4 * N_STEPS))
@@ -78,7 +80,7 @@ def train(base: Path, data: Path, skill: str, out: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = _loss(model, rng.sample(items, BATCH))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(matrices, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 9:
@@ -104,10 +106,12 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--skill", default=SKILL)
+    parser.add_argument("--whole", action="store_true")
     told = parser.parse_args()
     if told.skill == SKILL:
         write_data(told.data)
-    train(told.models / "base", told.data, told.skill, told.models / f"expert-{told.skill}")
+    out = told.models / f"expert-{told.skill}"
+    train(told.models / "base", told.data, told.skill, out, whole=told.whole)
 
 
 if __name__ == "__main__":

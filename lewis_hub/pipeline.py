@@ -26,6 +26,7 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
+from lewis_hub.hub.resolve import local_states
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
@@ -353,6 +354,7 @@ def run(
         if job.sidecars.code:
             fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
+    sink.work.resume(local_states(files.sources.values()))
     loader = job.loader(files, sink.work.scratch, progress)
     with costs.measure("write texts") if asked else nullcontext():
         generated = write_texts(job.texts, asked, sets, loader, stores, tasks)
@@ -547,7 +549,7 @@ def job_request(
     """Return the Job that merges a recipe and pushes the result, with the local files it needs."""
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
-        files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},
+        files={**resolve.local_files(recipe_file, recipe), "recipe.yaml": recipe_file},
         package=requirement("gguf" if recipe.export else None),
         flavor=hardware.flavor,
         timeout=hardware.timeout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from shutil import copy
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,6 +72,20 @@ def write_adapter(folder):
     told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
     (folder / "adapter_config.json").write_text(json.dumps(told))
     return 2 * lora["lora_B"] @ lora["lora_A"]
+
+
+def of_three(tmp_path, build, words="abc"):
+    """A recipe, without its method, for two experts of a base that has the demo's tokenizer."""
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(seed)
+        build().save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            copy(zoo_folder() / "base" / file, tmp_path / name / file)
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": words}) + "\n")
+    data = f"calibration: {{dataset: {tmp_path}/texts.jsonl, text: '{{text}}', samples: 1}}\n"
+    text = f"base_model: {tmp_path}/base\n"
+    text += f"models: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
+    return f"{text}{data}"
 
 
 class Recorder:

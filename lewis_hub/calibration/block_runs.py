@@ -9,12 +9,12 @@ into KEPT_BYTES is computed again, with the same values.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lewis_hub.calibration.forward import BatchState, ReachedError, replaced_forwards
 from lewis_hub.calibration.hooks import CallOrder, OutOfStepError, hooked
@@ -153,13 +153,23 @@ class BlockRuns:
 def levels(trial: BatchState) -> list[list[str]]:
     """The Linears of a block that see every token once, in the order of their calls.
 
-    Linears with the same input tensor are one level. `trial` is a few tokens.
+    Linears with the same input tensor are one level. `trial` is a few tokens. Left out are those
+    that return more than their product, as some routers do.
     """
-    order = CallOrder()
-    with hooked(dict(linears("", trial.block)), order.see):
+    order, modules = CallOrder(), dict(linears("", trial.block))
+    returned: dict[nn.Module, object] = {}
+    with ExitStack() as hooks:
+        hooks.enter_context(hooked(modules, order.see))
+        for module in modules.values():
+            keep = module.register_forward_hook(lambda one, _, made: returned.update({one: made}))
+            hooks.enter_context(keep)
         trial.run()
     n_tokens = trial.batch.input_ids.numel()
-    paired = [[path for path in one if order.n_rows[path] == [n_tokens]] for one in order.levels]
+    plain = {path for path, one in modules.items() if isinstance(returned.get(one), Tensor)}
+    paired = [
+        [path for path in one if path in plain and order.n_rows[path] == [n_tokens]]
+        for one in order.levels
+    ]
     return [level for level in paired if level]
 
 

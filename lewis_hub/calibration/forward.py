@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lewis_hub.calibration.hooks import ProductRecorder
-from lewis_hub.calibration.meta_model import MetaModel
+from lewis_hub.calibration.meta_model import SHARES, UNCHAINED, MetaModel
 from lewis_hub.calibration.model import Linear, config_value, matrix
 from lewis_hub.calibration.subject import FEWER, HELD_BYTES, STATES
 from lewis_hub.calibration.texts import TokenBatch
@@ -390,7 +390,7 @@ def _chain_errors(model: MetaModel) -> Iterator[None]:
     except (NotAChainError, RuntimeError) as error:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
-        problem = "its decoder does more between its blocks than to hand on hidden states"
+        problem = SHARES if error.args == (SHARES,) else UNCHAINED
         raise NotByBlockError(model.name, problem, model.weights.remedy) from error
 
 
@@ -451,8 +451,10 @@ def enter(
     def recorder(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **named: Any) -> Any:
             hidden, *others = (*args, *named.values())
+            if number < len(calls):
+                raise NotAChainError(SHARES)
             leaks = any(one is value for one in variable for value in others)
-            if number != len(calls) or leaks or any(hidden is not one for one in hiddens):
+            if number > len(calls) or leaks or any(hidden is not one for one in hiddens):
                 raise NotAChainError
             calls.append(_block_call(args, named))
             hiddens[:] = [hidden]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lewis_hub.calibration.forward import ByOneDNN, deterministic_threads
-from lewis_hub.calibration.model import block_linears, check_tokens_fit, config_value, has_stacks
+from lewis_hub.calibration.model import block_linears, check_tokens_fit, config_value, stacks
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.display import Advance
 from lewis_hub.errors import CalibrationModelError
@@ -113,7 +113,7 @@ def _most_padding(model: PreTrainedModel, prompts: CalibrationTokens) -> int:
     None where they would enter a recurrent state, or take part in the choice of experts. A batch
     runs until its shortest prompt has a whole text, so the longest one needs positions beyond.
     """
-    if has_stacks(model) or getattr(model, "_is_stateful", False):
+    if stacks(model) or getattr(model, "_is_stateful", False):
         return 0
     n_positions = config_value(model, "max_position_embeddings") or 0
     return n_positions - prompts.limit if n_positions > 0 else prompts.limit

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 INDEX = "grams.json"
-VERSION = 1
+VERSION = 2
 WIDEST = 8192  # inputs of one matrix; longer inputs are split into parts with a matrix each
 DIAGONAL = 1  # as `widest`: squares alone are stored
 HELD_BYTES = 8 << 30  # of matrices in memory: a model that has more takes several passes
@@ -258,17 +258,26 @@ def group_by_block(named: Iterable[tuple[str, Value]]) -> list[dict[str, Value]]
     return list(blocks.values())
 
 
-def shares_in_memory(modules: Mapping[str, Linear], widest: int) -> Iterator[dict[str, Linear]]:
+def shares_in_memory(
+    modules: Mapping[str, Linear], stacks: Mapping[str, Tensor], widest: int
+) -> Iterator[dict[str, Linear]]:
     """Whole blocks, as many at a time as fit into HELD_BYTES with their matrices twice.
 
-    The matrices of a batch exist beside the sums.
+    The matrices of a batch exist beside the sums. `stacks` of matrices are measured with the
+    Linears of their block.
     """
     from lewis_hub.calibration.model import matrix
 
+    of_stacks: defaultdict[tuple[str | None, int | None], int] = defaultdict(int)
+    for name, stack in stacks.items():
+        n_inputs = max(stack.shape[1:])
+        of_stacks[names.stack(name), names.block(name)] += len(stack) * n_entries(n_inputs, widest)
     share: dict[str, Linear] = {}
     held_bytes = 0
     for block in group_by_block(modules.items()):
-        block_bytes = sum(2 * 4 * n_entries(matrix(m).shape[1], widest) for m in block.values())
+        path = next(iter(block))
+        n_held = sum(n_entries(matrix(m).shape[1], widest) for m in block.values())
+        block_bytes = 2 * 4 * (n_held + of_stacks[names.stack(path), names.block(path)])
         if share and held_bytes + block_bytes > HELD_BYTES:
             yield share
             share, held_bytes = {}, 0

@@ -176,37 +176,39 @@ Slice = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of: path, offset, s
 
 
 class ProductRecorder(TorchFunctionMode):
-    """Sums squares of the tokens that each slice of some parameters is multiplied with.
+    """Sums a statistic of the tokens that each slice of some parameters is multiplied with.
 
     A context manager: it sees the products inside it. Every token counts, so texts must not be
     padded.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], statistic: Statistic = sum_of_squares
+    ) -> None:
         super().__init__()
-        self._parameters = parameters
-        self._sums: dict[Slice, Tensor] = {}
+        self._parameters, self._statistic = parameters, statistic
+        self.sums: dict[Slice, InputSum] = {}
         starts = sorted((p.data_ptr(), path) for path, p in parameters.items())
         self._starts, self._paths = [s for s, _ in starts], [path for _, path in starts]
 
     @property
     def used(self) -> dict[str, Tensor]:
         """The parameters of which a slice was multiplied with a token."""
-        used = {path for path, *_ in self._sums}
+        used = {path for path, *_ in self.sums}
         return {path: p for path, p in self._parameters.items() if path in used}
 
     def norms(self, path: str, n_tokens: int) -> Tensor:
         """The activation norm of each entry of a parameter: sqrt(Σ_t x_t² / n_tokens), float32.
 
-        All tokens of the pass count, routed to a slice or not; NaN in slices that none was
-        multiplied with.
+        The statistic has to be the sum of squares. All tokens of the pass count, routed to a slice
+        or not; NaN in slices that none was multiplied with.
         """
         parameter = self._parameters[path].detach()
         found = torch.full_like(parameter, torch.nan, dtype=torch.float32)
-        for (of, offset, shape, stride), total in self._sums.items():
+        for (of, offset, shape, stride), one in self.sums.items():
             if of == path:
                 part = found.as_strided(shape, stride, offset)
-                part.copy_(part.nan_to_num(0.0) + (total / n_tokens).float()[:, None])
+                part.copy_(part.nan_to_num(0.0) + (one.total / n_tokens).float()[:, None])
         return found.sqrt_()
 
     def __torch_function__(
@@ -241,12 +243,12 @@ class ProductRecorder(TorchFunctionMode):
     def _record(self, path: str, weight: Tensor, tokens: Tensor) -> None:
         """Add `tokens` (..., n_tokens, n_in) to `weight` (..., n_in, n_out), a view."""
         for part, rows in _matrix_pairs(weight.detach(), tokens.detach()):
-            total = sum_of_squares(rows)
-            if total.any():
+            seen = InputSum(self._statistic(rows), int(rows.any(dim=-1).sum()))
+            if seen.total.any():
                 parameter = self._parameters[path]
                 offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
                 key = (path, offset, tuple(part.shape), part.stride())
-                self._sums[key] = self._sums[key] + total if key in self._sums else total
+                self.sums[key] = self.sums[key] + seen if key in self.sums else seen
 
 
 def _matrix_pairs(weight: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

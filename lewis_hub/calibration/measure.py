@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lewis_hub.calibration import grams
 from lewis_hub.calibration.forward import deterministic_threads, forward
+from lewis_hub.calibration.fused import fused_moments, write_fused
 from lewis_hub.calibration.grams import (
     GramFiles,
     GramRequest,
@@ -25,10 +26,12 @@ from lewis_hub.calibration.model import (
     Linear,
     block_linears,
     check_tokens_fit,
+    fused_parameters,
     load_model,
     run_refusals,
+    stacks,
 )
-from lewis_hub.calibration.passes import BlockInputs, block_pass, whole_pass
+from lewis_hub.calibration.passes import BlockInputs, Watched, block_pass, whole_pass
 from lewis_hub.calibration.profile import ImportanceProfile, Measure, SourceImportance, reusable
 from lewis_hub.calibration.reference import measure_reference
 from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, Weights, missing
@@ -127,7 +130,7 @@ def measure_inputs(  # noqa: PLR0913
         modules = block_linears(model, source.name)
         run = partial(whole_pass, model, source.name, [modules], sets, sum_of_squares, advance)
         with deterministic_threads(modules.values()):
-            return _summarised(model, source.name, run(with_products=True), sets, summarise)
+            return _summarised(model, source.name, run(), sets, summarise)
     meta_model = build_meta_model(source, device)
     statistics: list[Statistic] = [sum_of_squares]
     if request:
@@ -136,7 +139,7 @@ def measure_inputs(  # noqa: PLR0913
     def summarised(blocks: Iterator[BlockInputs]) -> list[dict[str, float]]:
         return _summarised(meta_model.model, meta_model.name, blocks, sets, summarise, request)
 
-    return block_pass(meta_model, sets, statistics, advance, summarised, with_products=True)
+    return block_pass(meta_model, sets, statistics, advance, summarised)
 
 
 def _summarised(  # noqa: PLR0913
@@ -173,35 +176,39 @@ def gather_grams(
 ) -> GramFiles:
     """Run a source's one calibration set through it, and store second moments of its Linears.
 
-    A model that is loaded whole takes several passes if its second moments do not fit into memory;
-    it is freed on return. `advance` is called with the number of tokens done, as if there were one
+    So are those of experts that are fused into stacks, of the tokens routed to each, and those of
+    routers. A model that is loaded whole takes several passes if its second moments do not fit into
+    memory; it is freed on return. `advance` is called with the number of tokens done, as if one
     pass. A CalibrationError says that the source cannot be loaded or measured, or no token counts.
     """
     tokens = [subject.sets[0].tokens]
     moments = partial(grams.second_moments, widest=request.widest)
+    watched = Watched(fused_parameters, moments)
 
-    def written(
-        stored_as: Mapping[str, str], blocks: Iterable[BlockInputs]
-    ) -> dict[str, ModuleGram]:
+    def written(model: PreTrainedModel, blocks: Iterable[BlockInputs]) -> dict[str, ModuleGram]:
         stored: dict[str, ModuleGram] = {}
+        stored_as = weight_names(model)
         for block in blocks:
             stored |= grams.write_grams(block.sums[0][0], block.modules, stored_as, request.folder)
+            if recorder := block.products[0]:
+                found = fused_moments(model, subject.source, recorder, request.widest)
+                stored |= write_fused(found, request.folder)
         return stored
 
     def gather(source: Snapshot | Weights) -> dict[str, ModuleGram]:
         if isinstance(source, Weights):
             meta_model = build_meta_model(source, device)
-            take = partial(written, weight_names(meta_model.model))
-            return block_pass(meta_model, tokens, [moments], advance, take, with_products=False)
+            take = partial(written, meta_model.model)
+            return block_pass(meta_model, tokens, [moments], advance, take, watched)
         model = load_model(source.folder, device, source.name)
         stored_as = weight_names(model)
         modules = block_linears(model, source.name)
         modules = {path: one for path, one in modules.items() if f"{path}.weight" in stored_as}
-        shares = list(grams.shares_in_memory(modules, request.widest))
+        shares = list(grams.shares_in_memory(modules, stacks(model), request.widest))
         each = shared(advance, len(shares))
-        run = partial(whole_pass, model, source.name, shares, tokens, moments, each)
+        run = partial(whole_pass, model, source.name, shares, tokens, moments, each, watched)
         with deterministic_threads(modules.values()):
-            return written(stored_as, run(with_products=False))
+            return written(model, run())
 
     return grams.write_index(subject.measured(gather), request)
 

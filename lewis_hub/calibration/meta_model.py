@@ -46,6 +46,8 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
 
+UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
+SHARES = "its blocks share weights, so it cannot be calibrated block by block"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -131,6 +133,15 @@ class MetaModel:
         others = {name: tensor for name, tensor in part.items() if name not in self._plain}
         if others:
             convert_and_load_state_dict_in_model(self.model, others, self._loading)
+
+    def replace_fused(
+        self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Replace parts of loaded parameters by tensors of the checkpoint that they come from."""
+        for name, parameter in parameters.items():
+            stored = as_stored(self.model, {name: parameter.detach()})
+            if found := stored.keys() & tensors.keys():
+                self._put(stored | {one: tensors[one].to(parameter) for one in found})
 
     def _tie(self, prefixes: tuple[str, ...]) -> None:
         """Give parameters that share the values of a loaded one those values."""
@@ -243,8 +254,7 @@ def _refuse_shared(
     for block in blocks:
         own = {id(parameter) for parameter in block.parameters()}
         if own & seen or any(tied.startswith(f"{path}.") for tied in model.all_tied_weights_keys):
-            problem = "its blocks share weights, so it cannot be calibrated block by block"
-            raise CalibrationModelError(name, problem, weights.remedy)
+            raise CalibrationModelError(name, SHARES, weights.remedy)
         seen |= own
 
 

@@ -178,6 +178,19 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     return found
 
 
+def further_uses(model: nn.Module, modules: Mapping[str, Linear]) -> list[dict[str, Linear]]:
+    """The other Linears of a model with the weight of one of `modules`, by the path of that one.
+
+    Blocks may share weights as one module, or as several modules with the same parameters.
+    """
+    owners = {id(module.weight): path for path, module in modules.items()}
+    return [
+        {owner: module}
+        for path, module in linears("", model)
+        if path not in modules and (owner := owners.get(id(module.weight)))
+    ]
+
+
 def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
     """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
     check_rows(len(cast("Tensor", model.get_input_embeddings().weight)), name, tokens)
@@ -209,18 +222,27 @@ def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def has_stacks(model: nn.Module) -> bool:
-    """Whether a model's blocks have stacks of matrices, such as the fused ones of a mixture.
+def stacks(model: nn.Module) -> dict[str, Tensor]:
+    """The stacks of matrices in a model's blocks, such as the fused ones of a mixture.
 
     The kernels of convolutions do not count.
     """
-    return any(
-        parameter.dim() == 3 and 1 not in parameter.shape
-        for blocks in block_lists(model).values()
-        for module in blocks.modules()
+    return {
+        f"{path}.{name}": parameter
+        for outer, blocks in block_lists(model).items()
+        for path, module in blocks.named_modules(prefix=outer)
         if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
-        for parameter in module.parameters(recurse=False)
-    )
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and 1 not in parameter.shape
+    }
+
+
+def fused_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The stacks of matrices of a mixture's experts, and its routers where no Linear owns them.
+
+    In a model with stacks that is all that `loose_parameters` finds; in others it is empty.
+    """
+    return loose_parameters(model) if stacks(model) else {}
 
 
 def n_parameters(module: nn.Module) -> int:

@@ -7,8 +7,8 @@ ways find the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -23,7 +23,7 @@ from lewis_hub.calibration.forward import (
     enter_blocks,
     forward,
 )
-from lewis_hub.calibration.grams import InputSum
+from lewis_hub.calibration.grams import InputSum, sum_of_squares
 from lewis_hub.calibration.hooks import (
     InputRecorder,
     OutOfStepError,
@@ -38,9 +38,10 @@ from lewis_hub.calibration.model import (
     Linear,
     block_linears,
     check_tokens_fit,
-    has_stacks,
+    further_uses,
     linears,
     loose_parameters,
+    stacks,
 )
 from lewis_hub.calibration.texts import (
     CalibrationTokens,
@@ -51,9 +52,21 @@ from lewis_hub.calibration.texts import (
     unpadded,
     unpadded_batches,
 )
+from lewis_hub.checkpoint import names
 from lewis_hub.display import Advance, shared
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Parameters that no Linear owns, and what is summed over the tokens multiplied with them."""
+
+    find: Callable[[nn.Module], Mapping[str, Tensor]]  # those of a model, by their names
+    statistic: Statistic
+
+
+LOOSE = Watched(loose_parameters, sum_of_squares)
 
 
 @dataclass(frozen=True)
@@ -74,23 +87,32 @@ def whole_pass(  # noqa: PLR0913
     sets: Sequence[CalibrationTokens],
     statistic: Statistic,
     advance: Advance,
-    *,
-    with_products: bool,
+    watched: Watched = LOOSE,
 ) -> Iterator[BlockInputs]:
-    """Run all texts through a model that is loaded whole, once for each share of its Linears."""
-    grouping = unpadded_batches if with_products and has_stacks(model) else batches
-    loose = loose_parameters(model) if with_products else {}
+    """Run all texts through a model that is loaded whole, once for each share of its Linears.
+
+    A share holds whole blocks; parameters are `watched` with the Linears of their block.
+    """
+    grouping = unpadded_batches if stacks(model) else batches
+    every, shares = watched.find(model), list(shares)
     for modules in shares:
+        inside = {_block_of(path) for path in modules}
+        is_all = len(shares) == 1  # then also of blocks without a Linear
+        loose = {name: one for name, one in every.items() if is_all or _block_of(name) in inside}
         sums, products = [], []
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
             trial = partial(forward, model, first_tokens(tokens))
             used = _used(loose, trial) if loose else {}
-            watched = ProductRecorder(used) if used else None
-            found = input_sums(model, name, modules, grouping(tokens), statistic, advance, watched)
+            recorder = ProductRecorder(used, watched.statistic) if used else None
+            found = input_sums(model, name, modules, grouping(tokens), statistic, advance, recorder)
             sums.append([found])
-            products.append(watched)
+            products.append(recorder)
         yield BlockInputs(model, "", modules, sums, products)
+
+
+def _block_of(name: str) -> tuple[str | None, int | None]:
+    return names.stack(name), names.block(name)
 
 
 def _used(
@@ -115,8 +137,8 @@ def input_sums(  # noqa: PLR0913
 
     Batches run without padding if there are `products`, or a module regroups the tokens. The
     model, in eval mode, is left as it was. Modules that saw no token are left out; those with the
-    same input tensor share one sum. A CalibrationError says that no token is kept, or that a sum is
-    not finite.
+    same input tensor share one sum. Inputs of other Linears with the same weight count too. A
+    CalibrationError says that no token is kept, or that a sum is not finite.
     """
     recorder = InputRecorder(statistic)
 
@@ -126,7 +148,9 @@ def input_sums(  # noqa: PLR0913
             forward(model, part, products)
             recorder.finish()
 
-    with hooked(modules, recorder.see):
+    with ExitStack() as hooks:
+        for used in (modules, *further_uses(model, modules)):
+            hooks.enter_context(hooked(used, recorder.see))
         for batch in calibration:
             try:
                 record(unpadded(batch) if products else [batch])
@@ -144,28 +168,26 @@ def block_pass(  # noqa: PLR0913
     statistics: Sequence[Statistic],
     advance: Advance,
     take: Callable[[Iterator[BlockInputs]], Result],
-    *,
-    with_products: bool,
+    watched: Watched = LOOSE,
 ) -> Result:
     """Run all texts through a model block by block; its weights are read once for all sets.
 
     Of the `statistics` of inputs the first alone is computed if texts run without padding. `take`
     uses the blocks; it is called again, with all blocks, if a block shows that texts have to run
     so. `advance` is called with the number of tokens done, as if there were one block.
-    `with_products` watches parameters that no Linear owns. Raises as `enter_blocks` does.
+    Raises as `enter_blocks` does.
     """
     for tokens in sets:
         check_tokens_fit(model.model, model.name, tokens)
-    loose = loose_parameters(model.model).keys() if with_products else set()
 
     def run(grouping: Grouping) -> Result:
         used = statistics[:1] if grouping is unpadded_batches else statistics
-        with closing(_blocks(model, sets, grouping, used, advance, loose)) as blocks:
+        with closing(_blocks(model, sets, grouping, used, advance, watched)) as blocks:
             return take(blocks)
 
     with deterministic_threads(block_linears(model.model, model.name).values()):
         try:
-            return run(unpadded_batches if with_products and has_stacks(model.model) else batches)
+            return run(unpadded_batches if stacks(model.model) else batches)
         except OutOfStepError:
             return run(unpadded_batches)
 
@@ -176,9 +198,9 @@ def _blocks(  # noqa: PLR0913
     grouping: Grouping,
     statistics: Sequence[Statistic],
     advance: Advance,
-    loose: Collection[str],
+    watched: Watched,
 ) -> Generator[BlockInputs, None, None]:
-    advance = shared(advance, len(model.blocks))
+    advance, loose = shared(advance, len(model.blocks)), watched.find(model.model).keys()
     groups = [[first_tokens(sets[0])], *(list(grouping(tokens)) for tokens in sets)]
 
     def run_trial(products: ProductRecorder) -> None:
@@ -196,10 +218,10 @@ def _blocks(  # noqa: PLR0913
                 raise OutOfStepError
             modules, sums, products = dict(linears(path, block)), [], []
             for texts in states:
-                watched = ProductRecorder(used) if used else None
-                run = partial(_run_and_move, watched, advance)
+                recorder = ProductRecorder(used, watched.statistic) if used else None
+                run = partial(_run_and_move, recorder, advance)
                 sums.append(block_sums(texts, modules, statistics, run))
-                products.append(watched)
+                products.append(recorder)
             yield BlockInputs(block, path, modules, sums, products)
 
 

@@ -7,6 +7,8 @@ the input of o is computed. The last Linear of a block is fitted so that it comp
 difference between the outputs of the expert's block and the merged block that earlier matrices
 leave, where it is added to the block's output (`LayerMoments.residual_covariance`). A module that
 sees chosen tokens alone, such as a routed matrix, has no x for each z: it is fitted on E[z z^T].
+So are experts that are fused into a stack of matrices, each on the tokens that the expert's router
+sends to it, and routers that are no Linear.
 With `inputs: merged_block` (RegMean++) the expert's block gets the hidden states of the merged
 model, as far as it is fitted, and x = z is the input of the expert's Linear there. All Linears of a
 block are fitted on E[x x^T] before they are replaced.
@@ -50,10 +52,11 @@ from lewis_hub.calibration.forward import (
     deterministic_threads,
     enter_blocks,
 )
+from lewis_hub.calibration.fused import FusedMoments, fused_moments
 from lewis_hub.calibration.grams import InputSum
-from lewis_hub.calibration.hooks import OutOfStepError, require_finite
+from lewis_hub.calibration.hooks import OutOfStepError, ProductRecorder, require_finite
 from lewis_hub.calibration.meta_model import MetaModel, build_stacks, weight_names
-from lewis_hub.calibration.model import check_tokens_fit, linears
+from lewis_hub.calibration.model import check_tokens_fit, fused_parameters, linears
 from lewis_hub.calibration.passes import block_sums
 from lewis_hub.calibration.subject import Weights
 from lewis_hub.calibration.texts import (
@@ -86,7 +89,7 @@ class LayerMoments:
     Linear adds.
     """
 
-    gram: Tensor  # E[x x^T], (n_parts, width, width)
+    gram: Tensor  # E[x x^T], (n_parts, width, width); (n_matrices, ...) of a stack
     cross_covariance: Tensor | None = None  # E[z x^T], of that shape; None: z is x
     residual_covariance: Tensor | None = None  # E[d x^T], (n_parts, out, width); None: unknown
 
@@ -120,6 +123,7 @@ class SequentialFit:
     n_before: int  # the number of blocks of stacks before this one
     inputs: InSequence = "merged"
     affine_of: AffineOptionsOf | None = None  # None: norms and biases stay as they are
+    fused: frozenset[str] = frozenset()  # parameters of a mixture that no Linear owns
 
 
 @dataclass(frozen=True)
@@ -171,14 +175,17 @@ def fit(  # noqa: PLR0913
             raise NotByBlockError(expert[0].name, UNLIKE, expert[0].weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(stacks[0].model)
+    fused = frozenset(fused_parameters(stacks[0].model))
+    grouping = unpadded_batches if fused else batches
     jobs = []
     for number, stack in enumerate(stacks):
         beside = [expert[number] for expert in experts]
         n_before = sum(len(one.blocks) for one in stacks[:number])
         made = SequentialFit(
-            *(stack, beside, stored_as, solve, folder, widest, batches, n_threads, n_before),
+            *(stack, beside, stored_as, solve, folder, widest, grouping, n_threads, n_before),
             inputs=inputs,
             affine_of=affine_of,
+            fused=fused,
         )
         jobs.append(made)
     modules = (module for one in stacks for _, module in linears(one.path, one.blocks))
@@ -272,11 +279,12 @@ def _fit_block(
     All texts stay before the block.
     """
     if job.inputs == "merged_block":
-        return _fit_unpaired(job, trial, pairs, [path for path, _ in linears("", trial.block)])
+        paths = [path for path, _ in linears("", trial.block)]
+        return _fit_fused(job, trial, pairs) | _fit_unpaired(job, trial, pairs, paths)
     in_order = levels(trial)
     paired = {path for level in in_order for path in level}
     unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
-    found = _fit_unpaired(job, trial, pairs, unpaired)
+    found = _fit_fused(job, trial, pairs) | _fit_unpaired(job, trial, pairs, unpaired)
     if in_order:
         for pair in chain.from_iterable(pairs):
             runs.watch(pair.own, [level[0] for level in in_order])
@@ -337,6 +345,39 @@ def _fit_unpaired(
     return _solve(job, trial, {path: [moments[path] for moments in each] for path in reached})
 
 
+def _fit_fused(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str, Tensor]:
+    """Fit experts that are fused into stacks on each expert's own inputs, where all have tokens."""
+    if not _fused_of(job, trial):
+        return {}
+    each = [_own_fused(job, [pair.own for pair in texts]) for texts in pairs]
+    reached = [tensor for tensor in each[0] if all(tensor in one for one in each)]
+
+    def solve(tensor: str) -> tuple[str, Tensor]:
+        moments = [LayerMoments(one[tensor].gram) for one in each]
+        return tensor, job.solve(tensor, moments, each[0][tensor].transposed).cpu()
+
+    with ThreadPoolExecutor(job.n_threads) as pool:
+        found = dict(pool.map(solve, reached))
+    _put(job, trial, found)
+    return found
+
+
+def _own_fused(job: SequentialFit, texts: Sequence[BatchState]) -> dict[str, FusedMoments]:
+    """Moments of what is fused in an expert's block, by the tensors of the checkpoint."""
+    first = texts[0]
+    moments = partial(grams.second_moments, widest=job.widest)
+    recorder = ProductRecorder(_fused_of(job, first), moments)
+    for state in texts:
+        state.run(recorder)
+    return fused_moments(first.model.model, first.model.name, recorder, job.widest)
+
+
+def _fused_of(job: SequentialFit, state: BatchState) -> dict[str, Tensor]:
+    """The parameters of a block that no Linear owns, in a model of which some are stacks."""
+    named = state.block.named_parameters(prefix=state.path)
+    return {name: parameter for name, parameter in named if name in job.fused}
+
+
 def _solve(
     job: SequentialFit, trial: BatchState, moments: Mapping[str, Sequence[LayerMoments]]
 ) -> dict[str, Tensor]:
@@ -356,6 +397,9 @@ def _solve(
 
 def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) -> None:
     """Replace weights of a block of the merged model."""
+    if not fitted.keys() <= set(job.stored_as.values()):  # converting stacks copies them all
+        fused = _fused_of(job, trial).items()
+        job.merged.replace_fused({n: one for n, one in fused if n not in job.stored_as}, fitted)
     for name, parameter in trial.block.named_parameters(prefix=trial.path):
         if (tensor := job.stored_as.get(name, "")) in fitted:
             parameter.data.copy_(fitted[tensor])

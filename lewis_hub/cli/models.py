@@ -102,11 +102,13 @@ def push(
     """
     from lewis_hub.workflow import verify as signing
     from lewis_hub.workflow.evaluate import read_verdict
-    from lewis_hub.workflow.publish import refused
+    from lewis_hub.workflow.publish import judge_folder, refused
+    from lewis_hub.workflow.resolve import hub_api
 
     given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
     target = lewis_hub.open_target(_publishing(folder, given))
     if private_key:
+        judge_folder(folder, target.asked.repo, hub_api())  # a signature covers the verdict
         signing.sign(folder, private_key)
     published = lewis_hub.publish(folder, target, terminal.progress, force=force)
     verdict = read_verdict(folder)

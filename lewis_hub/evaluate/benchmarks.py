@@ -32,7 +32,7 @@ from lewis_hub.evaluate.tasks import (
 )
 from lewis_hub.files import is_hidden
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
+from lewis_hub.hub.rows import ELSEWHERE, commit_cache, library, only_listed, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -64,8 +64,8 @@ def _data(file: TaskFile) -> TaskData:
     config = file.config
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     by_code = "custom_dataset" in config or not isinstance(path, str)
-    if path in FORMATS:
-        files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
+    files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
+    if path in FORMATS or any(map(ELSEWHERE.search, files)):  # the rows are not those of a repo
         return TaskData(file.name, None, None, files, by_code)
     return TaskData(file.name, path, options.get("revision"), (), by_code)
 

@@ -140,9 +140,10 @@ class Change:
         return same and not any(path in target.digests for path in self.stale)
 
     def is_all_of(self, target: Target) -> bool:
-        """Whether a repo has no other file that is new or changed; a stranger may propose some."""
-        present, found = self.target.digests, target.digests
-        return all(path in self.digests or present.get(path) == found[path] for path in found)
+        """Whether the other files of a repo are as they were; a stranger may propose more."""
+        others = self.target.digests.keys() | target.digests.keys()
+        others -= {*self.digests, *self.stale}
+        return all(self.target.digests.get(path) == target.digests.get(path) for path in others)
 
     def _equal(self, path: str, present: str | None) -> bool:
         hashed = self.digests[path].startswith("sha256:") and path in self.files

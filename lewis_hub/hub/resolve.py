@@ -72,19 +72,40 @@ def require_unchanged(source: Source) -> None:
     Raises:
         SourceError: a file has another content, or is missing.
     """
-    folder = source.folder
-    if folder is None or source.converted:
-        return
-    weights = source.matching(("*.safetensors",))
+    weights = _local_weights(source)
     try:
-        found = digests_of([folder / file.path for file in weights])
+        found = digests_of([*weights])
     except OSError as error:
         problem = f"a file of its weights cannot be read any more: {error.strerror}"
         raise SourceError(source.pinned, problem, RESTORE) from None
-    for file, digest in zip(weights, found, strict=True):
+    for file, digest in zip(weights.values(), found, strict=True):
         if digest != file.digest:
             problem = f"`{file.path}` changed while it was read"
             raise SourceError(source.pinned, problem, RESTORE)
+
+
+def local_states(sources: Iterable[Source]) -> dict[str, str]:
+    """The size and times of each file of local models' weights, by path.
+
+    A file that was changed and then restored has other times than before.
+
+    Raises:
+        SourceError: a file is missing.
+    """
+    states = {}
+    for source in sources:
+        for path in _local_weights(source):
+            with local_reading(source.pinned):
+                seen = path.stat()
+            states[str(path.resolve())] = f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
+    return states
+
+
+def _local_weights(source: Source) -> dict[Path, SourceFile]:
+    """The weights that others may change: none of the cache."""
+    if source.folder is None or source.converted:
+        return {}
+    return {source.folder / file.path: file for file in source.matching(("*.safetensors",))}
 
 
 def git_sha1_of(path: Path) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import cache_from_source
@@ -31,6 +32,8 @@ ARCHIVE = Path(__file__).with_name("kernels.zip")
 LOOPS = ("decode", "threshold", "vote")
 FREE = ("llvm.", "memset", "memcpy", "memmove")  # functions that exist without numba
 SOURCES = ("calls", "compiler", "random_bits", *LOOPS)  # they determine the archive
+
+DIGEST_BYTES = 32  # of the machine code, before it in a file
 
 _loading = threading.Lock()
 _functions: dict[str, Any] = {}
@@ -82,10 +85,10 @@ def _machine() -> Any:
 
 def _stored(kernel: str) -> bytes | None:
     for path in _places(kernel):
-        try:
-            return path.read_bytes()
-        except OSError:
-            continue
+        with suppress(OSError):
+            content = path.read_bytes()
+            if content.startswith(hashlib.sha256(content[DIGEST_BYTES:]).digest()):
+                return content[DIGEST_BYTES:]  # a damaged file would end this process
     return None
 
 
@@ -96,7 +99,7 @@ def _compiled(kernel: str) -> bytes:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f"{path.name}.{os.getpid()}")
-            new.write_bytes(content)
+            new.write_bytes(hashlib.sha256(content).digest() + content)
             new.replace(path)  # a reader finds all of it, or nothing
             break
         except OSError:

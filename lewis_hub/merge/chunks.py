@@ -48,7 +48,7 @@ AVERAGED = "linear"
 # The options that the kernels know; those of second moments do not matter to them.
 OPTIONS = {"normalize", "lambda", "rescale", "trim", "trim_exponent", "off_diagonal", "inputs"}
 OPTIONS |= {"normalize_grams", "ridge", "anchor_scale", "interpolation", "compensate"}
-OPTIONS |= {"anchor", "anchor_density", "affine", "prior"}
+OPTIONS |= {"anchor", "anchor_density", "affine", "prior", "embeddings"}
 LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
 
 

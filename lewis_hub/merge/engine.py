@@ -10,7 +10,7 @@ import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -328,12 +328,6 @@ def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None
-
-
-def forget_notes(plans: Iterable[ShardPlan], output: Path) -> None:
-    """Have a rerun make shards again: they were made from other bytes than the plan says."""
-    for plan in plans:
-        (output / (plan.layout.name + NOTE)).unlink(missing_ok=True)
 
 
 def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:

@@ -99,7 +99,7 @@ class MergeSettings:
 class Gram:
     """Where second moments of a matrix's inputs are stored."""
 
-    stored: TensorHeader  # (n_parts, width, width) float32
+    stored: TensorHeader  # (n_parts, width, width) float32; (n_matrices, ...) of a stack
     transposed: bool  # whether the matrix itself is stored as (in, out)
 
 
@@ -449,11 +449,12 @@ def _with_grams(tensor: TensorPlan, statistics: Sequence[Statistics]) -> TensorP
 def _fitting_gram(statistics: Statistics, output: OutputTensor) -> Gram | None:
     """The gram of a matrix; None if the model that was run stores the matrix in another shape."""
     gram = statistics.grams.get(output.name)
-    if gram is None or len(output.shape) != 2:
+    if gram is None or len(output.shape) not in (2, 3):
         return None
-    n_parts, width, _ = gram.stored.shape
-    n_inputs = output.shape[0] if gram.transposed else output.shape[1]
-    return gram if n_parts * width == n_inputs else None
+    *stack, n_parts, width, _ = gram.stored.shape
+    *matrices, n_rows, n_columns = output.shape
+    fits = n_parts * width == (n_rows if gram.transposed else n_columns)
+    return gram if fits and stack == matrices else None
 
 
 def lacking_statistics(plan: MergePlan, matrices: Sequence[str]) -> list[str]:

@@ -72,12 +72,14 @@ def weight_cosines(matrices: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> Simil
 def align_segments(similarity: Similarity) -> tuple[int, ...]:
     """The block A[k] of the deeper model for each block k of the shallower one.
 
-    Of alignments with the same sum, blocks nearer to the embeddings are taken.
+    Similarities count in millionths: the last digits differ from processor to processor. Of
+    alignments with the same sum, blocks nearer to the embeddings are taken.
 
     Args:
         similarity: C of the formula, (n_shallow, n_deep), with n_shallow <= n_deep.
     """
     n_shallow, n_deep = similarity.shape
+    similarity = np.rint(1e6 * similarity)  # whole numbers, so that equal sums are equal
     best = np.full((n_shallow + 1, n_deep + 1), -np.inf)  # F; k and l count from 1
     best[0] = 0
     for k in range(1, n_shallow + 1):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import OutputError
-from lewis_hub.files import require_no_links, unwritable
+from lewis_hub.files import require_no_links, text_of, unwritable, write_whole
 from lewis_hub.system import create_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
+STATES = "sources.json"  # in the scratch folder
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,27 @@ class Workspace:
     output: Path  # the path of the finished folder
     folder: Path  # OUTPUT.partial; it still has the files of an interrupted run
     scratch: Path  # for files that are not part of the output
+
+    def resume(self, states: Mapping[str, str]) -> None:
+        """Keep what an interrupted run made, unless it may have read other bytes of a local file.
+
+        Shards and measurements are known by the digests of the files as they were before the run.
+
+        Args:
+            states: path -> state of a file, which changes with each write. Files that the
+                interrupted run did not read count as unchanged.
+        """
+        note = self.scratch / STATES
+        try:
+            known = dict(read_json(text_of(note, MAX_JSON_BYTES)))
+        except (OSError, ValueError, TypeError):
+            known = {}
+        if any(known.get(path, state) != state for path, state in states.items()):
+            shutil.rmtree(self.folder)
+            self.scratch.mkdir(parents=True)
+            known = {}
+        if states:
+            write_whole(note, json.dumps({**known, **states}))
 
     def finish(self, files: Iterable[str]) -> Path:
         """Delete all but `files` (relative paths) and rename the folder to `output`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
@@ -39,7 +39,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
     accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS, "anchor": ANCHORS},
     uses_lapack=True,
     weighs_squares=True,
-    version=4,
+    version=5,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (out, in) float32; (in, out) if `transposed`; any shape without Grams
@@ -47,7 +47,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     *,
     weights: Tensor,  # (n_sources,) how much each source's own inputs count
     densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
-    grams: Sequence[Tensor | None],  # n_sources second moments E[x x^T]: (n_parts, width, width)
+    # n_sources second moments E[x x^T]: (n_parts, width, width); (n_matrices, ...) of a stack
+    grams: Sequence[Tensor | None],
     cross_covariances: Sequence[Tensor | None] = (),  # n_sources E[z x^T]; empty: z is x
     residual_covariances: Sequence[Tensor | None] = (),  # n_sources E[d x^T]; empty: d is 0
     transposed: bool = False,
@@ -63,6 +64,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     prior: float = 0.0,  # share of the moments that the task vectors give
     compensate: bool = True,
     affine: bool = False,
+    embeddings: bool = False,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -72,7 +74,9 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     expert: X = (sum of w task_vector G) (sum of w G)^-1. The off-diagonal entries of G are
     multiplied by `off_diagonal`. RIDGE times the mean of the diagonal is added to the diagonal;
     it also decides for inputs that no token activates. Inputs that are longer than a Gram are
-    solved part by part. If any source has no G for a tensor, its task vectors are averaged.
+    solved part by part. If any source has no G for a tensor, its task vectors are averaged. A stack
+    of matrices, such as the experts of a mixture in one tensor, is solved matrix by matrix; one
+    whose G of some source is 0 is averaged.
 
     With `inputs: merged`, x is the input in the merged model, whose earlier matrices are merged
     already, and z the input in the expert: base + X minimises the weighted squares of
@@ -99,6 +103,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     .66 and interpolation .25. It fits all matrices of a block at once, and LayerNorms and biases,
     which `affine` fits here with `inputs: merged`: not in this function, which has a matrix alone.
 
+    With `embeddings`, the tables of token embeddings are fitted too. Their inputs are one-hot, so G
+    is diagonal, the share of each token in the texts, and is given as n_parts = vocabulary, width =
+    1. A row is then the mean of the sources' rows, weighted by how often each source's texts have
+    the token; the row of a token that no text has is averaged, or pulled to the anchor.
+
     Formula:
         merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
         G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i: in expert i, or,
@@ -119,45 +128,33 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         prior: the share of the second moments that the task vectors give
         compensate: with `inputs: merged`, whether a block's last matrix corrects the block's output
         affine: with `inputs: merged`, whether norms and biases are fitted too
+        embeddings: whether rows of token embeddings are weighted by how often texts have the token
     """
     del affine  # see `lewis_hub.calibration.affine`
+    if embeddings and all(gram is not None and gram.shape[-1] == 1 for gram in grams):
+        trim = "magnitude"  # most tokens are in no text, so that their rows would have no rank
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]
     anchored = _anchored(vectors, weights, anchor, anchor_scale, anchor_density) if ridge else None
     if len(known) < len(vectors):
         return base + lambda_ * (averaged(vectors, weights) if anchored is None else anchored)
-    rows = [vector.T if transposed else vector for vector in vectors]
-    base_rows = base.T if transposed else base
-    anchored = anchored.T if anchored is not None and transposed else anchored
     crosses, residuals = (
         (cross_covariances, residual_covariances if compensate else ())
         if inputs == "merged"
         else ((), ())
     )
-    update = base.new_empty(rows[0].shape)
-    n_parts, width = known[0].shape[:2]
-    for number in range(n_parts):
-        part = slice(number * width, (number + 1) * width)
-        moments = [
-            _PartMoments(
-                gram[number].to(base),
-                None if cross is None else cross[number].to(base),
-                None if residual is None else residual[number].to(base) / n_parts,
-            )
-            for gram, cross, residual in zip_longest(known, crosses, residuals)
-        ]
-        parts = [base_rows[:, part], *(row[:, part] for row in rows)]
-        moments = [_interpolated(m, interpolation) for m in moments]
-        if prior:
-            pairs = zip(moments, parts[1:], strict=True)
-            moments = [_with_prior(m, row, prior) for m, row in pairs]
-        moments = [_normalized(m, normalize_grams) for m in moments]
-        pull = None
-        if anchored is not None:
-            pull = _Pull(ridge, anchored[:, part], relative=normalize_grams == "none")
-        update[:, part] = _nearest(parts, moments, weights, off_diagonal, pull)
-    return base + lambda_ * (update.T if transposed else update)
+    moments = [
+        _Moments(
+            gram.to(base),
+            None if cross is None else cross.to(base),
+            None if residual is None else residual.to(base),
+        )
+        for gram, cross, residual in zip_longest(known, crosses, residuals)
+    ]
+    fit = _Fit(weights, off_diagonal, normalize_grams, ridge, interpolation, prior, embeddings)
+    update = fit.update(base, vectors, moments, anchored, transposed=transposed)
+    return base + lambda_ * update
 
 
 @register(
@@ -225,12 +222,25 @@ def _anchored(
 
 
 @dataclass(frozen=True)
-class _PartMoments:
-    """Moments of one source for one part of the inputs."""
+class _Moments:
+    """Moments of one source: of the inputs of a matrix, of a part of them, or of a stack."""
 
-    gram: Tensor  # E[x x^T], (width, width)
-    cross: Tensor | None  # E[z x^T], (width, width); None: z is x
-    residual: Tensor | None  # this part's share of E[d x^T], (out, width); None: d is 0
+    gram: Tensor  # E[x x^T], (..., width, width)
+    cross: Tensor | None  # E[z x^T], (..., width, width); None: z is x
+    residual: Tensor | None  # E[d x^T], (..., out, width); None: d is 0
+
+    def at(self, number: int) -> _Moments:
+        """Those of one matrix of a stack, or of one part of the inputs."""
+        cross = None if self.cross is None else self.cross[number]
+        residual = None if self.residual is None else self.residual[number]
+        return _Moments(self.gram[number], cross, residual)
+
+    def parts(self) -> list[_Moments]:
+        """Those of each part, with its share of d."""
+        n_parts = len(self.gram)
+        shared = None if self.residual is None else self.residual / n_parts
+        whole = replace(self, residual=shared)
+        return [whole.at(number) for number in range(n_parts)]
 
 
 @dataclass(frozen=True)
@@ -241,22 +251,116 @@ class _Pull:
     anchor: Tensor  # (out, width), minus base
     relative: bool  # `ridge` is times the mean diagonal
 
-    def strength(self, total: Tensor) -> float:
+    def strength(self, diagonal: Tensor) -> float:
         """Return what is added to the diagonal of the sum of the Grams."""
-        scale = float(total.diagonal().double().mean()) if self.relative else 1.0
+        scale = float(diagonal.double().mean()) if self.relative else 1.0
         return self.ridge * scale
 
 
-def _interpolated(moments: _PartMoments, share: float) -> _PartMoments:
+@dataclass(frozen=True)
+class _Fit:
+    """How a tensor is fitted; the options are those of `regmean`."""
+
+    weights: Tensor
+    off_diagonal: float
+    norm: Norm
+    ridge: float
+    interpolation: float
+    prior: float
+    embeddings: bool
+
+    def update(
+        self,
+        base: Tensor,
+        vectors: Sequence[Tensor],
+        moments: Sequence[_Moments],
+        anchor: Tensor | None,
+        *,
+        transposed: bool,
+    ) -> Tensor:
+        """The update of a matrix, or of each matrix of a stack."""
+        import torch
+
+        if base.dim() == 3:
+            each = []
+            for number, matrix in enumerate(base):
+                of_sources = [one.at(number) for one in moments]
+                own = [vector[number] for vector in vectors]
+                pull = None if anchor is None else anchor[number]
+                if all(one.gram.any() for one in of_sources):
+                    each.append(self.update(matrix, own, of_sources, pull, transposed=transposed))
+                else:  # no token of some source reached it
+                    each.append(averaged(torch.stack(own), self.weights) if pull is None else pull)
+            return torch.stack(each)
+        if transposed:
+            vectors, anchor = [one.T for one in vectors], None if anchor is None else anchor.T
+            return self._of_rows(base.T, vectors, moments, anchor).T
+        return self._of_rows(base, vectors, moments, anchor)
+
+    def _of_rows(
+        self,
+        base: Tensor,
+        vectors: Sequence[Tensor],
+        moments: Sequence[_Moments],
+        anchor: Tensor | None,
+    ) -> Tensor:
+        """The update of a matrix (out, in), part by part of its inputs."""
+        n_parts, width = moments[0].gram.shape[:2]
+        if self.embeddings and width == 1 and not any(one.cross is not None for one in moments):
+            squares = [one.gram.flatten() for one in moments]
+            return self._uncorrelated(vectors, squares, self._pull(anchor))
+        update = base.new_empty(base.shape)
+        each = zip(*(one.parts() for one in moments), strict=True)
+        for number, of_part in enumerate(each):
+            part = slice(number * width, (number + 1) * width)
+            rows = [vector[:, part] for vector in vectors]
+            found = [_interpolated(one, self.interpolation) for one in of_part]
+            if self.prior:
+                pairs = zip(found, rows, strict=True)
+                found = [_with_prior(one, row, self.prior) for one, row in pairs]
+            found = [_normalized(one, self.norm) for one in found]
+            pull = self._pull(None if anchor is None else anchor[:, part])
+            update[:, part] = _nearest(
+                [base[:, part], *rows], found, self.weights, self.off_diagonal, pull
+            )
+        return update
+
+    def _pull(self, anchor: Tensor | None) -> _Pull | None:
+        return None if anchor is None else _Pull(self.ridge, anchor, relative=self.norm == "none")
+
+    def _uncorrelated(
+        self, vectors: Sequence[Tensor], squares: Sequence[Tensor], pull: _Pull | None
+    ) -> Tensor:
+        """The update (out, in) where each G is diagonal; `squares` of each source are (in,)."""
+        found = []
+        for vector, square in zip(vectors, squares, strict=True):
+            own, size = square, dot(vector, vector)
+            if self.prior and size > 0:
+                of_rows = vector.square().sum(dim=0) / size * square.sum()
+                own = (1.0 - self.prior) * square + self.prior * of_rows
+            divisor = own.mean() if self.norm == "mean_diagonal" else own.norm()
+            if self.norm != "none" and divisor > 0:
+                own = own / divisor
+            mean = own.mean()
+            found.append(own + RIDGE * mean.where(mean > 0, 1.0))
+        total = _weighted(found, self.weights)
+        target = _weighted((v * s for v, s in zip(vectors, found, strict=True)), self.weights)
+        pulled = pull.strength(total) if pull else 0.0
+        if pull:
+            target += pulled * pull.anchor
+        return target / (total + pulled)
+
+
+def _interpolated(moments: _Moments, share: float) -> _Moments:
     """Moments with share z + (1 - share) x instead of z, and share d instead of d."""
     if share == 1.0 or moments.cross is None:
         return moments
     residual = None if moments.residual is None else share * moments.residual
     cross = share * moments.cross + (1.0 - share) * moments.gram
-    return _PartMoments(moments.gram, cross, residual)
+    return _Moments(moments.gram, cross, residual)
 
 
-def _with_prior(moments: _PartMoments, vector: Tensor, share: float) -> _PartMoments:
+def _with_prior(moments: _Moments, vector: Tensor, share: float) -> _Moments:
     """Moments mixed with those of the task vector's rows as inputs, of the same trace."""
     gram, size = moments.gram, dot(vector, vector)
     if not size > 0:
@@ -267,10 +371,10 @@ def _with_prior(moments: _PartMoments, vector: Tensor, share: float) -> _PartMom
         None if moments.cross is None else (1.0 - share) * moments.cross + of_rows,
         None if moments.residual is None else (1.0 - share) * moments.residual,
     )
-    return _PartMoments((1.0 - share) * gram + of_rows, *crosses)
+    return _Moments((1.0 - share) * gram + of_rows, *crosses)
 
 
-def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:
+def _normalized(moments: _Moments, norm: Norm) -> _Moments:
     """Moments divided by a norm of the Gram; as they are if it is 0."""
     if norm == "none":
         return moments
@@ -279,7 +383,7 @@ def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:
     if not size > 0:
         return moments
     crosses = (None if one is None else one / size for one in (moments.cross, moments.residual))
-    return _PartMoments(moments.gram / size, *crosses)
+    return _Moments(moments.gram / size, *crosses)
 
 
 @dataclass(frozen=True)
@@ -293,7 +397,7 @@ class _Factored:
 
 
 def _factored(
-    moments: Sequence[_PartMoments], weights: Tensor, off_diagonal: float, pull: _Pull | None
+    moments: Sequence[_Moments], weights: Tensor, off_diagonal: float, pull: _Pull | None
 ) -> _Factored | None:
     """None if the sum is not positive definite: the moments of huge task vectors overflow."""
     import torch
@@ -301,7 +405,7 @@ def _factored(
     for ridge in (RIDGE, *LARGER_RIDGES):
         grams = (_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments)
         total = _weighted(grams, weights)
-        pulled = pull.strength(total) if pull else 0.0
+        pulled = pull.strength(total.diagonal()) if pull else 0.0
         shifted = total.to(torch.float64, copy=True)
         shifted.diagonal().add_(pulled)
         if (lower := cholesky(shifted)) is not None:
@@ -311,7 +415,7 @@ def _factored(
 
 def _nearest(
     rows: Sequence[Tensor],
-    moments: Sequence[_PartMoments],
+    moments: Sequence[_Moments],
     weights: Tensor,
     off_diagonal: float,
     pull: _Pull | None,
@@ -340,7 +444,7 @@ def _nearest(
     return update + _residual_update(moments, weights, left.lower) if has_residuals else update
 
 
-def _residual_update(moments: Sequence[_PartMoments], weights: Tensor, lower: Tensor) -> Tensor:
+def _residual_update(moments: Sequence[_Moments], weights: Tensor, lower: Tensor) -> Tensor:
     """X with X (sum of w G) = sum of w D, scaled to minimise the squares of X x - d.
 
     `lower` is the factor of shrunk G. With it correlated inputs would each compensate the same

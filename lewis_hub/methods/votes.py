@@ -85,14 +85,21 @@ def channel_scales(
 
     With `trim: activation` the factor is a power of the activation norm of the input that an entry
     is multiplied by, a_j = sqrt(E[x_j^2]): (in,), or (in, 1) if matrices are stored as (in, out).
+    A stack of matrices has factors for each. A matrix of it that no token reached has their mean.
     """
     if trim == "magnitude":
         return [None] * len(grams)
-    norms = [
-        None if gram is None else gram.diagonal(dim1=-2, dim2=-1).flatten() ** (exponent / 2)
-        for gram in grams
-    ]
-    return [norm if norm is None or not transposed else norm.unsqueeze(1) for norm in norms]
+    return [None if one is None else _factors(one, exponent, transposed) for one in grams]
+
+
+def _factors(gram: Tensor, exponent: float, transposed: bool) -> Tensor:  # noqa: FBT001
+    squares = gram.diagonal(dim1=-2, dim2=-1).flatten(-2)
+    norms: Tensor = squares ** (exponent / 2)
+    if gram.dim() == 4 and (reached := squares.any(dim=-1, keepdim=True)).any():
+        norms = norms.where(reached, norms[reached.flatten()].mean())
+    if transposed:
+        return norms.unsqueeze(-1)
+    return norms.unsqueeze(-2) if gram.dim() == 4 else norms
 
 
 def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:

@@ -33,6 +33,7 @@ def differences(before: Lock, after: Lock) -> tuple[str, ...]:
     changes = [*_inputs(before.inputs, after.inputs)]
     changes += _inputs(before.calibration, after.calibration)
     changes += recipe_differences(before.recipe, after.recipe, ignored=NAMES)
+    changes += _exchanged(before, after)
     changes += _versions(before, after)
     if before.max_shard_bytes != after.max_shard_bytes:
         changes.append(
@@ -94,6 +95,20 @@ def _inputs(
             yield f"{role} {name}: {moved}{files if changed else UNCHANGED}"
 
 
+def _exchanged(before: Lock, after: Lock) -> Iterator[str]:
+    """Fields of the recipe that name another input, where both merges use both."""
+    used, named = list[set[str]](), list[dict[str, str]]()
+    for lock in (before, after):
+        used.append({one.name for one in lock.inputs} | {one.name for one in lock.calibration})
+        fields = dict(_fields(lock.recipe, ()))
+        names = {path for path in fields if path.rpartition(".")[2] in NAMES}
+        named.append({path: fields[path].partition("@")[0] for path in names})
+    (old, new), common = named, used[0] & used[1]
+    for field in sorted(old.keys() & new.keys()):
+        if old[field] != new[field] and {old[field], new[field]} <= common:
+            yield f"{field}: {old[field]} → {new[field]}"
+
+
 def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     return [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
 
@@ -112,7 +127,7 @@ def _weights(before: Lock, after: Lock) -> Iterator[str]:
         for lock in (before, after)
     )
     changed = _differing(old, new)
-    if changed and before.outputs and after.outputs:  # a planned merge has no outputs
+    if changed and old and new:  # a planned merge has no weights
         total = len(dict.fromkeys((*old, *new)))
         yield f"weights: {len(changed)} of {total} files differ"
 

@@ -30,7 +30,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "select_topk": (0.05, 1.0),
     "off_diagonal": (0.0, 1.0),
 }
-UNSEARCHED = {"affine"}  # it fits other tensors too, and needs `inputs: merged`
+UNSEARCHED = {"affine", "embeddings"}  # they fit other tensors than matrices of the blocks
 GAMMA, EPSILON = "guide.gamma", "guide.epsilon"
 USUAL = {GAMMA: 0.3, EPSILON: 0.8}  # values of the paper
 METHOD, GUIDE = "merge_method", "guide.name"

@@ -26,6 +26,7 @@ from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.failures import HubRepo
+from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -237,8 +238,8 @@ def judge_again(
 ) -> GateVerdict | None:
     """Return the verdict on an existing merge, whose published rival may have changed.
 
-    A new verdict is written into the folder and its card. A merge that is published already is not
-    compared with itself.
+    A new verdict is written into the folder and its card; a signature of the folder is deleted,
+    because it covers the verdict. A merge that is published already is not compared with itself.
     """
     verdict = read_verdict(output)
     if verdict is None or not any("previous" in gate.not_worse_than for gate in gates):
@@ -254,6 +255,7 @@ def judge_again(
         card = (output / CARD).read_text(encoding="utf-8")
         write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
         write_whole(output / FILE, found.to_json())
+        (output / SIGNATURE).unlink(missing_ok=True)
     return found
 
 

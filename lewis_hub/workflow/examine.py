@@ -60,7 +60,8 @@ def measurement_of(recipe: Recipe) -> Measurement:
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
         moments = resources.MomentSettings(
-            widest, solved, fits_in_sequence(recipe), runs_expert_blocks(recipe)
+            *(widest, solved, fits_in_sequence(recipe), runs_expert_blocks(recipe)),
+            fits_tables=bool(recipe.parameters.get("embeddings")),
         )
     on_texts = moments is not None or aligns_by_texts(recipe)
     on_texts = on_texts or (guide is not None and guide.needs_texts)

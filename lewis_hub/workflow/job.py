@@ -17,7 +17,6 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.files import sha256_of
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.fetch import read_small
@@ -31,7 +30,7 @@ from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.rules import fits_in_sequence, runs_expert_blocks, trims_by_activation
 from lewis_hub.recipe.schema import Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
-from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.align import AlignmentSettings, aligner, alignment_settings
@@ -46,6 +45,7 @@ from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 from lewis_hub.workflow.width import in_size
@@ -75,7 +75,7 @@ class MergeJob:
 
     @property
     def planned(self) -> Lock:
-        """The lock of the merge; of its outputs it has the user's task files alone."""
+        """The lock of the merge, without the outputs that it makes."""
         return self.reporting.planned
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
@@ -146,9 +146,9 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 
 
 def planned_lock(
-    recipe: Recipe, inputs: resolve.Inputs, max_shard_bytes: int, pinned: resolve.RecipeSnapshot
+    recipe: Recipe, inputs: resolve.Inputs, max_shard_bytes: int, pinned: RecipeSnapshot
 ) -> Lock:
-    """Return the lock of a planned merge, without outputs and calibration rows."""
+    """Return the lock of a planned merge, without calibration rows; its outputs are task files."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
@@ -164,7 +164,7 @@ def planned_lock(
         guide_version=guide.version if guide else None,
         seed=recipe.seed,
         max_shard_bytes=max_shard_bytes,
-        outputs={},
+        outputs=pinned.outputs,
         software=resources.software(),
     )
 
@@ -288,11 +288,6 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
-    tasks = {
-        f"lewis/{path}": OutputFile(sha256_of(file), file.stat().st_size)
-        for path, file in pinned.task_files.items()
-    }
-    planned = replace(planned, outputs=tasks)
     mergekit = _mergekit(recipe, examined, pinned.document)
     card = CardFacts(
         title=recipe.name or UNNAMED,

@@ -15,14 +15,14 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
-from lewis_hub.errors import MergeError, SourceError
+from lewis_hub.errors import MergeError
 from lewis_hub.files import sha256_of
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.resolve import require_unchanged
 from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks
-from lewis_hub.merge.engine import NOTE, ShardResult, forget_notes, run, tensors_in_memory
+from lewis_hub.merge.engine import NOTE, ShardResult, run, tensors_in_memory
 from lewis_hub.merge.mixture import MixtureSettings, make_mixture_plan
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statistics, make_plan
 from lewis_hub.merge.runners import Backend, Ray, threads
@@ -174,12 +174,8 @@ def finish_model(
     Raises:
         SourceError: a source changed since it was pinned.
     """
-    try:
-        for source in sources.values():
-            require_unchanged(source)
-    except SourceError:
-        forget_notes(planned.shards, output)
-        raise
+    for source in sources.values():
+        require_unchanged(source)
     written = sidecars.write(sources, output)
     facts = [planned.digest, {path: sha256_of(output / path) for path in written}]
     identity = "sha256:" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -24,9 +24,10 @@ from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
+from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
-from lewis_hub.recipe.evaluation import Benchmark
+from lewis_hub.recipe.evaluation import Benchmark, Gates
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import cost, difference, markdown, page
@@ -36,7 +37,7 @@ from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
+from lewis_hub.workflow.evaluate import CARD, SCORES, judge_again, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
 from lewis_hub.workflow.republish import readdress
@@ -104,12 +105,13 @@ def same_merge(found: Lock, planned: Lock) -> bool:
 
 
 def same_model(found: Lock, planned: Lock) -> bool:
-    """Return whether a merge has the weights, scoring and task files of the planned merge."""
-    if found.digest != planned.digest:
-        return False
-    scoring = planned.recipe.get("evaluate")
-    has_tasks = planned.outputs.items() <= found.outputs.items()
-    return scoring is None or (scoring == found.recipe.get("evaluate") and has_tasks)
+    """Return whether a merge has the weights and the scoring of the planned merge.
+
+    The user's own task files are scoring too: they are the outputs that are known beforehand.
+    """
+    scoring, tasks = planned.recipe.get("evaluate"), planned.outputs.items()
+    scored = scoring == found.recipe.get("evaluate") and tasks <= found.outputs.items()
+    return found.digest == planned.digest and (scoring is None or scored)
 
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
@@ -215,11 +217,15 @@ def _commit_with(
     """
     if main and main.holds(planned):
         return PushedCommit(main.source.commit_sha)
-    if asked.landing == "pull-request":
-        for url, target in own_pull_requests(HubRepo.to_publish(api, asked.repo)):
-            proposed = previous_merge(target, api)
-            if proposed and proposed.holds(planned):
-                return PushedCommit(proposed.source.commit_sha, url)
+    return _proposed_by_us(planned, asked.repo, api) if asked.landing == "pull-request" else None
+
+
+def _proposed_by_us(planned: Lock, repo: str, api: HfApi) -> PushedCommit | None:
+    """Return an open pull request of the token's user that holds a planned merge."""
+    for url, target in own_pull_requests(HubRepo.to_publish(api, repo)):
+        proposed = previous_merge(target, api)
+        if proposed and proposed.holds(planned):
+            return PushedCommit(proposed.source.commit_sha, url)
     return None
 
 
@@ -246,15 +252,20 @@ def push(
     gate. `sent` are files that are uploaded already. See `pipeline.publish`.
     """
     _require_licence(folder)
-    asked, verdict = destination.asked, read_verdict(folder)
+    asked, lock = destination.asked, lock_in(folder)
+    if lock:
+        _require_its_weights(folder, lock)
+    verdict = judge_folder(folder, asked.repo, api)
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
-    if lock := lock_in(folder):
+    proposes = missed is not None and not force
+    if proposes and lock and (proposed := _proposed_by_us(lock, asked.repo, api)):
+        return hub_publish.publish_tag(api, asked.repo, proposed, None)
+    if lock:
         readdress(folder, lock, asked.repo)
     changes = _record_changes(folder, destination.previous)
     lines = [f"- {change}" for change in changes]
-    proposes = missed is not None and not force
     publication = Publication(
         message=_title(changes, BELOW if missed else TITLE),
         description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),
@@ -279,6 +290,32 @@ def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
         boards = {}
     described = {LOCK, locks.PROVENANCE_FILE, FILE, difference.FILE, cost.FILE, page.FILE}
     return frozenset({*described, *eval_result_paths(boards).values()})
+
+
+def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
+    """Return the verdict on a merge, compared with what its repo holds now.
+
+    A new verdict is written into the folder; a signature of it is deleted then. A push to another
+    repo than the recipe's changes no verdict.
+    """
+    lock = lock_in(folder)
+    recipe = lock.recipe if lock else {}
+    try:
+        gates = TypeAdapter(Gates).validate_python(recipe["evaluate"]["gate"])
+        named = recipe["publish"]["repo"] if recipe.get("publish") else repo
+    except (KeyError, TypeError, ValidationError):
+        return read_verdict(folder)
+    return judge_again(gates if named == repo else (), folder, repo, api)
+
+
+def _require_its_weights(folder: Path, lock: Lock) -> None:
+    """Refuse weights that are not those of the lock: it would be false, and so would the scores."""
+    paths = [path for path in lock.outputs if path.endswith((".safetensors", ".gguf"))]
+    present = [path for path in paths if (folder / path).is_file()]
+    for path, digest in zip(present, digests_of([folder / one for one in present]), strict=True):
+        if digest != f"sha256:{lock.outputs[path].sha256}":
+            remedy = f"Merge again. Or delete {LOCK} and {FILE}, to push it as another model."
+            raise errors.PublishError(str(folder), f"{path} is not what the merge wrote", remedy)
 
 
 def _require_licence(folder: Path) -> None:
@@ -323,17 +360,24 @@ def _title(changes: Sequence[str], title: str) -> str:
 
 
 def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, ...]:
-    """Return the changes against a previous merge; write all changes into changelog and card."""
-    lock, card = lock_in(folder), folder / CARD
-    if not previous or not lock:
+    """Return the changes against a previous merge.
+
+    Changelog and card in the folder then list all changes of the target repo, and of no other.
+    """
+    lock, card, changelog = lock_in(folder), folder / CARD, folder / difference.FILE
+    if not lock:
         return ()
-    changes, entries = differences(previous.lock, lock), previous.changes
-    if changes:
+    changes = differences(previous.lock, lock) if previous else ()
+    entries = previous.changes if previous else ()
+    if previous and changes:
         today, sha = datetime.now(UTC).date(), previous.source.commit_sha
         entries = (difference.ChangelogEntry(today, sha, lock.digest, changes), *entries)
-    if entries and card.exists():
-        write_whole(folder / difference.FILE, difference.to_json(entries))
+    if card.exists() and (entries or changelog.exists()):
         write_whole(card, difference.in_card(card.read_text(encoding="utf-8"), entries))
+    if entries and card.exists():
+        write_whole(changelog, difference.to_json(entries))
+    else:
+        changelog.unlink(missing_ok=True)
     return changes
 
 

@@ -33,7 +33,7 @@ from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow.evaluate import CARD, ITEMS, SCORES, Scored
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import MergedModel
-from lewis_hub.workflow.resolve import RecipeSnapshot
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
 from lewis_hub.workflow.task_data import PinnedTask
 

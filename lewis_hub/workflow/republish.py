@@ -28,7 +28,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.report.patch import patched
 from lewis_hub.workflow.evaluate import CARD, read_scores
 from lewis_hub.workflow.report import RECIPE, ReportSettings, described, locked_outputs
-from lewis_hub.workflow.resolve import RecipeSnapshot
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.transplant_job import TRANSPLANT
 
 UNNAMED = "Merged model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from huggingface_hub import HfApi
 from pydantic import ValidationError
 
@@ -33,6 +31,7 @@ from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 
@@ -211,27 +210,6 @@ def find_place(written: str, locate: Locate) -> str:
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 
 
-@dataclass(frozen=True)
-class RecipeSnapshot:
-    """A recipe as it was run."""
-
-    # plain data with all defaults and pinned revisions. It can be read as a recipe beside the
-    # copied task files.
-    document: Mapping[str, Any]
-    task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
-
-    def to_yaml(self) -> str:
-        """Return the document as text."""
-        return str(yaml.safe_dump(self.document, sort_keys=False, allow_unicode=True, width=100))
-
-    def copy_tasks(self, own: Path) -> list[str]:
-        """Copy the user's task files into a merge's folder; return their paths in it."""
-        for path, file in self.task_files.items():
-            (own / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, own / path)
-        return [*self.task_files]
-
-
 def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
     own = _own_tasks(recipe)
@@ -258,6 +236,13 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
+    return RecipeSnapshot(document, task_files(recipe))
+
+
+def task_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the user's files that the tasks of a recipe use, by their path beside its copy."""
+    own = _own_tasks(recipe)
+    copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
     files = {
         f"{copies[folder]}/{path}": file
         for folder, names in own.items()
@@ -268,7 +253,7 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         folder = recipe.locate(scoring.include)
         found = own_task_files(scoring.tasks, Path(folder))
         files |= {f"{copies[folder]}/{path}": file for path, file in found.items()}
-    return RecipeSnapshot(document, files)
+    return files
 
 
 def _drop_empty(document: dict[str, Any]) -> None:
@@ -437,7 +422,25 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
         if base is None:
             require_whole(api, expert)
+    if recipe.models:
+        takes_base = registry.find(recipe.merge_method).takes_base
+        merged = {entry.model for entry in entries} | ({recipe.base_model} if takes_base else set())
+        _require_distinct({one: found[one] for one in found if one in merged})
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def _require_distinct(sources: Mapping[ModelReference, Source]) -> None:
+    """Refuse a model under two names, as two experts or as the base and an expert.
+
+    Densities, weights and orders of units are kept by the pinned name.
+    """
+    known: dict[object, ModelReference] = {}
+    for reference, source in sources.items():
+        place = source.folder.resolve() if source.folder else source.pinned
+        if (first := known.setdefault(place, reference)) != reference:
+            problem = f"it is `{first}` by another name, and would be merged as one more model"
+            remedy = "List each model once; the base can be left out."
+            raise SourceError(str(reference), problem, remedy)
 
 
 def each_source(
@@ -476,7 +479,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
             raise RecipeError(str(file), "models", problem, remedy)
     named = [recipe.evaluate.include if recipe.evaluate else None]
-    for calibration in filter(None, map(recipe.calibration_of, recipe.experts)):
+    for calibration in (one for part in all_of(recipe) for one in _calibrations_in(part)):
         named += [calibration.dataset, calibration.include]
     found: dict[str, Path] = {}
     beside = file.resolve().parent

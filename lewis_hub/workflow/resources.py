@@ -143,6 +143,7 @@ class MomentSettings:
     in_expert_blocks: bool = (
         False  # whether experts' blocks run on the merged model's hidden states
     )
+    fits_tables: bool = False  # whether token embeddings are fitted
 
 
 @dataclass(frozen=True)
@@ -368,7 +369,11 @@ class Workload:
         if moments is None:
             return 0
         shapes = [tensor.shape for tensor in _matrices(checkpoint)]
-        return sum(4 * n_entries(shape[1], moments.widest) for shape in shapes)
+        widest = moments.widest
+        of_matrices = sum(n_entries(shape[1], widest) for shape in shapes if len(shape) == 2)
+        stacks = [shape for shape in shapes if len(shape) == 3]
+        of_stacks = sum(shape[0] * n_entries(max(shape[1:]), widest) for shape in stacks)
+        return WIDTH * (of_matrices + of_stacks)
 
     def _merging_bytes(self) -> int:
         """Estimate merging: torch methods hold the largest tensor, adapters all their matrices."""
@@ -378,7 +383,8 @@ class Workload:
         moments = self.measurement.moments
         if self.has_kernel and moments is None:
             return ENGINE_BYTES + narrow_bytes
-        defined = _matrices(self.output) if self.has_kernel else [*self.output.tensors.values()]
+        chunked = self.has_kernel and not (moments and moments.fits_tables)
+        defined = _matrices(self.output) if chunked else [*self.output.tensors.values()]
         largest = max((tensor.n_elements for tensor in defined), default=0)
         n_sources = len(self.sources.checkpoints)
         held_bytes = (4 * n_sources + 8 * DEFINED_COPIES) * largest
@@ -430,6 +436,8 @@ class Workload:
         moments = 2 * _solving_bytes(self.output, len(checkpoints))
         blocks = sum(map(blocks_bytes, checkpoints))
         kept = min(KEPT_BYTES, n_tokens * max(map(_block_width, checkpoints)) * WIDTH)
+        if self.measurement.moments and self.measurement.moments.fits_tables:
+            largest = max((t.n_elements for t in self.output.tensors.values()), default=0)
         return TORCH_BYTES + blocks + texts + moments + kept + 4 * len(checkpoints) * largest
 
     def _texts_bytes(self, checkpoint: Checkpoint, n_tokens: int) -> int:
@@ -464,11 +472,12 @@ def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None) -> int:
 
 
 def _matrices(output: Checkpoint) -> list[TensorHeader]:
-    """Return the matrices of the blocks."""
+    """Return the matrices of the blocks, and stacks of them; kernels of convolutions are none."""
     return [
         tensor
         for name, tensor in output.tensors.items()
-        if len(tensor.shape) == 2 and names.block(name) is not None
+        if (len(tensor.shape) == 2 or (len(tensor.shape) == 3 and 1 not in tensor.shape))
+        and names.block(name) is not None
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams
+from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams, write_tensors
 from lewis_hub.calibration.subject import Subject, Weights, in_folder
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
@@ -25,9 +25,19 @@ from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.engine import MakeTensor, per_tensor
-from lewis_hub.merge.plan import Fitted, Gram, Moments, ShardPlan, Statistics, lacking_statistics
+from lewis_hub.merge.plan import (
+    Fitted,
+    Gram,
+    MergePlan,
+    Moments,
+    ShardPlan,
+    Statistics,
+    lacking_statistics,
+    with_statistics,
+)
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.report.facts import Measured
+from lewis_hub.workflow import token_shares
 from lewis_hub.workflow.fetch import ModelLoader, small_files
 from lewis_hub.workflow.merge import Folders, PlanSettings, report_nan
 from lewis_hub.workflow.open import MergeSources, OpenedSource
@@ -40,9 +50,10 @@ if TYPE_CHECKING:
     from lewis_hub.calibration.affine import AffineOptions
     from lewis_hub.calibration.sequential import LayerMoments
 
-VERSION = 5  # of the arithmetic of fitting in sequence
+VERSION = 6  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
+TABLES = "embeddings.safetensors"  # those that are fitted
 LABEL = "matrices fitted in sequence"
 REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
 N_SHOWN = 3  # tensors that a note lists
@@ -105,14 +116,18 @@ def gather(
             if found[index] is None:
                 with run_refusals(subject.source, f"method `{settings.method}`"):
                     found[index] = gather_grams(subject, one, loader.loading.device, advance)
-    tensors = settings.sources.donor.checkpoint.tensors
+    tensors, unmeasured = settings.sources.donor.checkpoint.tensors, settings.plan.plan(None)
     known = tuple(
         _statistics(tensors, subject.source, one.folder, files)
         for subject, one, files in zip(subjects, asked, found, strict=True)
         if files
     )
+    if wanted_tables := _tables(settings, unmeasured, loader):
+        tokens = token_shares.merged_tokens(sets, settings.reader, settings.sources)
+        places = [one.folder for one in asked]
+        known = token_shares.with_tables(known, wanted_tables, tokens, places)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    lacking = lacking_statistics(settings.plan.plan(None, known), _matrices(shapes))
+    lacking = lacking_statistics(with_statistics(unmeasured, known), _matrices(shapes))
     solved = settings.moments.are_solved
     then = "average their task vectors" if solved else "trim them by magnitude"
     notes = _lacking_note(lacking, then, loader)
@@ -144,6 +159,16 @@ def _measured(subjects: Sequence[Subject]) -> tuple[Measured, ...]:
     return tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects)
 
 
+def _tables(
+    settings: StatisticsSettings, planned: MergePlan, loader: ModelLoader
+) -> dict[str, int]:
+    """Return the token embeddings that are to be fitted, with their numbers of rows."""
+    found = token_shares.tables(planned, settings.sources)
+    if not found and token_shares.asks_for_tables(planned):
+        loader.progress.say(token_shares.NO_TABLE)
+    return found
+
+
 def _statistics(
     tensors: Mapping[str, TensorHeader], source: str, folder: Path, files: GramFiles
 ) -> Statistics:
@@ -156,7 +181,7 @@ def _statistics(
     }
     grams: dict[str, Gram] = {}
     for module, gram in files.modules.items():
-        named = names.find(f"{module}.weight", tensors)
+        named = names.find(f"{module}.weight", tensors) or names.find(module, tensors)
         if len(named) == 1:
             grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
     return Statistics(label, files.digest, grams)
@@ -167,7 +192,8 @@ def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     return [
         name
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None
+        if names.block(name) is not None
+        and (len(shape) == 3 or (name.endswith(".weight") and len(shape) >= 2))
     ]
 
 
@@ -278,14 +304,17 @@ def _fit(
     from lewis_hub.calibration.sequential import fit as fit_blocks
 
     locations, most_bytes = loader.files.locations, loader.max_shard_bytes
-    merged = _MergedBlocks(planned, locations, place / "ranges", most_bytes)
+    in_merged_ids = token_shares.merged_tokens(sets, settings.reader, settings.sources)
+    wanted_tables = _tables(settings, MergePlan((planned,)), loader)
+    tables = token_shares.moments(wanted_tables, in_merged_ids)
+    merged = _MergedBlocks(planned, locations, place / "ranges", most_bytes, tables)
     texts = [
         ExpertTexts(
             replace(subject.weights or in_folder(subject.source, subject.folder), remedy=REMEDY),
             subject.sets[0].tokens,
-            remap_token_ids(one, settings.reader, settings.sources.donor.name).tokens,
+            tokens,
         )
-        for subject, one in zip(subjects, sets, strict=True)
+        for subject, tokens in zip(subjects, in_merged_ids, strict=True)
     ]
     configuration = place / "configuration"
     configuration.mkdir(exist_ok=True)
@@ -304,6 +333,9 @@ def _fit(
             inputs="merged_block" if settings.moments.in_expert_blocks else "merged",
         )
     report_nan([Counter(label for label, _ in merged.replaced_nan)], loader.progress)
+    if merged.fitted_tables:
+        write_tensors(merged.fitted_tables, place / TABLES)
+        files.append(place / TABLES)
     return files
 
 
@@ -313,9 +345,16 @@ class _MergedBlocks:
     _make: MakeTensor  # set by `parts`
 
     def __init__(
-        self, planned: ShardPlan, locations: Locations, scratch: Path, most_bytes: int
+        self,
+        planned: ShardPlan,
+        locations: Locations,
+        scratch: Path,
+        most_bytes: int,
+        tables: Mapping[str, Moments],  # of token embeddings that are fitted
     ) -> None:
         self._planned, self._locations, self._scratch = planned, locations, scratch
+        self._tables = tables
+        self.fitted_tables: dict[str, Tensor] = {}
         self._tensors = {tensor.output.name: tensor for tensor in planned.tensors}
         self._most_bytes = most_bytes
         self.replaced_nan: set[tuple[str, str]] = set()  # (source, fitted tensor)
@@ -330,7 +369,7 @@ class _MergedBlocks:
     def parts(
         self, lists: Sequence[Sequence[TensorHeader]]
     ) -> Generator[dict[str, Tensor], None, None]:
-        """Make the tensors of each list, without statistics."""
+        """Make the tensors of each list, without statistics but for tables of embeddings."""
         outputs = [tensor.output.name for tensor in self._planned.tensors]
         reads = dict(zip(outputs, self._planned.reads, strict=True))
         steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
@@ -339,8 +378,14 @@ class _MergedBlocks:
             per_tensor(self._planned, files.reader, self.replaced_nan) as self._make,
         ):
             for tensors in lists:
-                yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
+                yield {tensor.name: self._made(tensor.name) for tensor in tensors}
                 files.step_done()
+
+    def _made(self, tensor: str) -> Tensor:
+        made = self._make(tensor, self._tables.get(tensor))
+        if tensor in self._tables:
+            self.fitted_tables[tensor] = made
+        return made.float()
 
     @property
     def fits_affine(self) -> bool:

@@ -1,8 +1,8 @@
 """Whether a folder holds a merge of several steps already, without making the steps again.
 
 The hidden file `.steps.json` has a digest of all that determines the last merge: the recipes of all
-steps, and the files of the models that they start from. The lock cannot tell: it knows what the
-steps made. Hidden files are not published.
+steps, the files of the models that they start from, and the user's task files. The lock cannot
+tell: it knows what the steps made. Hidden files are not published.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.report.lock import ARITHMETIC, Lock, can_change_the_result, canonical
+from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
-from lewis_hub.workflow.resolve import TASKS, RecipeSnapshot
+from lewis_hub.workflow.resolve import task_files
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 
 FILE = ".steps.json"
 LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step
@@ -66,6 +67,7 @@ def steps_digest(
             for one in recipes
         ],
         "sources": {str(model): _digests(source) for model, source in sources.items()},
+        "tasks": {path: sha256_of(file) for path, file in task_files(recipe).items()},
     }
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
@@ -96,8 +98,6 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     found = complete_in(output)
     if found is None or _recorded(output) != (digest, found.digest):
         return None
-    if not _has_tasks_of(recipe, found):
-        return None
     asked = recipe.publish
     stated = found.recipe.get("publish") or {}
     boards = recipe.evaluate.benchmarks if recipe.evaluate else None
@@ -116,16 +116,6 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     gates = (recipe.evaluate.gate or ()) if recipe.evaluate else ()
     repo = asked.repo if asked else None
     return Finished(reporting, {}, gates, repo, recipe.export or ())
-
-
-def _has_tasks_of(recipe: Recipe, found: Lock) -> bool:
-    """Whether a merge was scored by the user's task files as they are now."""
-    if recipe.evaluate is None or recipe.evaluate.include is None:
-        return True
-    folder, own = Path(recipe.locate(recipe.evaluate.include)), f"lewis/{TASKS}/"
-    stated = {path: file.sha256 for path, file in found.outputs.items() if path.startswith(own)}
-    files = {folder / path.removeprefix(own): sha256 for path, sha256 in stated.items()}
-    return all(file.is_file() and sha256_of(file) == sha256 for file, sha256 in files.items())
 
 
 def _recorded(output: Path) -> tuple[Any, Any] | None:

@@ -21,6 +21,7 @@ from lewis_hub.errors import MERGE, NonFiniteError, PublishError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download
+from lewis_hub.hub.resolve import local_states
 from lewis_hub.merge.plan import Fitted, with_statistics
 from lewis_hub.merge.runners import Backend, Ray, Runner, threads
 from lewis_hub.merge.transplant import RowOrigins, TransplantSettings, WeightedRows, new_table
@@ -34,7 +35,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD
-from lewis_hub.workflow.merge import write_weights
+from lewis_hub.workflow.merge import finish_model, write_weights
 from lewis_hub.workflow.open import open_model
 from lewis_hub.workflow.publish import complete_in
 from lewis_hub.workflow.report import has_chat_template, locked_outputs
@@ -123,14 +124,16 @@ def transplant_tokenizer(
         n_made = job.plan.n_bytes + sum(table.n_bytes for table in (*job.changed, *job.matrices))
         fetch.require_disk(work.folder, bytes_to_download(opened[0].source), n_made)
         files = _fetch(job, api, progress)
+        work.resume(local_states(files.sources.values()))
         made = _make_tables(job, files.locations, work.scratch, _threads(runner), progress)
         planned = with_statistics(job.plan, made.fitted)
         locations = {**files.locations, LABEL: made.folder}
         shards = write_weights(
             planned, locations, work.folder, Backend(runner), progress, "Writing the model"
         )
-        carried = job.sidecars.write(files.sources, work.folder)
-        lock = replace(job.planned, outputs=locked_outputs(work.folder, shards, carried))
+        written = finish_model(planned, shards, job.sidecars, files.sources, work.folder)
+        outputs = locked_outputs(work.folder, shards, written.sidecars)
+        lock = replace(job.planned, outputs=outputs)
         beside = {locks.FILE: lock.to_json()}
         beside[locks.PROVENANCE_FILE] = locks.provenance(lock, began, datetime.now(UTC))
         beside[CARD] = _card(job, work.folder, made.errors, lock, api)

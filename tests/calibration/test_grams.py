@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AutoModelForCausalLM, AutoModelForMaskedLM, Zamba2Config
 
 from lewis_hub.calibration import grams
 from lewis_hub.calibration.grams import (
@@ -40,14 +41,19 @@ def gather(subject, folder, widest=WIDEST, advance=lambda _: None):
 
 
 def naive(model, texts, path):
-    """One text at a time, one token at a time, in float64."""
+    """One text at a time, one token at a time, in float64, at all uses of a weight."""
     seen = []
-    module = model.get_submodule(path)
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    weight = model.get_submodule(path).weight
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        for module in model.modules()
+        if getattr(module, "weight", None) is weight
+    ]
     with torch.no_grad():
         for ids in texts.ids:
             model(input_ids=torch.tensor([ids]))
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     rows = [row.double() for x in seen for row in x.reshape(-1, x.shape[-1])]
     total = torch.zeros(len(rows[0]), len(rows[0]), dtype=torch.float64)
     for row in rows:
@@ -169,3 +175,49 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path):
     assert "File too large" in said
     assert said.endswith("Free some space, then run again.")
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+SHARED = {  # configuration, a module, and how often a text runs through it
+    "albert": (
+        AlbertConfig(**SMALL, embedding_size=16, num_hidden_layers=3, max_position_embeddings=64),
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn",
+        3,
+    ),
+    "zamba2": (
+        Zamba2Config(
+            **SMALL,
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid"] * 2,
+            num_mem_blocks=1,
+            n_mamba_heads=2,
+            mamba_d_state=4,
+            chunk_size=4,
+        ),
+        "model.layers.1.shared_transformer.feed_forward.down_proj",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SHARED))
+def test_a_block_that_is_used_at_several_depths_has_the_moments_of_all_its_uses(
+    tmp_path, texts, kind, monkeypatch
+):
+    config, module, n_uses = SHARED[kind]
+    auto = AutoModelForCausalLM if kind == "zamba2" else AutoModelForMaskedLM
+    torch.manual_seed(0)
+    auto.from_config(config).save_pretrained(tmp_path / "model")
+    subject = Subject(
+        "tiny", "abc", "expert", tmp_path / "model", (CalibrationSet({"seed": 1}, texts),)
+    )
+
+    found = gather(subject, tmp_path / "grams")
+
+    assert found.modules[module].n_tokens == n_uses * texts.n_tokens
+    gram = stored(tmp_path / "grams", found, module)[0]
+    model = auto.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(gram.double(), naive(model, texts, module), rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(grams, "HELD_BYTES", 1)  # a pass for each block
+    again = gather(subject, tmp_path / "again")
+    assert torch.equal(stored(tmp_path / "again", again, module)[0], gram)

@@ -140,7 +140,7 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
             inside = loaded - outside
             present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
-    block_pass(made, [texts, texts], [sum_of_squares], nothing, take, with_products=True)
+    block_pass(made, [texts, texts], [sum_of_squares], nothing, take)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
@@ -227,6 +227,17 @@ def test_blocks_that_share_weights_are_refused(texts, saved):
     )
 
     assert refused(saved(transformers.Zamba2ForCausalLM(config)), texts) == (
+        f"me/tiny: its blocks share weights, so it cannot be calibrated block by block.\n{WHOLE}"
+    )
+
+
+def test_a_block_that_runs_several_times_is_refused_as_one_of_shared_weights(texts, saved):
+    small = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 24}
+    config = transformers.AlbertConfig(
+        **small, vocab_size=97, num_attention_heads=4, num_hidden_layers=3
+    )
+
+    assert refused(saved(transformers.AlbertForMaskedLM(config)), texts) == (
         f"me/tiny: its blocks share weights, so it cannot be calibrated block by block.\n{WHOLE}"
     )
 

@@ -254,6 +254,45 @@ def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
     assert gaps("halved") == set()
 
 
+class Router(torch.nn.Linear):
+    """As in Llama 4 and Phi-MoE: it returns scores beside its product."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        return found, found.sigmoid()
+
+
+def test_a_router_that_returns_more_than_its_product_is_fitted_on_the_experts_own(
+    models, tmp_path, monkeypatch
+):
+    made, folders = models("llama")
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)[0]) * mlp.up_proj(x)),
+    )
+    monkeypatch.setattr(sequential, "build_stacks", with_routers(sequential.build_stacks))
+    crosses = {}
+
+    def solve(tensor, seen, transposed):
+        crosses[tensor] = [one.cross_covariance is None for one in seen]
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    run(folders, solve, tmp_path / "fitted")
+
+    assert crosses["model.layers.0.mlp.gate_proj.weight"] == [True, True]
+    assert crosses["model.layers.0.mlp.up_proj.weight"] == [False, False]
+
+
+def with_routers(build):
+    def built(weights, device):
+        found = build(weights, device)
+        for block in found[0].blocks:
+            block.mlp.gate_proj.__class__ = Router
+        return found
+
+    return built
+
+
 def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, monkeypatch):
     made, folders = models("llama")
     monkeypatch.setattr(

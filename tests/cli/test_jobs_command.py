@@ -83,6 +83,28 @@ def test_a_job_gets_the_recipe_and_the_files_beside_it(folder):
     assert (job.flavor, job.timeout) == ("a100-large", "2h")
 
 
+def test_a_job_merges_the_recipe_that_was_named(folder):
+    named = folder / "tasks/named.yaml"
+    named.write_text(RECIPE.replace("include: tasks", "include: ."))
+    (folder / "tasks/recipe.yaml").write_text(RECIPE.replace("a/c", "a/other"))
+
+    job = job_request(named, read_recipe(named), (), HERE)
+
+    assert job.files["recipe.yaml"] == named
+
+
+def test_a_job_gets_the_texts_of_all_steps(folder):
+    for name in ("first", "last"):
+        (folder / f"{name}.jsonl").write_text('{"text": "x"}\n')
+    texts = "calibration: {dataset: ./%s.jsonl, text: '{text}', split: train}\n"
+    regmean = "base_model: a/b\nmodels: [{model: a/c}]\nmerge_method: regmean\n"
+    step = f"name: step\n{regmean}{texts % 'first'}---\n"
+
+    job = make_request(folder, step + regmean.replace("a/c", "step") + texts % "last")
+
+    assert set(job.files) == {"recipe.yaml", "first.jsonl", "last.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

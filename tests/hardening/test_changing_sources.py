@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 from effort import SEED, times
+from hub_models import tiny, weight_bytes
 from huggingface_hub import HfApi
+from safetensors.torch import load, save_file
 
+import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
@@ -42,20 +46,18 @@ def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path):
     assert [one for one in outcomes if one[1] == "refused"]
 
 
-class AtMerging:
-    """A progress that calls a function when the weights begin to be read."""
+class AtStages(Silent):
+    """Calls functions when stages begin; `calls` are title -> function."""
 
-    def __init__(self, call):
-        self.call = call
+    def __init__(self, calls):
+        self.calls = calls
 
     @contextmanager
     def stage(self, title, total, unit):
-        if title == "Merging":
-            self.call()
-        yield lambda _: None
-
-    def say(self, text):
-        pass
+        if title in self.calls:
+            self.calls[title]()
+        with super().stage(title, total, unit) as advance:
+            yield advance
 
 
 def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_again(tmp_path):
@@ -69,7 +71,7 @@ def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_aga
         weights.write_bytes(kept[:-64] + bytes(64))
 
     with pytest.raises(SourceError) as caught:
-        pipeline.merge_models(recipe, tmp_path / "merged", progress=AtMerging(change))
+        pipeline.merge_models(recipe, tmp_path / "merged", progress=AtStages({"Merging": change}))
     assert not (tmp_path / "merged").exists()
     weights.write_bytes(kept)
     again = pipeline.merge_models(recipe, tmp_path / "merged").output / "model.safetensors"
@@ -78,6 +80,87 @@ def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_aga
         f"{base}: `model.safetensors` changed while it was read.\nRestore it, then run again."
     )
     assert again.read_bytes() == clean.read_bytes()
+
+
+def test_a_stream_uploads_again_what_it_made_of_weights_that_were_replaced(
+    hub, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    base, expert = (tiny(tmp_path / name, seed) for seed, name in enumerate(("base", "expert")))
+    weights, kept = expert / "model.safetensors", (expert / "model.safetensors").read_bytes()
+    text = f"{{base_model: {base}, models: [{expert}], merge_method: linear, "
+    recipe = parse_recipe(text + "publish: {repo: tests/streamed}}", "recipe.yaml")
+
+    def stream(progress):
+        target = lewis_hub.open_target(recipe.publish)
+        return lewis_hub.stream(recipe, target, tmp_path / "work", progress=progress)
+
+    def change():
+        weights.write_bytes(kept[:-2000] + bytes(2000))
+
+    with pytest.raises(SourceError, match="changed while it was read"):
+        stream(AtStages({"Merging and uploading": change}))
+    weights.write_bytes(kept)
+
+    assert stream(Silent()).changed
+    assert lewis_hub.verify("tests/streamed", progress=False, rebuild=True).problems == ()
+
+
+def test_a_model_gets_no_tokenizer_while_its_weights_are_replaced(hub, tmp_path):
+    model = shutil.copytree(zoo_folder() / "base", tmp_path / "model")
+    donor = shutil.copytree(zoo_folder() / "base", tmp_path / "donor")
+    weights, kept = model / "model.safetensors", (model / "model.safetensors").read_bytes()
+
+    def change():
+        weights.write_bytes(kept[:-64] + bytes(64))
+
+    def transplant(name, calls):
+        progress = AtStages(calls)
+        return lewis_hub.transplant_tokenizer(model, donor, tmp_path / name, progress=progress)
+
+    with pytest.raises(SourceError, match="changed while it was read"):
+        transplant("made", {"Writing the model": change})
+    weights.write_bytes(kept)
+
+    again, clean = transplant("made", {}), transplant("clean", {})
+    assert weight_bytes(again.output) == weight_bytes(clean.output)
+
+
+TEXTS = "calibration: {dataset: texts.jsonl, text: '{text}', samples: 6}"
+
+
+@pytest.mark.parametrize(
+    ("title", "more"),
+    [
+        ("Calibrating", f"merge_method: ties\nguide: {{name: lewis, {TEXTS}}}\n"),
+        ("Gathering statistics", f"merge_method: regmean\n{TEXTS}\n"),
+    ],
+)
+def test_a_rerun_measures_again_if_weights_were_changed_and_restored(hub, tmp_path, title, more):
+    lines = [json.dumps({"text": f"reverse BAKOT{n} and encode OZUN{n}"}) for n in range(6)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expert = shutil.copytree(zoo_folder() / "expert-reverse", tmp_path / "expert")
+    weights, kept = expert / "model.safetensors", (expert / "model.safetensors").read_bytes()
+    text = f"base_model: {zoo_folder()}/base\nmodels: [expert, {zoo_folder()}/expert-cipher]\n"
+    recipe = parse_recipe(text + more, "recipe.yaml").placed_in(tmp_path)
+    clean = lewis_hub.merge_models(recipe, tmp_path / "clean", progress=False)
+
+    def change():
+        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for name, more_calls in (("refused", {}), ("stopped", {"Merging": stop})):
+        progress = AtStages({title: change, **more_calls})
+        with pytest.raises((SourceError, KeyboardInterrupt)):
+            lewis_hub.merge_models(recipe, tmp_path / name, progress=progress)
+        weights.write_bytes(kept)
+        assert (tmp_path / f"{name}.partial").exists()
+
+    for name in ("refused", "stopped"):
+        again = lewis_hub.merge_models(recipe, tmp_path / name, progress=False)
+        assert weight_bytes(again.output) == weight_bytes(clean.output)
 
 
 @pytest.mark.parametrize(

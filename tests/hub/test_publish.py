@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from lewis_hub.display import Silent
 from lewis_hub.errors import PublishError
@@ -300,6 +300,21 @@ def test_a_stranger_s_pull_request_with_a_file_more_is_another_one(api, folder, 
 
     assert published.url == f"{hub.url}/{REPO}/discussions/2"
     assert "modeling.py" not in content(api, "refs/pr/2")
+
+
+def test_a_stranger_s_pull_request_without_a_file_of_main_is_another_one(api, folder, hub):
+    hub.add_token("hf_stranger", "stranger", "write")
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
+    changes = [CommitOperationAdd(path, data) for path, data in FILES.items()]
+    changes.append(CommitOperationDelete("notes.txt"))
+    hub.api("hf_stranger").create_commit(REPO, changes, commit_message="x", create_pr=True)
+
+    proposal = Publication("Second", landing="pull-request")
+    published = publish(api, folder, REPO, proposal, lambda _: None)
+
+    assert published.url == f"{hub.url}/{REPO}/discussions/2"
+    assert content(api, "refs/pr/2")["notes.txt"] == b"mine"
 
 
 def test_only_the_newest_pull_requests_are_compared(hub, api, monkeypatch):

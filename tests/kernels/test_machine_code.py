@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
@@ -27,8 +28,20 @@ def places(tmp_path, monkeypatch):
 def test_it_goes_to_the_first_place_that_can_be_written(places):
     content = machine_code._compiled(KERNEL)
 
-    assert places[1].read_bytes() == content == machine_code._stored(KERNEL)
+    assert places[1].read_bytes() == sha256(content).digest() + content
+    assert machine_code._stored(KERNEL) == content
     assert [file.name for file in places[1].parent.iterdir()] == ["kernel.o"]
+
+
+@pytest.mark.parametrize("damaged", [lambda c: c[:-100], lambda c: bytes(len(c)), lambda _: b""])
+def test_a_damaged_file_is_made_again(places, damaged):
+    content = machine_code._compiled(KERNEL)
+    whole = places[1].read_bytes()
+    places[1].write_bytes(damaged(whole))
+
+    assert machine_code._stored(KERNEL) is None
+    assert machine_code._compiled(KERNEL) == content
+    assert places[1].read_bytes() == whole
 
 
 def test_where_nothing_can_be_written_it_is_compiled_all_the_same(places, monkeypatch):
@@ -86,7 +99,7 @@ def test_a_changed_loop_is_translated_again(places, monkeypatch):
     monkeypatch.setattr(machine_code, "digest_of_loops", lambda: "of other loops")
 
     assert machine_code._archived(KERNEL) is None
-    assert machine_code._compiled(KERNEL) == places[1].read_bytes()
+    assert machine_code._compiled(KERNEL) == machine_code._stored(KERNEL)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive"])

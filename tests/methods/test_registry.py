@@ -79,6 +79,7 @@ def test_options_and_their_defaults_are_mergekits():
             "prior": 0.0,
             "compensate": True,
             "affine": False,
+            "embeddings": False,
             **TRIM,
         },
         "wudi": {"ridge": 0.1, "anchor_scale": 1.0, "lambda": 1.0},  # not in mergekit

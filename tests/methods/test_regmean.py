@@ -459,3 +459,119 @@ def test_a_prior_alone_is_wudi_up_to_the_size_of_the_moments():
 
     expected = wudi(base, vectors, weights=torch.ones(2), ridge=0.1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_an_embedding_is_the_mean_of_the_experts_by_how_often_each_text_has_the_token():
+    base = torch.full((4, 2), 10.0)
+    vectors = torch.tensor(
+        [
+            [[4.0, 0.0], [1.0, 2.0], [3.0, 3.0], [1.0, 1.0]],
+            [[0.0, 8.0], [5.0, 6.0], [9.0, 9.0], [3.0, 5.0]],
+        ]
+    )
+    shares = [torch.tensor([0.75, 0.25, 0.0, 0.0]), torch.tensor([0.25, 0.0, 0.75, 0.0])]
+
+    merged = regmean(
+        base,
+        vectors,
+        weights=torch.tensor([1.0, 1.0]),
+        densities=[1, 1],
+        grams=[share.view(4, 1, 1) for share in shares],
+        transposed=True,
+        embeddings=True,
+    )
+
+    # 3 to 1 | the first alone | the second alone | no text has it: the average
+    expected = torch.tensor([[13.0, 12.0], [11.0, 12.0], [19.0, 19.0], [12.0, 13.0]])
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "prior"),
+    [("none", 0.0), ("mean_diagonal", 0.0), ("frobenius", 0.0), ("none", 0.4)],
+)
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_an_embedding_is_fitted_as_the_matrix_that_multiplies_one_hot_inputs(norm, prior, ridge):
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    shares = torch.tensor([[0.5, 0.2, 0.3, 0, 0, 0], [0.1, 0, 0.2, 0.7, 0, 0]], dtype=torch.float64)
+    told = {"weights": torch.tensor([1.0, 2.0], dtype=torch.float64), "densities": [1, 1]}
+    told |= {"normalize_grams": norm, "prior": prior, "ridge": ridge, "anchor_scale": 0.7}
+
+    merged = regmean(
+        base,
+        vectors,
+        grams=[share.view(6, 1, 1) for share in shares],
+        transposed=True,
+        embeddings=True,
+        **told,
+    )
+
+    dense = [share.diag()[None] for share in shares]
+    # correlations that the prior gives between rows are left out
+    expected = regmean(base, vectors, grams=dense, transposed=True, off_diagonal=0.0, **told)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_is_trimmed_by_magnitude_as_most_tokens_are_in_no_text():
+    vectors = torch.tensor([[[4.0, 1.0], [2.0, 3.0]], [[1.0, 6.0], [8.0, 7.0]]])
+
+    merged = regmean(
+        torch.zeros(2, 2),
+        vectors,
+        weights=torch.tensor([1.0, 1.0]),
+        densities=[0.5, 0.5],
+        grams=[torch.tensor([1.0, 0.0]).view(2, 1, 1)] * 2,
+        transposed=True,
+        embeddings=True,
+        trim="activation",
+    )
+
+    # kept: 4 and 3 of the first, 8 and 7 of the second; no text has the second token
+    torch.testing.assert_close(merged, torch.tensor([[2.0, 0.0], [4.0, 5.0]]))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+def test_each_matrix_of_a_stack_is_fitted_by_its_own_moments(transposed, ridge):
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(3, 4, 6, generator=generator)
+    vectors = torch.randn(2, 3, 4, 6, generator=generator)
+    x = torch.randn(2, 3, 20, 2, 3, generator=generator)  # two parts of three inputs
+    grams = torch.einsum("seniw,senij->seiwj", x, x)
+    grams[1, 2] = 0.0  # no token of the second expert reached the last matrix
+    told = {"weights": torch.tensor([1.0, 2.0]), "densities": [1, 1], "ridge": ridge}
+
+    merged = regmean(
+        base.mT if transposed else base,
+        vectors.mT if transposed else vectors,
+        grams=list(grams),
+        transposed=transposed,
+        **told,
+    )
+
+    for number in range(3):
+        own = [None if number == 2 and e else grams[e, number] for e in range(2)]
+        expected = regmean(base[number], vectors[:, number], grams=own, **told)
+        found = merged[number].mT if transposed else merged[number]
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stack_is_trimmed_by_the_activations_of_each_matrix(transposed):
+    vectors = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 1.0]]]])
+    squares = torch.tensor([[100.0, 1.0], [1.0, 4.0], [0.0, 0.0]])  # none reached the last one
+
+    found = ties(
+        torch.zeros(3, 2, 1) if transposed else torch.zeros(3, 1, 2),
+        vectors.mT if transposed else vectors,
+        weights=torch.ones(1),
+        densities=[0.5],
+        grams=[squares.view(3, 2, 1, 1)],
+        transposed=transposed,
+        trim="activation",
+    )
+
+    # times norms: 10 2 | 3 8 | 5 and 1 times 3.5, the mean norm
+    assert found.flatten().tolist() == [1.0, 0.0, 0.0, 4.0, 5.0, 0.0]

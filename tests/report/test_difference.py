@@ -97,6 +97,22 @@ def test_a_merge_that_is_only_planned_has_no_weights_to_differ():
     assert differences(LOCK, replace(LOCK, outputs={})) == ()
 
 
+def test_inputs_that_change_places_are_told():
+    expert = locked("a/maths", "expert", "5", config="q")
+    places = [
+        {"models": [{"model": f"{one}@{'2' * 40}"}, {"model": f"{other}@{'5' * 40}"}]}
+        for one, other in (("a/code", "a/maths"), ("a/maths", "a/code"))
+    ]
+    base, code = LOCK.inputs
+    before = replace(LOCK, inputs=(base, code, expert), recipe=places[0], outputs={})
+    after = replace(LOCK, inputs=(base, expert, code), recipe=places[1], outputs={})
+
+    assert differences(before, after) == (
+        "models[0].model: a/code → a/maths",
+        "models[1].model: a/maths → a/code",
+    )
+
+
 def test_of_two_recipes_the_models_are_told_too():
     before = {"models": [{"model": "a/code"}], "seed": 1}
     after = {"models": [{"model": "a/code@v2"}, {"model": "a/maths"}], "seed": 1}

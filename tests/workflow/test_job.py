@@ -11,6 +11,7 @@ from zoo_hub import put_zoo
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
+from lewis_hub.errors import SourceError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.job import prepare
 from lewis_hub.workflow.resources import Execution
@@ -80,6 +81,24 @@ def test_a_plain_merge_measures_and_scores_nothing(job):
     assert [one.role for one in plain.sources.models] == ["base", "expert", "expert"]
     assert plain.disk_needs().statistics_bytes == 0
     assert plain.planned.outputs == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "other"), [("zoo/base", "zoo/base@main"), ("./expert-cipher", "expert-cipher/")]
+)
+def test_a_model_by_two_names_is_not_merged_twice(job, first, other):
+    models = f"[{{model: zoo/expert-reverse}}, {{model: {first}}}, {{model: {other}}}]"
+    recipe = f"base_model: zoo/base\nmodels: {models}\nmerge_method: model_stock\n"
+
+    with pytest.raises(SourceError, match=f"it is `{first}` by another name"):
+        job("", recipe)
+    job("", recipe.replace(f", {{model: {other}}}", "").replace("model_stock", "ties"))
+
+
+def test_a_base_that_the_method_does_not_take_may_be_merged_by_another_name(job):
+    models = "[{model: zoo/base@main}, {model: zoo/expert-cipher}]"
+
+    job("", f"base_model: zoo/base\nmodels: {models}\nmerge_method: linear\n")
 
 
 def test_a_trim_by_activation_needs_one_number_an_input_and_regmean_a_matrix(job):

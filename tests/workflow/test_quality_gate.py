@@ -153,6 +153,62 @@ def test_a_folder_that_passed_is_judged_again_by_what_was_pushed_meanwhile(hub, 
     assert not json.loads((place / "bad/lewis/gate.json").read_text())["passed"]
 
 
+def test_a_folder_is_judged_again_when_it_is_pushed(hub, place):
+    """As in a workflow, where the push is a job of its own."""
+    merge(hub, "-o", "bad", weight=0.0)
+    assert json.loads(Path("bad/lewis/gate.json").read_text())["passed"]  # nothing was there yet
+    Path("bad/model.sig").write_text("{}")
+    merge(hub, "--push")
+    published = commits(hub)
+
+    pushed = typed("push", "bad", "--json")
+
+    assert (pushed.returncode, json.loads(pushed.stdout)["status"]) == (3, "refused")
+    assert f"below the quality gate: on {FOUND.format(sha=published[0][:8])}." in pushed.stderr
+    assert commits(hub) == published
+    assert not json.loads(Path("bad/lewis/gate.json").read_text())["passed"]
+    assert "The gate refused this merge." in Path("bad/README.md").read_text()
+    assert not Path("bad/model.sig").exists()  # it covers the verdict
+    assert run("verify", "bad").exit_code == 0
+
+
+def test_a_push_to_another_repo_changes_no_verdict(hub, place):
+    merge(hub, "--push")
+    merge(hub, "-o", "bad", weight=0.0)
+    verdict = Path("bad/lewis/gate.json").read_text()
+
+    pushed = typed("push", "bad", f"{hub.user}/another")  # which holds nothing to compare with
+
+    assert pushed.returncode == 3
+    assert Path("bad/lewis/gate.json").read_text() == verdict
+    assert not hub.api().repo_exists(f"{hub.user}/another")
+
+
+def test_a_refused_merge_that_is_made_again_is_not_proposed_again(hub, place):
+    merge(hub, "--push")
+    _, first, _ = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
+
+    code, told, message = merge(hub, "--push", "-o", "next week", weight=0.0, gate=PROPOSES)
+
+    assert (code, told["status"], told["commit"]) == (3, "refused", first["commit"])
+    assert message.endswith(f"the merge is proposed at {first['pull_request']}.\n")
+    assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
+
+
+def test_another_task_file_is_another_merge(hub, place):
+    merge(hub, "--push")
+    assert merge(hub, "--push")[1]["status"] == "unchanged"
+    task = Path("tasks/zoo_reverse.yaml")
+    task.write_text(task.read_text() + 'description: "Reverse it. "\n')
+
+    code, told, _ = merge(hub, "--push", "-o", "again")
+
+    assert (code, told["status"]) == (0, "merged")
+    sent = Path(hub.api().hf_hub_download(f"{hub.user}/reverse", "lewis/tasks/zoo_reverse.yaml"))
+    assert sent.read_bytes() == task.read_bytes()
+    assert told["gate"]["checks"][1]["why"] == "it was scored on other items or prompts"
+
+
 def test_a_merge_without_scores_leaves_no_score_of_the_merge_before_it(hub, place):
     name, boards = f"{hub.user}/reverse", "benchmarks: {zoo_reverse: BOARD}"
     board = "{dataset: zoo/reverse, task_id: reverse, metric: 'exact_match,none'}"

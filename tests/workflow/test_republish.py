@@ -14,6 +14,8 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.workflow.resolve import read_recipe
+from lewis_hub.workflow.steps import steps_digest
 
 RECIPE = (
     "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
@@ -136,6 +138,24 @@ def test_steps_are_not_made_again_unless_what_they_start_from_changes(hub, place
     assert run("verify", "blend")["problems"] == []
 
 
+def test_the_steps_of_a_merge_with_another_task_file_are_made_again(tmp_path):
+    shutil.copytree(zoo_folder() / "tasks", tmp_path / "tasks")
+    step = "name: step\n" + RECIPE + "---\n"
+    scored = "evaluate: {tasks: [zoo_reverse], include: tasks}\n"
+    (tmp_path / "steps.yaml").write_text(
+        step + RECIPE.replace("zoo/expert-cipher", "step") + scored
+    )
+    recipe = read_recipe(tmp_path / "steps.yaml")
+    before = steps_digest(recipe, {}, 1000)
+    assert before == steps_digest(recipe, {}, 1000)
+
+    (tmp_path / "tasks/zoo_cipher.yaml").unlink()  # is not used
+    assert before == steps_digest(recipe, {}, 1000)
+    with (tmp_path / "tasks/zoo_reverse.yaml").open("a") as task:
+        task.write('description: "Reverse it. "\n')
+    assert before != steps_digest(recipe, {}, 1000)
+
+
 @pytest.mark.slow  # it measures and scores, twice
 def test_a_guided_and_scored_merge_is_rewritten_as_well(hub, place):
     text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 2")
@@ -227,3 +247,35 @@ def test_a_changed_licence_is_one_more_commit_without_a_merge(hub, place):
         "Merge with lewis-hub: publish.license: absent → mit and 1 more"
     )
     assert run("merge", "--push")["status"] == "unchanged"
+
+
+def test_a_changelog_stays_in_its_repo(hub, place):
+    """The changes name former sources, whose names may be private."""
+    secret, public = f"{hub.user}/secret", f"{hub.user}/public"
+    run("push", "merged", secret)
+    Path("recipe.yaml").write_text(RECIPE.replace(", {model: zoo/expert-cipher}", ""))
+    run("merge", "-o", "next")
+    run("push", "next", secret)
+    assert "zoo/expert-cipher" in published(hub, secret, "lewis/changelog.json")
+    assert "zoo/expert-cipher" in published(hub, secret, "README.md")
+
+    run("push", "next", public)
+
+    assert "lewis/changelog.json" not in hub.api().list_repo_files(public)
+    assert "Changelog" not in published(hub, public, "README.md")
+    run("push", "next", secret)
+    assert "zoo/expert-cipher" in published(hub, secret, "lewis/changelog.json")
+
+
+def test_weights_that_are_not_those_of_the_lock_are_not_pushed(hub, place):
+    weights = bytearray(Path("merged/model.safetensors").read_bytes())
+    weights[-2] ^= 0x40
+    Path("merged/model.safetensors").write_bytes(weights)
+
+    done = CliRunner().invoke(cli, ["push", "merged", f"{hub.user}/x"])
+
+    assert str(done.exception) == (
+        "merged: model.safetensors is not what the merge wrote.\n"
+        "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
+    )
+    assert not hub.api().repo_exists(f"{hub.user}/x")

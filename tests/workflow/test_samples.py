@@ -74,6 +74,16 @@ def test_files_count_as_public_beside_the_task_that_is_published_with_them(tmp_p
     )
 
 
+def test_data_that_a_task_reads_elsewhere_are_not_those_of_its_repo(tmp_path):
+    more = "dataset_kwargs: {data_files: {test: /home/me/rows.jsonl}}\n"
+    (tmp_path / "task.yaml").write_text(TASK.format(name="sums", path="me/public") + more)
+
+    (data,) = task_data(locate_tasks(TaskSelection(("sums",), tmp_path)))
+
+    assert (data.repo, data.files) == (None, ("/home/me/rows.jsonl",))
+    assert closed(data, {}, tmp_path) == "Its data are files outside of the folder of its task."
+
+
 def merge(more=""):
     """Merge into `merged` anew; its samples and the page."""
     shutil.rmtree("merged", ignore_errors=True)

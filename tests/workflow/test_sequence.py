@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from shutil import copy, copytree
+from shutil import copytree
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from statistical_merges import (
     Recorder,
     merge,
     merge_whole_and_in_shards,
+    of_three,
     recipe,
     weights,
     write_adapter,
@@ -303,20 +304,6 @@ def test_an_expert_of_fewer_blocks_cannot_go_beside_the_merge(api, tmp_path):
         "side.\nSet `inputs: own` in the recipe's `parameters`: then each matrix is fitted by "
         "itself."
     )
-
-
-def of_three(tmp_path, build):
-    """A recipe, without its method, for two experts of a base that has the demo's tokenizer."""
-    for seed, name in enumerate(("base", "one", "two")):
-        torch.manual_seed(seed)
-        build().save_pretrained(tmp_path / name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            copy(zoo_folder() / "base" / file, tmp_path / name / file)
-    (tmp_path / "texts.jsonl").write_text('{"text": "abc"}\n')
-    data = f"calibration: {{dataset: {tmp_path}/texts.jsonl, text: '{{text}}', samples: 1}}\n"
-    text = f"base_model: {tmp_path}/base\n"
-    text += f"models: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
-    return f"{text}{data}"
 
 
 def test_blocks_that_share_weights_are_refused_before_a_download(tmp_path):

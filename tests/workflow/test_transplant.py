@@ -165,7 +165,7 @@ def with_random_rows(folder, random, seed=1):
     tensors, fast = load_file(random / "model.safetensors"), AutoTokenizer.from_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
     table = tensors[EMBEDDING].float()
-    new = [i for i, ids in of_base(fast).items() if len(ids) != 1]
+    new = sorted(i for i, ids in of_base(fast).items() if len(ids) != 1)
     table[new] = torch.randn(len(new), 128, generator=generator) * table.std()
     tensors[EMBEDDING] = table.bfloat16()
     save_file(tensors, random / "model.safetensors", {"format": "pt"})
