@@ -352,6 +352,15 @@ class _Catalog:
     def bundled(self) -> TaskIndex:
         return scan_headers(bundled_folder())
 
+    @cached_property
+    def full_index(self) -> Mapping[str, Any]:
+        """lm-eval's own, which takes many seconds: the tasks of a tag may be in any file."""
+        from lm_eval.tasks import TaskManager
+
+        with quiet_libraries():
+            index: Mapping[str, Any] = TaskManager().task_index
+        return index
+
     def expand(self, name: str) -> Iterator[TaskFile]:
         """The task, or the group and its members, or all tasks of the tag; own ones come first."""
         for n_reached, file in enumerate(self._expand(name, (), {}), start=1):
@@ -371,7 +380,8 @@ class _Catalog:
         if file is None and not tagged:
             path = self.bundled.files.get(name)
             file = None if path is None else read_file(path)
-            tagged = _bundled_tag(name) if file is None and name in self.bundled.tags else []
+            is_tag = file is None and name in self.bundled.tags
+            tagged = sorted(self.full_index[name].tags) if is_tag else []
         if file is not None and file.is_group:
             yield file
             inner = {**_for_members(file.config), **overrides}
@@ -425,14 +435,6 @@ def _name(member: Mapping[str, Any]) -> Any:
 def _for_members(group: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a group, or of a member of one, that replace those of the tasks in it."""
     return {key: value for key, value in group.items() if key not in OF_GROUPS}
-
-
-def _bundled_tag(tag: str) -> list[str]:
-    """The tasks of a tag of lm-eval. They may be in any file, so this loads its full index."""
-    from lm_eval.tasks import TaskManager
-
-    with quiet_libraries():
-        return sorted(TaskManager().task_index[tag].tags)
 
 
 def require_metric(selection: TaskSelection, task: str, metric: str) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -304,6 +305,25 @@ def test_a_tag_of_lm_eval_stands_for_all_its_tasks():
     located = locate_tasks(TaskSelection(("ai2_arc",)))
 
     assert [task.name for task in located.tasks] == ["arc_challenge", "arc_easy"]
+
+
+def test_the_full_index_of_lm_eval_is_read_once_for_all_tags(tmp_path, monkeypatch):
+    """It takes ten seconds, and `mmlu` lists four tags."""
+    made = []
+
+    class Manager:
+        def __init__(self):
+            tags = {"ai2_arc": {"arc_easy", "arc_challenge"}, "glue": {"cola", "rte"}}
+            self.task_index = {tag: SimpleNamespace(tags=tags[tag]) for tag in tags}
+            made.append(self)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    (tmp_path / "g.yaml").write_text("group: g\ntask: [ai2_arc, glue]\n")
+
+    located = locate_tasks(TaskSelection(("g",), tmp_path))
+
+    assert [task.name for task in located.tasks] == ["arc_challenge", "arc_easy", "cola", "rte"]
+    assert len(made) == 1
 
 
 SCORED = "dataset_path: json\ndataset_kwargs: {data_files: {test: x.jsonl}}\ntest_split: test\n"
