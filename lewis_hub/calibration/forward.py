@@ -249,15 +249,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-MORE = "its decoder does more between its blocks than to hand on hidden states"
-
-
 class NotAChainError(Exception):
     """The decoder does not give each block exactly what the block before it returned."""
-
-    def __init__(self, problem: str = MORE) -> None:
-        super().__init__(problem)
-        self.problem = problem
 
 
 # (block, hidden states) -> what the block returns with the arguments that the decoder gave it
@@ -397,7 +390,8 @@ def _chain_errors(model: MetaModel) -> Iterator[None]:
     except (NotAChainError, RuntimeError) as error:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
-        problem = error.problem if isinstance(error, NotAChainError) else MORE
+        known = str(error) if isinstance(error, NotAChainError) else ""
+        problem = known or "its decoder does more between its blocks than to hand on hidden states"
         raise NotByBlockError(model.name, problem, model.weights.remedy) from error
 
 
