@@ -112,7 +112,7 @@ class MetaModel:
         self, prefixes: tuple[str, ...], parts: Iterator[dict[str, Tensor]]
     ) -> Iterator[None]:
         """Load the next part inside the context."""
-        with refusals(self.name, "model"), quiet():
+        with refusals(self.name, "model"):
             self._put(next(parts))
             self._tie(prefixes)
         try:
@@ -132,7 +132,8 @@ class MetaModel:
                 _replace(self.model, self._targets[name], tensor, self._device)
         others = {name: tensor for name, tensor in part.items() if name not in self._plain}
         if others:
-            convert_and_load_state_dict_in_model(self.model, others, self._loading)
+            with quiet():
+                convert_and_load_state_dict_in_model(self.model, others, self._loading)
 
     def replace_fused(
         self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]

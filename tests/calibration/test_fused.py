@@ -254,3 +254,14 @@ def test_a_fit_of_experts_that_was_interrupted_comes_out_the_same(models, tmp_pa
     assert {name.split(".")[2] for name in solve.seen} == {"1", "2"}
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_fit_of_experts_shows_no_progress_of_transformers(models, tmp_path, monkeypatch, capfd):
+    stored, _ = models(*MIXTURES["mixtral"][:2])
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    monkeypatch.setattr("huggingface_hub.utils.enable_progress_bars", lambda: None)
+    capfd.readouterr()
+
+    fitted(tmp_path, tmp_path / "fitted", Solver(stored), "merged")
+
+    assert capfd.readouterr().err == ""
