@@ -149,7 +149,8 @@ def test_a_wrong_runner_or_device_is_refused_before_any_work(words, message, tmp
 
 def test_a_recipe_that_cannot_be_merged_is_exit_code_1(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        f"base_model: {zoo_folder() / 'base'}\nmodels: [{{model: {zoo_folder() / 'base'}/.}}]\n"
+        f"base_model: {zoo_folder() / 'base'}\n"
+        f"models: [{{model: {zoo_folder() / 'expert-cipher'}}}]\n"
         "merge_method: task_arithmetic\nguide: {name: uniform}\n"
     )
 
