@@ -41,7 +41,7 @@ RESCALED = (
     "before them, such as norms, by the same factors. Beside models without these factors they "
     "count as task vectors. Use the unquantised model if there is one."
 )
-KEPT = "but peft keeps the head of the base"  # it ties saved embeddings only if told to
+KEPT = "but in peft only with `ensure_weight_tying`"  # of embeddings that are saved whole
 MODELOPT = "hf_quant_config.json"
 TYPES: Mapping[str, tuple[type, str]] = {  # of keys of a `config.json` that are read everywhere
     "model_type": (str, "text"),
@@ -235,8 +235,8 @@ def adapter_notes(sources: MergeSources, is_base: Callable[[str], bool]) -> list
                 f"{adapter.name} was trained on {adapter.trained_on!r} but is put on {base.name}. "
                 "Every tensor fits, but an adapter works best on the model that it was trained on."
             )
-        changed = adapter.checkpoint.tensors.items()
-        embeddings = [(n, t.adapted) for n, t in changed if t.adapted and names.is_input_side(n)]
+        changed = [(n, t.adapted) for n, t in adapter.checkpoint.tensors.items() if t.adapted]
+        embeddings = [one for one in changed if names.is_token_embedding(one[0])]
         if embeddings and (ties(base.config) or has_tied_head(base.config, base.checkpoint)):
             name, change = embeddings[0]
             in_peft = "as it does in peft's `merge_and_unload`"

@@ -319,7 +319,7 @@ def test_saved_embeddings_that_are_the_head_as_well_are_a_note(api, adapter, tmp
 
     assert notes[-1] == (
         f"{adapter} changes model.embed_tokens.weight, which is the head of {base} as well: the "
-        "merged head changes with it, but peft keeps the head of the base."
+        "merged head changes with it, but in peft only with `ensure_weight_tying`."
     )
 
 
