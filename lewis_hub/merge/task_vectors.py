@@ -160,10 +160,13 @@ def extract(
     configuration, weights = ADAPTERS
     config = adapter_config(base[0], fits, whole)
     embeddings = [name for name in whole if is_embedding(base[0].tensors[name])]
-    if has_tied_head and embeddings:
-        held[f"{PREFIX}{HEAD}{WEIGHT}"] = held[f"{PREFIX}{embeddings[0]}"].clone()
-        saved = sorted([*config["modules_to_save"], HEAD])
-        config |= {"modules_to_save": saved, "ensure_weight_tying": True}
+    if embeddings:
+        table, head = held[f"{PREFIX}{embeddings[0]}"], f"{PREFIX}{HEAD}{WEIGHT}"
+        if has_tied_head:
+            held[head] = table.clone()
+        if head in held and held[head].equal(table):
+            saved = sorted({*config["modules_to_save"], HEAD})
+            config |= {"modules_to_save": saved, "ensure_weight_tying": True}
     save_file(held, output / weights, {"format": "pt"})
     (output / configuration).write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"

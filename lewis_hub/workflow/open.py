@@ -41,6 +41,7 @@ RESCALED = (
     "before them, such as norms, by the same factors. Beside models without these factors they "
     "count as task vectors. Use the unquantised model if there is one."
 )
+KEPT = "but in peft only with `ensure_weight_tying`"  # of embeddings that are saved whole
 MODELOPT = "hf_quant_config.json"
 TYPES: Mapping[str, tuple[type, str]] = {  # of keys of a `config.json` that are read everywhere
     "model_type": (str, "text"),
@@ -234,12 +235,14 @@ def adapter_notes(sources: MergeSources, is_base: Callable[[str], bool]) -> list
                 f"{adapter.name} was trained on {adapter.trained_on!r} but is put on {base.name}. "
                 "Every tensor fits, but an adapter works best on the model that it was trained on."
             )
-        changed = (t.name for t in adapter.checkpoint.tensors.values() if t.adapted)
-        embeddings = [name for name in changed if names.is_input_side(name)]
-        if embeddings and ties(base.config):
+        changed = [(n, t.adapted) for n, t in adapter.checkpoint.tensors.items() if t.adapted]
+        embeddings = [one for one in changed if names.is_token_embedding(one[0])]
+        if embeddings and (ties(base.config) or has_tied_head(base.config, base.checkpoint)):
+            name, change = embeddings[0]
+            in_peft = "as it does in peft's `merge_and_unload`"
             notes.append(
-                f"{adapter.name} changes {embeddings[0]}, which is the head of {base.name} as "
-                "well: the merged head changes with it, as it does in peft's `merge_and_unload`."
+                f"{adapter.name} changes {name}, which is the head of {base.name} as well: the "
+                f"merged head changes with it, {in_peft if change.update else KEPT}."
             )
     return notes
 
@@ -267,3 +270,12 @@ def ties(config: Mapping[str, Any]) -> bool | None:
     text_config = config.get("text_config") or config
     found = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
     return None if found is None else bool(found)
+
+
+def has_tied_head(config: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Return whether a model with a head stores none: its head is tied to the embeddings."""
+    named = config.get("architectures")
+    kinds = map(str, named if isinstance(named, list) else ())
+    has_head = any("ForCausalLM" in kind or "ForConditional" in kind for kind in kinds)
+    is_stored = any(map(names.is_head, checkpoint.tensors))
+    return has_head and not is_stored and ties(config) is not False

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.profile import ImportanceProfile, Measure
 from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.documents import MAX_TABLE_BYTES
@@ -54,7 +52,13 @@ from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, v
 from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.evaluate import CARD, Candidate, score, settings_of
 from lewis_hub.workflow.fetch import fetch_whole
-from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model, ties
+from lewis_hub.workflow.open import (
+    MergeSources,
+    OpenedSource,
+    has_tied_head,
+    open_model,
+    ties,
+)
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
@@ -184,7 +188,7 @@ def extract_lora(
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
         pairs = list(zip(headers, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
-            is_tied = _has_tied_head(opened_base.config, headers[0])
+            is_tied = has_tied_head(opened_base.config, headers[0])
             found = extract(
                 pairs[0], pairs[1], settings, work.folder, advance, has_tied_head=is_tied
             )
@@ -195,15 +199,6 @@ def extract_lora(
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
-
-
-def _has_tied_head(config: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
-    """Whether a model with a head stores none: its head is tied to the embeddings."""
-    named = config.get("architectures")
-    kinds = map(str, named if isinstance(named, list) else ())
-    has_head = any("ForCausalLM" in kind or "ForConditional" in kind for kind in kinds)
-    is_stored = any(map(names.is_head, checkpoint.tensors))
-    return has_head and not is_stored and ties(config) is not False
 
 
 def _fitting(base: OpenedSource, expert: OpenedSource) -> list[Checkpoint]:

@@ -303,6 +303,26 @@ def test_embeddings_that_are_the_head_as_well_are_a_note(api, adapter):
     )
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_saved_embeddings_that_are_the_head_as_well_are_a_note(api, adapter, tmp_path, says_so):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is True
+    if not says_so:  # as in files of Gemma, where it is the default
+        (base / "config.json").write_text(json.dumps(config))
+    path = adapter / "adapter_model.safetensors"
+    saved = {"base_model.model.model.embed_tokens.weight": torch.ones(390, 128)}
+    save_file(load_file(path) | saved, path)
+    text = RECIPE.replace("zoo/base", str(base)).replace("ADAPTER", str(adapter)) + DENSITY
+
+    notes = pipeline.check(parse_recipe(text, "recipe.yaml")).notes
+
+    assert notes[-1] == (
+        f"{adapter} changes model.embed_tokens.weight, which is the head of {base} as well: the "
+        "merged head changes with it, but in peft only with `ensure_weight_tying`."
+    )
+
+
 def test_licences_of_adapters_count(api, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", licence="mit")
 

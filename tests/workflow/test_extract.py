@@ -139,6 +139,23 @@ def test_an_expert_that_stores_the_head_it_ties_fits_a_base_that_does_not(model,
     assert told["whole"] == ["model.embed_tokens.weight", "model.norm.weight"]
 
 
+def test_embeddings_of_a_base_that_stores_the_head_it_ties_are_merged_again(model, tmp_path):
+    def copied(tensors):
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    expert, base = model("expert", tuned), model("base", copied)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    extract(expert, "--base", base, "--rank", 3, "-o", adapter)
+
+    recipe = lewis_hub.Recipe(base_model=str(base), models=[str(adapter)], merge_method="linear")
+    lewis_hub.merge_models(recipe, merged)
+
+    found, wanted = (load_file(one / "model.safetensors") for one in (merged, expert))
+    embeddings = wanted["model.embed_tokens.weight"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(found[name], embeddings)
+
+
 def test_the_same_models_give_the_same_bytes(tmp_path):
     expert = zoo_folder() / "expert-cipher"
     first, again = tmp_path / "first", tmp_path / "again"
