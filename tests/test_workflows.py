@@ -342,6 +342,20 @@ def test_init_refuses_a_recipe_outside_of_the_repository(repository, tmp_path_fa
     )
 
 
+@pytest.mark.parametrize("link", [".github", ".github/workflows"])
+def test_init_follows_no_link_that_a_clone_comes_with(repository, tmp_path_factory, link):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (repository / link).parent.mkdir(exist_ok=True)
+    (repository / link).symlink_to(elsewhere, target_is_directory=True)
+    Path("recipe.yaml").write_text(RECIPE)
+
+    done = init()
+
+    assert done.exit_code == 2
+    assert "is a link, or in one: delete the link" in " ".join(done.output.split())
+    assert not [*elsewhere.iterdir()]
+
+
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():
     written, job = documented()
     action = yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text())

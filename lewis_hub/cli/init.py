@@ -195,6 +195,8 @@ def write_workflow(recipe: Path, gated_user: str | None, *, force: bool) -> Path
             f"passes on unchanged; found {relative!r}"
         )
     output = root / WORKFLOW
+    if output.parent.resolve() != (root.resolve() / WORKFLOW).parent:  # a clone may come with one
+        raise click.UsageError(f"{output.parent} is a link, or in one: delete the link")
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; replace it with --force")
     output.parent.mkdir(parents=True, exist_ok=True)

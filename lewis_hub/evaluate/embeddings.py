@@ -34,6 +34,7 @@ BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAVE_AGAIN = "Load it in sentence-transformers and save it again."
 OWN, TOKENIZER = "sentence_transformers.", "tokenizer_class"
 CLASSES = (  # a file of a module -> its key with names of classes
     *(("router_config.json", "types"), ("config.json", "types")),
@@ -118,8 +119,7 @@ def _require_no_code(folder: Path) -> None:
         for pickled in [place / PICKLE] if place == folder else sorted(place.rglob(PICKLE)):
             if pickled.exists() and not pickled.with_name(WEIGHTS).exists():
                 problem = f"the weights of its module {pickled.parent.name} are pickled"
-                remedy = "Load it in sentence-transformers and save it again."
-                raise EvaluationError(str(folder), problem, remedy)
+                raise EvaluationError(str(folder), problem, SAVE_AGAIN)
 
 
 def _require_stored(folder: Path, file: Path, settings: Mapping[str, Any]) -> None:
@@ -133,7 +133,11 @@ def _require_stored(folder: Path, file: Path, settings: Mapping[str, Any]) -> No
         if len(numbers) == len(keys) and math.prod(numbers) > stored:
             shape = " × ".join(map(str, numbers))
             problem = f"its module {file.parent.name} has {shape} weights, its file fewer"
-            raise EvaluationError(str(folder), problem, "The file is damaged: use an intact copy.")
+            remedy = "The file is damaged: use an intact copy."
+            if not files:  # of a repo, no pickle was downloaded
+                problem = f"the weights of its module {file.parent.name} are in no safetensors file"
+                remedy = SAVE_AGAIN
+            raise EvaluationError(str(folder), problem, remedy)
 
 
 def _require_own_settings(folder: Path) -> None:

@@ -47,7 +47,10 @@ SIGN_IN = "/oauth/token"
 CUT = "Consistency check failed"  # huggingface_hub's error if a file has not its size
 AGAIN = "run the same command again: finished work is kept"
 # errors of huggingface_hub in an answer that has another shape than a Hub's
-MISREAD = (LookupError, TypeError, AttributeError, NameError, ArithmeticError)
+MISREAD = (
+    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError),
+    httpx2.InvalidURL,  # of a redirection
+)
 
 
 @dataclass(frozen=True)

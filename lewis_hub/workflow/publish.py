@@ -18,7 +18,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links_among, write_whole
+from lewis_hub.files import require_no_links_among, visible_files, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -297,7 +297,11 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
 
     A new verdict is written into the folder; a signature of it is deleted then. A push to another
     repo than the recipe's changes no verdict.
+
+    Raises:
+        PublishError: a link leads out of the folder, which is written to before it is pushed.
     """
+    visible_files(folder, errors.PublishError)  # before anything is written or deleted
     lock = lock_in(folder)
     recipe = lock.recipe if lock else {}
     try:

@@ -166,6 +166,7 @@ def test_a_whole_module_is_refused(tmp_path):
             "it contains `a` as torch.complex64, which is",
         ),
         ({"a": torch.eye(2).to_sparse()}, "it contains 'a', which is not a named dense tensor"),
+        ({"a": torch.ones(2, device="meta")}, "it contains 'a', which is not a named dense tensor"),
         (b"", "torch cannot read it"),
         (b"not a pickle", "it is not a pickle that torch wrote"),
         (b"PK\x03\x04 cut short", "torch cannot read it"),

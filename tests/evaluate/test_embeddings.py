@@ -177,6 +177,7 @@ def test_modules_of_every_kind_and_inside_others_have_their_weights(
     modules(tmp_path, "sentence_transformers.models.Router")
     file = tmp_path / "1_Dense" / name
     file.parent.mkdir(exist_ok=True)
+    file.with_name("model.safetensors").write_bytes(b"")
     file.write_text(json.dumps(settings))
 
     with pytest.raises(EvaluationError) as refused:
@@ -201,9 +202,24 @@ def test_a_dense_layer_with_a_pickle_is_told_to_be_pickled(inner, tmp_path):
     assert f"the weights of its module {place.name} are pickled" in str(pickled.value)
 
 
+def test_a_dense_layer_without_its_pickle_is_not_told_to_be_damaged(tmp_path):
+    modules(tmp_path, "sentence_transformers.models.Dense")
+    config = tmp_path / "1_Dense" / "config.json"
+    config.write_text(json.dumps({"in_features": 768, "out_features": 512}))
+
+    with pytest.raises(EvaluationError) as fetched:  # no pickle is downloaded
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(fetched.value) == (
+        f"{tmp_path}: the weights of its module 1_Dense are in no safetensors file.\n"
+        "Load it in sentence-transformers and save it again."
+    )
+
+
 def test_no_module_is_built_that_is_larger_than_its_files(tmp_path):
     modules(tmp_path, "sentence_transformers.models.Dense")
     config = tmp_path / "1_Dense" / "config.json"
+    config.with_name("model.safetensors").write_bytes(b"")
     config.write_text(json.dumps({"in_features": 10**6, "out_features": 10**6}))
     with pytest.raises(EvaluationError) as dense:
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))

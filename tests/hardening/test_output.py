@@ -222,6 +222,26 @@ def test_an_export_does_not_follow_a_hidden_link(tmp_path):
     assert (mine.read_text(), path.read_bytes()[:4]) == (CANARY, b"GGUF")
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_push_writes_and_deletes_nothing_through_a_link(hub, tmp_path, monkeypatch, signed):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    zoo, key = zoo_folder(), tmp_path / "key.pem"
+    merged = merge(tmp_path / "clone", zoo / "base", zoo / "expert-reverse")
+    (merged / "lewis").rename(tmp_path / "own")
+    (merged / "lewis").symlink_to(tmp_path / "own", target_is_directory=True)
+    for name in ("changelog.json", "gate.json"):
+        (tmp_path / "own" / name).write_text("own")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()}
+    key.write_text("")
+
+    words = ["push", str(merged), f"{hub.user}/merge", *(["--sign", str(key)] if signed else [])]
+    done = CliRunner().invoke(cli, words)
+
+    assert done.exit_code == 1
+    assert "`lewis` is a link to outside of the folder" in str(done.exception)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()} == before
+
+
 def test_merges_on_the_way_are_not_written_through_a_link(tmp_path):
     base, mine = zoo_folder() / "base", tmp_path / "mine"
     mine.mkdir()

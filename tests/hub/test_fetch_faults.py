@@ -240,6 +240,25 @@ def test_a_redirection_leads_to_no_other_commit(location):
             call_hub(hub_repo, lambda: hub_repo.api.get_hf_file_metadata(url=address))
 
 
+@pytest.mark.parametrize("location", ["http://xn--\xff/", "http://[", f"/{'a' * 65_530}"])
+def test_a_redirection_to_no_address_is_one_message(location):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(307)
+            for name, value in {"ETag": '"x"', "Location": location}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        hub_repo = HubRepo(HfApi(endpoint=url), "me/model", revision="a" * 40)
+        address = hub_repo.file_url("config.json")
+        with pytest.raises(SourceError, match="does not answer like a Hub"):
+            call_hub(hub_repo, lambda: hub_repo.api.get_hf_file_metadata(url=address))
+
+
 def test_a_file_without_a_length_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
     endless = {"Content-Length": "", "Transfer-Encoding": "chunked"}
