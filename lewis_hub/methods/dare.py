@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DARE, DELLA = "https://arxiv.org/abs/2311.03099", "https://arxiv.org/abs/2406.11617"
 
 
-@register("dare_linear", paper=DARE, accepted=INT8_MASK)
+@register("dare_linear", paper=DARE, accepted=INT8_MASK, version=2)
 def dare_linear(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -50,7 +50,7 @@ def dare_linear(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
 
 
-@register("dare_ties", paper=DARE, accepted=INT8_MASK)
+@register("dare_ties", paper=DARE, accepted=INT8_MASK, version=2)
 def dare_ties(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -88,7 +88,7 @@ def _votes(
     return votes
 
 
-@register("della", paper=DELLA, accepted=INT8_MASK | {"trim": TRIMS})
+@register("della", paper=DELLA, accepted=INT8_MASK | {"trim": TRIMS}, version=2)
 def della(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -125,7 +125,7 @@ def della(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
 
 
-@register("della_linear", paper=DELLA, accepted=INT8_MASK | {"trim": TRIMS})
+@register("della_linear", paper=DELLA, accepted=INT8_MASK | {"trim": TRIMS}, version=2)
 def della_linear(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base

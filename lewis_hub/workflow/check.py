@@ -13,6 +13,7 @@ from lewis_hub import errors
 from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.libraries import library_of
@@ -323,9 +324,11 @@ def _has_own_head(source: OpenedSource) -> bool:
 def settle(sources: MergeSources) -> MergeSources:
     """Give sources that tie head and embeddings, as the base does, a head if the base has one.
 
-    If `tie_word_embeddings` is missing, the default of the architecture holds: to tie, if a source
-    without this key stores no head.
+    A stored head of such a source is a copy: its embeddings are read instead, so that the plan can
+    tell. If `tie_word_embeddings` is missing, the default of the architecture holds: to tie, if a
+    source without this key stores no head.
     """
+    base = sources.donor.checkpoint
     silent = any(
         ties(one.config) is None and not any(map(names.is_head, one.checkpoint.tensors))
         for one in sources.models
@@ -334,8 +337,17 @@ def settle(sources: MergeSources) -> MergeSources:
     def settled(one: OpenedSource) -> OpenedSource:
         stated = ties(one.config)
         tied = (silent if stated is None else stated) and not _has_own_head(one)
-        base = sources.donor.checkpoint
-        return replace(one, checkpoint=settle_heads(base, one.checkpoint)) if tied else one
+        return replace(one, checkpoint=_with_tied_head(base, one.checkpoint)) if tied else one
 
     stated = ties(sources.donor.config)
     return sources.replaced(settled) if (silent if stated is None else stated) else sources
+
+
+def _with_tied_head(base: Checkpoint, own: Checkpoint) -> Checkpoint:
+    """The embeddings as the head, if the base stores one, also where a source stores both."""
+    tensors = {name: one for name, one in own.tensors.items() if not names.may_be_tied(name)}
+    tied = settle_heads(base, replace(own, tensors=tensors)).tensors
+    known = settle_heads(base, own)
+    heads = {name: tied[name] for name in known.tensors if name in tied}
+    same = {name: one for name, one in heads.items() if one.shape == known.tensors[name].shape}
+    return replace(known, tensors={**known.tensors, **same})

@@ -74,6 +74,37 @@ def test_a_tied_base_that_stores_its_head_gets_the_expert_s_embedding_as_its_hea
     assert torch.equal(loaded.lm_head.weight.bfloat16(), expert[EMBEDDING])
 
 
+ALIKE = {
+    "dare_ties": "merge_method: dare_ties\nparameters: {density: 0.5, weight: 0.5}\n",
+    "della": "merge_method: della\nparameters: {density: 0.5, weight: 0.5}\n",
+    "by name": "merge_method: linear\n"
+    "parameters: {weight: [{filter: head, value: 2}, {value: 1}]}\n",
+    "regmean": "merge_method: regmean\nparameters: {embeddings: true}\nTEXTS",
+    "in sequence": "merge_method: regmean\nparameters: {embeddings: true, inputs: merged}\nTEXTS",
+}
+
+
+@pytest.mark.parametrize("how", ALIKE)
+def test_a_head_that_is_tied_in_all_sources_stays_so(how, zoo, tmp_path):
+    """Streams of random bits, filters and statistics go by the names of tensors."""
+    parts = {"b": "base", "e": "expert-reverse", "f": "expert-cipher"}
+    for name, of in parts.items():
+        own = load_file(zoo_folder() / of / "model.safetensors")[EMBEDDING]
+        zoo(name, of, {HEAD: own} if name != "f" else None)
+    (tmp_path / "texts.jsonl").write_text('{"text": "reverse abc"}\n{"text": "cipher bcd"}\n')
+    texts = 'calibration: {dataset: texts.jsonl, text: "{text}"}\n'.replace(
+        "texts.jsonl", f"{tmp_path}/texts.jsonl"
+    )
+    models = "".join(f"  - {{model: {tmp_path / name}}}\n" for name in "ef")
+    text = f"base_model: {tmp_path}/b\nmodels:\n{models}" + ALIKE[how].replace("TEXTS", texts)
+
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "out")
+
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(tensors[HEAD], tensors[EMBEDDING])
+    assert not torch.equal(tensors[HEAD], load_file(tmp_path / "b" / "model.safetensors")[HEAD])
+
+
 def test_a_head_of_one_s_own_is_refused_or_left_out_as_the_recipe_says(zoo):
     zoo("b")
     expert = zoo("e", "expert-reverse", {HEAD: head(1)}, tied=False)
