@@ -142,7 +142,7 @@ class Jobs:
     """The Jobs, schedules and buckets of a Hub."""
 
     def __init__(self, root: Path, url: str) -> None:
-        self.root, self.url = root, url
+        self.root, self.url = root.resolve(), url  # a Job runs in a folder of its own
         self.jobs: dict[str, Job] = {}
         self.schedules: dict[str, Schedule] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, Volume
@@ -227,6 +228,16 @@ def test_only_whoever_may_write_in_a_namespace_runs_jobs_there(running):
                 image="x", command=["true"], namespace=namespace
             )
         assert caught.value.response.status_code in (401, 403)
+
+
+def test_a_job_finds_its_folder_below_a_relative_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with serve(Path("hub"), jobs=True) as hub:
+        api = hub.api()
+
+        code, said = followed(api, run(api, "import os; print(os.path.isdir(os.environ['HOME']))"))
+
+    assert (code, said) == (0, ["True"])
 
 
 def test_a_hub_that_was_not_told_to_runs_nothing(hub):
