@@ -303,9 +303,7 @@ def without_copied_head(sources: MergeSources, with_heads: Iterable[OpenedSource
     donor = sources.donor
     if not (ties(donor.config) and any(map(_has_own_head, with_heads))):
         return sources
-    stored = donor.checkpoint.tensors.items()
-    kept = {name: tensor for name, tensor in stored if not names.may_be_tied(name)}
-    bare = replace(donor.checkpoint, tensors=kept)
+    bare = _without_head(donor.checkpoint)
     return sources.replaced(
         lambda one: replace(one, checkpoint=bare) if one.pinned == donor.pinned else one
     )
@@ -345,9 +343,14 @@ def settle(sources: MergeSources) -> MergeSources:
 
 def _with_tied_head(base: Checkpoint, own: Checkpoint) -> Checkpoint:
     """The embeddings as the head, if the base stores one, also where a source stores both."""
-    tensors = {name: one for name, one in own.tensors.items() if not names.may_be_tied(name)}
-    tied = settle_heads(base, replace(own, tensors=tensors)).tensors
-    known = settle_heads(base, own)
-    heads = {name: tied[name] for name in known.tensors if name in tied}
-    same = {name: one for name, one in heads.items() if one.shape == known.tensors[name].shape}
-    return replace(known, tensors={**known.tensors, **same})
+    settled, tied = settle_heads(base, own), settle_heads(base, _without_head(own)).tensors
+    tensors = {
+        name: tied[name] if name in tied and tied[name].shape == one.shape else one
+        for name, one in settled.tensors.items()
+    }
+    return replace(settled, tensors=tensors)
+
+
+def _without_head(whole: Checkpoint) -> Checkpoint:
+    tensors = {name: one for name, one in whole.tensors.items() if not names.may_be_tied(name)}
+    return replace(whole, tensors=tensors)

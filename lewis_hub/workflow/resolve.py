@@ -212,8 +212,7 @@ TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 
 def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
-    own = _own_tasks(recipe)
-    copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
+    copies = _copies(_own_tasks(recipe))
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     _drop_empty(document)
     sources = by_reference(recipe, inputs.base, inputs.experts)
@@ -242,7 +241,7 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
 def task_files(recipe: Recipe) -> dict[str, Path]:
     """Return the user's files that the tasks of a recipe use, by their path beside its copy."""
     own = _own_tasks(recipe)
-    copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
+    copies = _copies(own)
     files = {
         f"{copies[folder]}/{path}": file
         for folder, names in own.items()
@@ -299,6 +298,11 @@ def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, names: Mapping[str,
         pin(token, "source")
         if isinstance(token.get("source"), dict):
             pin(token["source"], "model")
+
+
+def _copies(folders: Iterable[str]) -> dict[str, str]:
+    """Return the name of each folder's copy in the merge."""
+    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
 
 
 def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
