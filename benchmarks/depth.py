@@ -14,7 +14,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import alignment
@@ -257,10 +257,12 @@ def main(out: Path) -> None:
     from_different_starts(out)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def run(
+    tables: Callable[[Path], None], removed: Callable[[Path, Path, Path, Path], None], told: str
+) -> None:
+    """Read the command line, and print the tables, or what was `removed` from a model."""
+    parser = argparse.ArgumentParser(description=tables.__doc__)
     parser.add_argument("out", type=Path, help="output folder; finished models in it are kept")
-    told = "only find blocks 9 and 20, which are removed from EXPERT, in BASE"
     parser.add_argument(
         "--removed", nargs=3, type=Path, metavar=("BASE", "EXPERT", "TEXTS"), help=told
     )
@@ -268,6 +270,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     asked = parser.parse_args()
     if asked.removed:
-        find_removed(asked.out, *asked.removed)
+        removed(asked.out, *asked.removed)
     else:
-        main(asked.out)
+        tables(asked.out)
+
+
+if __name__ == "__main__":
+    run(main, find_removed, "only find blocks 9 and 20, which are removed from EXPERT, in BASE")

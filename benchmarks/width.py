@@ -8,12 +8,10 @@ chosen by the items that are scored.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import itertools
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,17 @@ import alignment
 import puzzles
 import torch
 from alignment import batched, load, loss
-from depth import CIPHER, N_TEXTS, SHARES, Weights, merged, report_skills, skill_items, train_into
+from depth import (
+    CIPHER,
+    N_TEXTS,
+    SHARES,
+    Weights,
+    merged,
+    report_skills,
+    run,
+    skill_items,
+    train_into,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_zoo import Stage, new_llama, zoo_tokenizer
@@ -231,16 +239,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("out", type=Path, help="output folder; finished models in it are kept")
     told = "only match EXPERT, of which heads and MLP units are removed, with BASE"
-    parser.add_argument(
-        "--removed", nargs=3, type=Path, metavar=("BASE", "EXPERT", "TEXTS"), help=told
-    )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    asked = parser.parse_args()
-    if asked.removed:
-        find_removed(asked.out, *asked.removed)
-    else:
-        main(asked.out)
+    run(main, find_removed, told)
