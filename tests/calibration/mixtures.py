@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import silu
 
 from lewis_hub.calibration.texts import CalibrationTokens
 
@@ -84,3 +86,15 @@ def routed_tokens(model: Any, texts: CalibrationTokens) -> dict[tuple[int, int],
         for ids in texts.ids:
             model(torch.tensor([ids]))
     return found
+
+
+def inputs_of_experts(
+    architecture: str, stored: Mapping[str, Tensor], routed: Mapping[tuple[int, int], list[Tensor]]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """The module of each matrix of each expert, and what it is multiplied with."""
+    *_, place, (gate, up, down) = MIXTURES[architecture]
+    for (block, expert), tokens in routed.items():
+        at = f"model.layers.{block}.{place}.{expert}"
+        gates, ups = stored[f"{at}.{gate}.weight"], stored[f"{at}.{up}.weight"]
+        inner = [silu(gates @ x) * (ups @ x) for x in tokens]
+        yield from ((f"{at}.{gate}", tokens), (f"{at}.{up}", tokens), (f"{at}.{down}", inner))

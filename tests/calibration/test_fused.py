@@ -7,7 +7,6 @@ from shutil import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import silu
 
 from lewis_hub.calibration import grams
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest
@@ -17,7 +16,7 @@ from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder
 from lewis_hub.methods.regmean import regmean
 
 from .conftest import tokens_of
-from .mixtures import GPT_OSS, MIXTURES, N_EXPERTS, mixture, routed_tokens
+from .mixtures import GPT_OSS, MIXTURES, N_EXPERTS, inputs_of_experts, mixture, routed_tokens
 from .naive_fits import rows
 
 
@@ -44,7 +43,7 @@ def mean(rows):
 def test_an_expert_has_the_moments_of_the_tokens_routed_to_it(
     architecture, texts, tmp_path, by_block
 ):
-    config_class, settings, place, (gate, up, down) = MIXTURES[architecture]
+    config_class, settings, place, _ = MIXTURES[architecture]
     model = mixture(config_class, settings, tmp_path / "model")
     stored = load_file(tmp_path / "model" / "model.safetensors")
     routed = routed_tokens(model, texts)
@@ -52,14 +51,10 @@ def test_an_expert_has_the_moments_of_the_tokens_routed_to_it(
     found = gathered(tmp_path / "model", texts, tmp_path / "grams", by_block=by_block)
 
     assert {f"{module}.weight" for module in found} <= stored.keys()
-    for (block, expert), tokens in routed.items():
-        at = f"model.layers.{block}.{place}.{expert}"
-        gates, ups = stored[f"{at}.{gate}.weight"], stored[f"{at}.{up}.weight"]
-        inner = [silu(gates @ x) * (ups @ x) for x in tokens]
-        for name, inputs in ((gate, tokens), (up, tokens), (down, inner)):
-            gram, transposed = found[f"{at}.{name}"]
-            torch.testing.assert_close(gram[0], mean(inputs), rtol=1e-4, atol=1e-5)
-            assert not transposed
+    for module, inputs in inputs_of_experts(architecture, stored, routed):
+        gram, transposed = found[module]
+        torch.testing.assert_close(gram[0], mean(inputs), rtol=1e-4, atol=1e-5)
+        assert not transposed
     of_experts = {module for module in found if f"{place}." in module}
     assert len(of_experts) == 3 * len(routed)
 

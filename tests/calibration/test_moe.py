@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import silu
 
 from lewis_hub.calibration.measure import measure_inputs, measure_shifts
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
@@ -20,7 +19,7 @@ from lewis_hub.guides.registry import find
 from lewis_hub.guides.schedule import ScheduleSettings, completed, notes, schedule, seen_by_both
 
 from .conftest import tokens_of
-from .mixtures import GPT_OSS, MIXTURES, N_EXPERTS, mixture, routed_tokens
+from .mixtures import GPT_OSS, MIXTURES, N_EXPERTS, inputs_of_experts, mixture, routed_tokens
 
 
 def naive(weight: Tensor, tokens: list[Tensor], n_tokens: int) -> float:
@@ -34,7 +33,7 @@ def naive(weight: Tensor, tokens: list[Tensor], n_tokens: int) -> float:
 
 @pytest.mark.parametrize("architecture", sorted(MIXTURES))
 def test_an_expert_is_measured_on_the_tokens_routed_to_it(architecture, texts, tmp_path):
-    config_class, settings, place, (gate, up, down) = MIXTURES[architecture]
+    config_class, settings, place, _ = MIXTURES[architecture]
     model = mixture(config_class, settings, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     routed = routed_tokens(model, texts)
@@ -42,13 +41,9 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it(architecture, texts, t
     [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     assert {f"{module}.weight" for module in found} <= stored.keys()
-    for (block, expert), tokens in routed.items():
-        at = f"model.layers.{block}.{place}.{expert}"
-        gates, ups = stored[f"{at}.{gate}.weight"], stored[f"{at}.{up}.weight"]
-        inner = [silu(gates @ x) * (ups @ x) for x in tokens]
-        for name, inputs in ((gate, tokens), (up, tokens), (down, inner)):
-            expected = naive(stored[f"{at}.{name}.weight"], inputs, texts.n_tokens)
-            assert found[f"{at}.{name}"] == pytest.approx(expected, rel=1e-4), at
+    for module, inputs in inputs_of_experts(architecture, stored, routed):
+        expected = naive(stored[f"{module}.weight"], inputs, texts.n_tokens)
+        assert found[module] == pytest.approx(expected, rel=1e-4), module
     experts = {module for module in found if f"{place}." in module}
     assert len(experts) == 3 * len(routed)
 
