@@ -352,6 +352,8 @@ def test_files_from_xet_are_read_from_the_cache(api, push, xet, monkeypatch):
     push("tests/large", FILES | {"tokenizer.model": tokenizer})
     xet |= {"model-00001-of-00002.safetensors": SHARD, "tokenizer.model": tokenizer}
     source = resolve_model(api, "tests/large")
+    # two first files at once: huggingface_hub may leave one out of the store that repos share
+    monkeypatch.setattr("lewis_hub.hub.fetch.N_DOWNLOADS", 1)
     folder = fetch(api, source, lambda _: None)
     shard = folder / "model-00001-of-00002.safetensors"
     assert os.path.relpath(shard.resolve(), cache_root()).startswith("blobs")  # of all repos
