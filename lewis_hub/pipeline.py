@@ -40,7 +40,7 @@ from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
+from lewis_hub.workflow import evaluate, fetch, heads, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.align import align
@@ -355,6 +355,7 @@ def run(
             fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
     sink.work.resume(local_states(files.sources.values()))
+    heads.require_copies(api, job.sources.distinct)
     loader = job.loader(files, sink.work.scratch, progress)
     with costs.measure("write texts") if asked else nullcontext():
         generated = write_texts(job.texts, asked, sets, loader, stores, tasks)

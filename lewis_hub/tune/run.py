@@ -47,6 +47,7 @@ from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
 from lewis_hub.workflow.fetch import code_files, fetch_whole, require_disk
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.generated import requests_of, require_whole_models, write_texts
+from lewis_hub.workflow.heads import require_copies
 from lewis_hub.workflow.job import MergeJob, compile_job
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
@@ -203,6 +204,7 @@ def _fetch(
     stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
     require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
     files = fetch_whole(api, [one.source for one in job.sources.models], prepared.progress)
+    require_copies(api, job.sources.distinct)
     if job.sidecars.code:
         code_files(api, job.sources.donor.source)
     loader = job.loader(files, scratch, prepared.progress)
