@@ -34,7 +34,7 @@ from lewis_hub.files import (
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.resolve import resolve_model, unchanged
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
@@ -321,7 +321,7 @@ def measure_model(
     before = known_profile(file)
     known = ImportanceProfile(GUIDE, document, before.sources if before else ())
     n_tokens = sum(one.n_tokens for one in missing([subject], known))
-    with progress.stage("Calibrating", n_tokens, "tokens") as advance:
+    with unchanged([source]), progress.stage("Calibrating", n_tokens, "tokens") as advance:
         profile = calibrate([subject], known, execution.device, advance, lambda _: None)
     write_whole(file, profile.to_json())
     draw_maps(profile, None, output)
