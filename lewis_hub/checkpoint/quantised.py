@@ -69,7 +69,8 @@ STATES: Mapping[str, Literal["NF4", "FP4"]] = {  # bitsandbytes: follow the name
     ".quant_state.bitsandbytes__fp4": "FP4",
 }
 FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES)
-ROW_SCALES, ROW_FORMAT = "SCB", "weight_format"  # of its 8 bits: take the place of `weight`
+ROW_PARTS = ("SCB", "weight_format")  # scales and layout of its 8 bits: in place of `weight`
+BY_ROWS = b"\0"  # before version 0.45, matrices that were used were stored in tiles
 MAX_STATE_BYTES = 1 << 16
 MAX_OFFSET = 3.0e38  # float32 has no larger numbers
 
@@ -280,16 +281,30 @@ def _bitsandbytes(checkpoint: Checkpoint, read: ReadTensor) -> Checkpoint:
         stored = _part(checkpoint, weight, tensors[name])
         values[weight] = _four_bit(checkpoint, stored, STATES[ending], state)
         dropped |= {weight + part for part in FOUR_BIT_PARTS}
+    values |= _eight_bit(checkpoint, read)
+    dropped |= {name.removesuffix("weight") + part for name in values for part in ROW_PARTS}
+    return _replaced(checkpoint, values, dropped)
+
+
+def _eight_bit(checkpoint: Checkpoint, read: ReadTensor) -> Mapping[str, TensorHeader]:
+    tensors, values, formats = checkpoint.tensors, {}, []
     for name, stored in tensors.items():
-        module = name.removesuffix("weight")
-        scale = tensors.get(module + ROW_SCALES)
+        scale, form = (tensors.get(name.removesuffix("weight") + part) for part in ROW_PARTS)
         if scale and stored.dtype == "I8" and name.endswith(".weight"):
             if (scale.dtype, scale.shape, 2) != ("F32", stored.shape[:1], len(stored.shape)):
                 raise _unfit(checkpoint, scale, stored)
             scaled = Scaled(stored, scale, (1, max(1, stored.shape[1])), "INT8")
             values[name] = _as_float32(name, stored.shape, scaled)
-            dropped |= {module + ROW_SCALES, module + ROW_FORMAT}
-    return _replaced(checkpoint, values, dropped)
+            formats += [form] if form else []
+    with ThreadPoolExecutor(N_REQUESTS) as pool:
+        by_rows = pool.map(lambda form: form.n_bytes == 1 and read(form) == BY_ROWS, formats)
+    for form, is_by_rows in zip(formats, by_rows, strict=True):
+        if not is_by_rows:
+            problem = f"`{form.name}` says that its matrix is stored in tiles, not in rows"
+            remedy = "Load it in the version of bitsandbytes that wrote it, and save it again; or "
+            remedy += "use the model that it was quantised from."
+            raise _misfit(checkpoint, form, problem, remedy)
+    return values
 
 
 def _packed(checkpoint: Checkpoint, layout: Layout, how: Quantisation) -> Checkpoint:

@@ -27,6 +27,7 @@ from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
     ADAPTERS,
+    PICKLED,
     RESTORE,
     Access,
     RepoType,
@@ -122,7 +123,8 @@ def _local_weights(source: Source) -> dict[Path, SourceFile]:
     """The weights that others may change: none of the cache."""
     if source.folder is None or source.converted:
         return {}
-    return {source.folder / file.path: file for file in source.matching(("*.safetensors",))}
+    weights = ("*.safetensors", *(PICKLED if source.is_pickled else ()))
+    return {source.folder / file.path: file for file in source.matching(weights)}
 
 
 def git_sha1_of(path: Path) -> str:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from effort import SEED, times
 from hub_models import tiny, weight_bytes
 from huggingface_hub import HfApi
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -22,6 +23,7 @@ from lewis_hub.errors import SourceError
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.resources import Execution
 
 TESTS = Path(__file__).parents[1]
 
@@ -82,6 +84,35 @@ def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_aga
         f"{base}: `model.safetensors` changed while it was read.\nRestore it, then run again."
     )
     assert again.read_bytes() == clean.read_bytes()
+
+
+def test_pickles_that_are_replaced_before_they_are_converted_are_refused_and_read_again(tmp_path):
+    model = shutil.copytree(zoo_folder() / "base", tmp_path / "model")
+    tensors, pickle = load_file(model / "model.safetensors"), model / "pytorch_model.bin"
+    (model / "model.safetensors").unlink()
+    text = f"{{models: [{model}], merge_method: linear}}"
+
+    def write(weights):
+        torch.save(weights, pickle)
+
+    def merge(progress):
+        allowed = Execution(allow_pickle=True)
+        recipe = parse_recipe(text, "recipe.yaml")
+        return pipeline.merge_models(recipe, tmp_path / "merged", allowed, progress).output
+
+    def change():
+        write({name: 2 * tensor for name, tensor in tensors.items()})
+
+    write(tensors)
+    with pytest.raises(SourceError) as caught:
+        merge(AtStages({f"Converting {model}": change}))
+    write(tensors)
+
+    assert str(caught.value) == (
+        f"{model}: `pytorch_model.bin` changed while it was read.\nRestore it, then run again."
+    )
+    found = load_file(merge(Silent()) / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_stream_uploads_again_what_it_made_of_weights_that_were_replaced(
