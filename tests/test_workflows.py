@@ -223,6 +223,14 @@ def test_gated_sources_are_read_by_the_identity_of_the_user():
     assert signed_in == ["Check sources, target and disk", "Merge and score"]
 
 
+@pytest.mark.parametrize("user", ["007", "null", "1e3"])
+def test_the_name_of_a_user_stays_a_text(user):
+    merge = yaml.safe_load(render_workflow("recipe.yaml", user))["jobs"]["merge"]
+
+    named = [step.get("env", {}).get("HF_OIDC_RESOURCE") for step in merge["steps"]]
+    assert list(filter(None, named)) == [user, user]
+
+
 @pytest.mark.parametrize(("visibility", "code"), [("private", 0), ("public", 1), ("internal", 1)])
 def test_a_private_merge_is_not_handed_over_in_a_public_repository(tmp_path, visibility, code):
     steps = {step.get("name"): step for step in steps_of(yaml.safe_load(render_workflow("r.yaml")))}

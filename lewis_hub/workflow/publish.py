@@ -26,7 +26,13 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
+from lewis_hub.hub.target import (
+    Target,
+    open_target,
+    own_pull_requests,
+    read_target,
+    will_be_public,
+)
 from lewis_hub.recipe.evaluation import Benchmark, Gates
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
@@ -419,9 +425,7 @@ def preflight(
             require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
-    # without a token, a private repo is as invisible as none
-    will_be_public = target.is_public if target.head else not asked.private and bool(hub_repo.token)
-    return replace(found, is_public=will_be_public)
+    return replace(found, is_public=will_be_public(hub_repo, target, private=asked.private))
 
 
 def _place(job: MergeJob, output: Path | None) -> Preflight:

@@ -99,6 +99,32 @@ def test_a_target_that_not_everybody_may_read_is_told_to_the_workflow(hub, place
     assert preflight()[1] == "way=merge\nprivate=yes\n"
 
 
+def test_a_private_target_that_the_merging_job_does_not_see_is_told_to_the_workflow(
+    hub, place, monkeypatch
+):
+    """The push has another token: it signs in as a trusted publisher."""
+    write(hub)
+    hub.api().create_repo("lewis/again", private=True)
+    hub.add_token("hf_narrow", "reader", "read")
+    hub.add_token("hf_other", "other", "write")
+    hub.publishers["signed by GitHub"] = hub.user
+
+    for token in ("hf_narrow", "hf_other"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert preflight()[1] == "way=merge\nprivate=yes\n"
+    monkeypatch.setenv("HF_OIDC_RESOURCE", hub.user)  # the identity that reads gated sources
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "signed by GitHub")
+    assert preflight()[1] == "way=merge\nprivate=yes\n"
+
+
+def test_a_target_that_the_token_may_make_will_be_public(hub, place, monkeypatch):
+    write(hub)
+    hub.add_token("hf_lewis", "lewis", "write")
+    monkeypatch.setenv("HF_TOKEN", "hf_lewis")
+
+    assert preflight()[1] == "way=merge\n"
+
+
 def test_jobs_are_to_merge_what_has_changed_if_they_are_asked_to(hub, place):
     write(hub, GATE)
 
