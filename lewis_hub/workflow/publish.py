@@ -26,6 +26,7 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.hub.tags import require_taggable, tagged_commit
 from lewis_hub.hub.target import (
     Target,
     open_target,
@@ -205,9 +206,15 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     return hub_publish.publish_tag(api, asked.repo, commit, tag)
 
 
+def require_free_tag(destination: Destination, api: HfApi) -> None:
+    """Refuse, before any work, a tag that the commit of a new merge could not get."""
+    asked, target = destination.asked, destination.target
+    require_taggable(HubRepo.to_publish(api, asked.repo), target, asked.landing, asked.tag)
+
+
 def _is_tagged(planned: Lock, hub_repo: HubRepo, commit: PushedCommit, tag: str) -> bool:
     """Whether a tag is on another commit that holds the planned merge."""
-    tagged = hub_publish.tagged_commit(hub_repo, tag)
+    tagged = tagged_commit(hub_repo, tag)
     if tagged in (None, commit.commit_sha):
         return False
     found = previous_merge(read_target(hub_repo, tagged), hub_repo.api)
@@ -419,6 +426,7 @@ def preflight(
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
+    require_free_tag(Destination(asked, target, previous), api)
     if previous and job.guide:
         place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():

@@ -125,6 +125,41 @@ def test_a_target_that_the_token_may_make_will_be_public(hub, place, monkeypatch
     assert preflight()[1] == "way=merge\n"
 
 
+COMMANDS = ("merge --push", "merge --push --stream --no-eval", "actions preflight")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tag_of_an_earlier_merge_is_refused_before_any_work(hub, place, command):
+    write(hub)
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("license:", "tag: v1, license:"))
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    first = hub.api().list_repo_refs("lewis/again").tags[0].target_commit
+    assert preflight()[1] == "way=unchanged\n"
+    move = CommitOperationAdd(
+        "model.safetensors", (zoo_folder() / "base/model.safetensors").read_bytes()
+    )
+    hub.api().create_commit("zoo/expert-reverse", [move], commit_message="Change")
+
+    with pytest.raises(LewisHubError, match=f"^lewis/again: tag `v1` is already on {first}; "):
+        run(*command.split())
+
+    assert {path.name for path in place.glob("*merged*")} == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tag_on_a_pull_request_is_refused_before_any_work(hub, place, command):
+    hub.api().create_repo("lewis/again")
+    write(hub, landing="pull-request")
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("license:", "tag: v1, license:"))
+
+    with pytest.raises(LewisHubError, match="a pull request has no commit on main to tag yet"):
+        run(*command.split())
+
+    assert {path.name for path in place.glob("*merged*")} == set()
+
+
 def test_jobs_are_to_merge_what_has_changed_if_they_are_asked_to(hub, place):
     write(hub, GATE)
 
