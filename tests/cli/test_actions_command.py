@@ -125,6 +125,40 @@ def test_a_target_that_the_token_may_make_will_be_public(hub, place, monkeypatch
     assert preflight()[1] == "way=merge\n"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        "tokenizer_source: zoo/expert-reverse",
+        "chat_template: zoo/expert-reverse",
+        "tokenizer: {source: base, tokens: {a: {source: zoo/expert-reverse, force: true}}}",
+    ],
+)
+def test_a_new_card_of_the_model_that_gives_the_tokenizer_is_no_change(hub, place, more):
+    write(hub, more)
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    put_card(hub, "zoo/expert-reverse")
+
+    assert preflight()[1] == "way=unchanged\n"
+
+
+def test_a_new_card_of_a_source_of_an_earlier_step_is_no_change(hub, place):
+    write(hub)
+    first = Path("recipe.yaml").read_text().partition("publish:")[0]
+    last = Path("recipe.yaml").read_text().replace("zoo/expert-reverse", "first")
+    Path("recipe.yaml").write_text(f"name: first\n{first}---\n{last}")
+    pushed = json.loads(run("merge", "--push", "--json", "-o", "elsewhere").stdout)
+    put_card(hub, "zoo/expert-reverse")
+
+    again = json.loads(run("merge", "--push", "--json", "-o", "again").stdout)
+
+    assert (again["status"], again["commit"]) == ("unchanged", pushed["commit"])
+
+
+def put_card(hub, repo):
+    card = CommitOperationAdd("README.md", b"---\nlicense: apache-2.0\n---\nAnother text.\n")
+    hub.api().create_commit(repo, [card], commit_message="Describe")
+
+
 COMMANDS = ("merge --push", "merge --push --stream --no-eval", "actions preflight")
 
 
