@@ -275,6 +275,8 @@ def _merge_models(
     asked = Finished(job.reporting, job.plan.sizes(), gates, job.repo, job.exports)
     if not job.replaces and (unchanged := _made_before(asked, output, target, api, progress)):
         return unchanged
+    if target:
+        publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=job.replaces or gives_way) as work:
@@ -342,6 +344,7 @@ def stream(
     if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
         discard_work(output)
         return published
+    publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     with open_workspace(work_folder(output), replace=False) as work:
         sink = HubSink(work, target, api, progress)
