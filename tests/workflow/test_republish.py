@@ -138,6 +138,25 @@ def test_steps_are_not_made_again_unless_what_they_start_from_changes(hub, place
     assert run("verify", "blend")["problems"] == []
 
 
+def test_a_folder_with_another_merge_of_steps_is_not_taken_for_what_the_repo_holds(hub, place):
+    repo = f"{hub.user}/steps"
+    step = "name: step\n" + RECIPE + "---\n"
+    last = RECIPE.replace("zoo/expert-cipher", "step") + f"publish: {{repo: {repo}}}\n"
+    Path("steps.yaml").write_text(step + last)
+    run("merge", "steps.yaml", "-o", "blend", "--push")
+    Path("steps.yaml").write_text(step + last.replace("models", "parameters: {lambda: 2}\nmodels"))
+    run("merge", "steps.yaml", "-o", "elsewhere", "--push")
+    pushed = published(hub, repo, "lewis/lock.json")
+
+    again = run("merge", "steps.yaml", "-o", "blend", "--push")
+    alone = CliRunner().invoke(cli, ["merge", "steps.yaml", "-o", "blend"])
+
+    assert again["status"] == "unchanged"
+    assert (alone.exit_code, "Nothing changed" in alone.stdout) == (1, False)
+    assert run("merge", "steps.yaml", "-o", "blend", "--push")["status"] == "unchanged"
+    assert published(hub, repo, "lewis/lock.json") == pushed
+
+
 def test_the_steps_of_a_merge_with_another_task_file_are_made_again(tmp_path):
     shutil.copytree(zoo_folder() / "tasks", tmp_path / "tasks")
     step = "name: step\n" + RECIPE + "---\n"
