@@ -18,7 +18,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links_among, visible_files, write_whole
+from lewis_hub.files import require_no_links_among, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -27,7 +27,7 @@ from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommi
 from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
-from lewis_hub.recipe.evaluation import Benchmark, Gates
+from lewis_hub.recipe.evaluation import Gates
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import cost, difference, markdown, page
@@ -40,7 +40,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.evaluate import CARD, SCORES, judge_again, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
-from lewis_hub.workflow.republish import readdress
+from lewis_hub.workflow.republish import benchmarks_in, readdress
 
 IMPORTANCE = "lewis/importance.json"
 TITLE = "Merge with lewis-hub"
@@ -283,11 +283,7 @@ def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
     """Return what a merge may have beside its card and the files that its lock lists."""
     if previous is None:
         return frozenset()
-    scoring = previous.lock.recipe.get("evaluate") or {}
-    try:
-        boards = TypeAdapter(dict[str, Benchmark]).validate_python(scoring.get("benchmarks") or {})
-    except (AttributeError, ValidationError):
-        boards = {}
+    boards = benchmarks_in(previous.lock.recipe)
     described = {LOCK, locks.PROVENANCE_FILE, FILE, difference.FILE, cost.FILE, page.FILE}
     return frozenset({*described, *eval_result_paths(boards).values()})
 
@@ -301,7 +297,7 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
     Raises:
         PublishError: a link leads out of the folder, which is written to before it is pushed.
     """
-    visible_files(folder, errors.PublishError)  # before anything is written or deleted
+    hub_publish.files_of(folder)  # before anything is written or deleted
     lock = lock_in(folder)
     recipe = lock.recipe if lock else {}
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.evaluate.scores import MetricScore, Scores, TaskScores
+from lewis_hub.report.lock import Lock
+from lewis_hub.workflow.republish import readdress
 from lewis_hub.workflow.resolve import read_recipe
 from lewis_hub.workflow.steps import steps_digest
 
@@ -233,6 +237,47 @@ def test_the_card_names_the_repo_that_a_push_names(hub, place):
         assert f"hf download {repo} " in card
     assert one not in published(hub, two, "README.md")
     assert run("verify", "merged")["problems"] == []
+
+
+def test_the_commands_of_a_card_name_the_repo_that_a_push_names(hub, place):
+    one, two = f"{hub.user}/one", f"{hub.user}/two"
+    run("merge", "-o", "exported", "--export", "gguf:q8_0")
+    local = Path("exported/README.md").read_text()
+    card = local.replace("'What can you do?'", "'From a card'")  # as one that states an example
+    Path("exported/README.md").write_text(card)
+
+    run("push", "exported", one)
+    run("push", "exported", two)
+
+    for repo in (one, two):
+        commands = re.findall(r"^(?:mlx_lm|llama-cli).*$", published(hub, repo, "README.md"), re.M)
+        assert commands == [
+            f"llama-cli -hf {repo}:Q8_0 -p 'From a card'",
+            f"mlx_lm.generate --model {repo} --prompt 'From a card'",
+            f"mlx_lm.convert --hf-path {repo} -q  # 4 bits, in the folder mlx_model",
+        ]
+
+
+def test_the_leaderboard_entry_names_the_repo_that_a_push_names(hub, place):
+    board = {"dataset": "zoo/reverse", "task_id": "one", "metric": "exact_match,none"}
+    scored = {"tasks": ["sums"], "benchmarks": {"sums": board}}
+    found = Lock.from_json(Path("merged/lewis/lock.json").read_text())
+    lock = replace(found, recipe={**found.recipe, "evaluate": scored})
+    models = {"merged": {"exact_match,none": MetricScore(0.5, 0.25)}}
+    scores = Scores({"sums": TaskScores(n=4, version="1.0", models=models, paired=())})
+    Path("merged/lewis/scores.json").write_text(scores.to_json())
+    entry = Path("merged/.eval_results/reverse.yaml")
+    entry.parent.mkdir()
+    entry.write_text("another\n")
+
+    readdress(Path("merged"), lock, f"{hub.user}/two")
+
+    [written] = yaml.safe_load(entry.read_text())
+    assert written["source"]["url"] == f"https://huggingface.co/{hub.user}/two"
+    assert (written["dataset"]["id"], written["value"]) == ("zoo/reverse", 50.0)
+    entry.unlink()  # as its owner may
+    readdress(Path("merged"), lock, f"{hub.user}/three")
+    assert not entry.exists()
 
 
 @pytest.mark.parametrize(
