@@ -254,7 +254,7 @@ def push(
     _require_licence(folder)
     asked, lock = destination.asked, lock_in(folder)
     if lock:
-        _require_its_weights(folder, lock)
+        _require_its_files(folder, lock, sent or {})
     verdict = judge_folder(folder, asked.repo, api)
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
@@ -308,13 +308,18 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
     return judge_again(gates if named == repo else (), folder, repo, api)
 
 
-def _require_its_weights(folder: Path, lock: Lock) -> None:
-    """Refuse weights that are not those of the lock: it would be false, and so would the scores."""
-    paths = [path for path in lock.outputs if path.endswith((".safetensors", ".gguf"))]
-    present = [path for path in paths if (folder / path).is_file()]
-    for path, digest in zip(present, digests_of([folder / one for one in present]), strict=True):
+def _require_its_files(folder: Path, lock: Lock, sent: Additions) -> None:
+    """Refuse a folder that lacks a file of its lock or has other weights: the lock would be false.
+
+    So would the scores, and the repo would lose the files that are missing here.
+    """
+    remedy = f"Merge again. Or delete {LOCK} and {FILE}, to push it as another model."
+    present = {path for path in lock.outputs if (folder / path).is_file()}
+    if absent := lock.outputs.keys() - present - sent.keys():
+        raise errors.PublishError(str(folder), f"{min(absent)} is missing", remedy)
+    weights = sorted(path for path in present if path.endswith((".safetensors", ".gguf")))
+    for path, digest in zip(weights, digests_of([folder / one for one in weights]), strict=True):
         if digest != f"sha256:{lock.outputs[path].sha256}":
-            remedy = f"Merge again. Or delete {LOCK} and {FILE}, to push it as another model."
             raise errors.PublishError(str(folder), f"{path} is not what the merge wrote", remedy)
 
 

@@ -343,3 +343,21 @@ def test_weights_that_are_not_those_of_the_lock_are_not_pushed(hub, place):
         "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
     )
     assert not hub.api().repo_exists(f"{hub.user}/x")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "tokenizer.json"])
+def test_a_folder_that_lacks_a_file_of_its_lock_is_not_pushed(hub, place, name):
+    repo = f"{hub.user}/whole"
+    run("merge", "-o", "sharded", "--max-shard-size", "1MB")
+    run("push", "sharded", repo)
+    before = shas(hub, repo)
+    Path("sharded", name).unlink()
+
+    done = CliRunner().invoke(cli, ["push", "sharded", repo])
+
+    assert str(done.exception) == (
+        f"sharded: {name} is missing.\n"
+        "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
+    )
+    assert shas(hub, repo) == before
+    assert run("verify", repo)["problems"] == []
