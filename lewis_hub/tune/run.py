@@ -275,14 +275,16 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
 
 
 def _name(tuner: Tuner) -> str:
-    """Return the name of the study, which depends on recipe, items and sources."""
+    """Return the name of the study: of recipe, items, sources, and all that decides a merge."""
+    corners = search_space.corners(tuner.space)
+    jobs = [compile_job(one, tuner.execution, tuner.examined, tuner.api) for one in corners]
     facts = [
         search_space.written(tuner.space.recipe),
         tuner.space.methods,
         tuner.space.guides,
         tuner.objective.digest,
         [source.digest for source in tuner.examined.sources.models],
-        [source.commit_sha for source in tuner.examined.inputs.datasets],
+        [job.reporting.planned.digest for job in jobs],  # with versions, data and task files
         [
             sorted(axis.__dict__.items())
             for values in search_space.combinations(tuner.space)
