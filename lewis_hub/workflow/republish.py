@@ -82,6 +82,20 @@ def republish(
     restate(facts, found, replace(found, recipe=recipe), folder)
 
 
+def publishing_in(recipe: Mapping[str, Any]) -> Publishing | None:
+    """Return the section `publish` of the recipe in a lock.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    publish = recipe.get("publish")
+    try:
+        return Publishing.model_validate(publish) if publish else None
+    except ValidationError as error:
+        problem = f"its `publish` cannot be read ({error.errors()[0]['msg']})"
+        raise OutputError(locks.FILE, problem, "Use the file that the merge wrote.") from None
+
+
 def benchmarks_in(recipe: Mapping[str, Any]) -> dict[str, Benchmark]:
     """Return the leaderboards of the recipe in a lock, by task; none if they cannot be read."""
     try:
@@ -135,7 +149,8 @@ def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
 
 def readdress(folder: Path, lock: Lock, repo: str) -> None:
     """Write a repo into card and leaderboard entries of a merge that its recipe does not name."""
-    stated = (lock.recipe.get("publish") or {}).get("repo")
+    asked = publishing_in(lock.recipe)
+    stated = asked.repo if asked else None
     card = folder / CARD
     if not card.exists() or (stated == repo and not _pushed_to(card)):
         return
@@ -188,15 +203,9 @@ def require_stated(found: Lock) -> None:
 
 def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     """The facts with a recipe as it was run, and its `publish`."""
-    publish = recipe.get("publish")
-    try:
-        asked = Publishing.model_validate(publish) if publish else None
-    except ValidationError as error:
-        problem = f"its `publish` cannot be read ({error.errors()[0]['msg']})"
-        raise OutputError(locks.FILE, problem, "Use the file that the merge wrote.") from None
     text = RecipeSnapshot(recipe, {}).to_yaml()
     named = replace(facts, title=recipe.get("name") or UNNAMED, recipe=text)
-    return published_as(replace(named, exports=exports_in(recipe)), asked)
+    return published_as(replace(named, exports=exports_in(recipe)), publishing_in(recipe))
 
 
 def facts_of(lock: Lock) -> CardFacts:
