@@ -257,7 +257,7 @@ def merge_models(
             return same
     with with_parts(recipe, output, merge_part, progress) as whole:
         merged = _merge_models(whole, output, execution, progress, target)
-    if digest:
+    if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)
     return merged
 

@@ -179,7 +179,7 @@ def publish(
             meantime, or the Hub failed.
     """
     hub_repo = HubRepo.to_publish(api, repo_id)
-    files, sent = _files(folder), sent or {}
+    files, sent = files_of(folder), sent or {}
     _require_model(folder, [*files, *sent])
     landing, tag = publication.landing, publication.tag
     require_commit(hub_repo, landing, tag)
@@ -222,15 +222,16 @@ def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
         PublishError: the Hub failed, or a file is a link to outside of the folder.
     """
     hub_repo = HubRepo.to_publish(api, target.repo)
-    return _compare(hub_repo, target, _files(folder), {}).done_in(target)
+    return _compare(hub_repo, target, files_of(folder), {}).done_in(target)
 
 
 def folder_bytes(folder: Path) -> int:
     """The bytes that `publish` would push."""
-    return sum(path.stat().st_size for path in _files(folder).values())
+    return sum(path.stat().st_size for path in files_of(folder).values())
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files that `publish` pushes, by path; a link out of the folder is a PublishError."""
     shown = folder / ".eval_results"  # hidden, but part of a model's repo
     results = [path for path in shown.glob("*") if not path.is_dir()]
     for path in results:

@@ -95,7 +95,7 @@ def examine_sources(
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
     check.require_fine(examined.report)
-    for note in _unused_parameters(recipe):
+    for note in examined.report.notes:
         progress.say(f"note: {note}")
     return examined
 
