@@ -47,9 +47,9 @@ from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_setting
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.size import in_size, size_notes, size_problems
 from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
-from lewis_hub.workflow.width import in_size, size_notes, size_problems
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
