@@ -40,11 +40,17 @@ from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
+from lewis_hub.workflow import evaluate, fetch, heads, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.align import align
-from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
+from lewis_hub.workflow.calibrate import (
+    MEASURED,
+    Calibrated,
+    guide,
+    measurements,
+    require_by_ranges,
+)
 from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.export import export_merge
@@ -164,7 +170,7 @@ def calibrate(
         (0.3, 0.8)
     """
     output, progress, api = Path(output), shown(progress), hub_api()
-    require_no_links_among(output)
+    require_no_links_among(output, (MEASURED,))
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     execution = execution or Execution()
@@ -176,18 +182,23 @@ def calibrate(
     tasks = job.scored_tasks(api, progress)
     sets = _draw(job, tasks, api, progress)
     asked = requests_of(job.texts, sets, job.sources.experts)
-    stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
+    places = (output / MEASURED, output, *job.texts.beside)
+    stores = [folder / GENERATED for folder in places]
     require_whole_models(asked, job.workload.loading, stores, keeps_models=True)
     output.mkdir(parents=True, exist_ok=True)
     if n_bytes := job.disk_needs(sets).states_bytes:
         require_room(output, n_bytes, STATES, FEWER)
     files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
-    with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+    with (
+        measurements(output, files.sources.values()) as folder,
+        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+    ):
         loader = job.loader(files, Path(scratch), progress)
         sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
         job, _ = _align(job, sets, loader, Costs())
         assert job.guide  # as above
-        guidance = guide(job.guide, sets, loader, [output / "importance.json"])
+        profiles = [one / "importance.json" for one in (folder, output)]
+        guidance = guide(job.guide, sets, loader, profiles)
     report.write_guidance(output, guidance)
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
@@ -246,7 +257,7 @@ def merge_models(
             return same
     with with_parts(recipe, output, merge_part, progress) as whole:
         merged = _merge_models(whole, output, execution, progress, target)
-    if digest:
+    if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)
     return merged
 
@@ -264,6 +275,8 @@ def _merge_models(
     asked = Finished(job.reporting, job.plan.sizes(), gates, job.repo, job.exports)
     if not job.replaces and (unchanged := _made_before(asked, output, target, api, progress)):
         return unchanged
+    if target:
+        publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=job.replaces or gives_way) as work:
@@ -331,6 +344,7 @@ def stream(
     if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
         discard_work(output)
         return published
+    publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     with open_workspace(work_folder(output), replace=False) as work:
         sink = HubSink(work, target, api, progress)
@@ -355,6 +369,7 @@ def run(
             fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
     sink.work.resume(local_states(files.sources.values()))
+    heads.require_copies(api, job.sources.distinct)
     loader = job.loader(files, sink.work.scratch, progress)
     with costs.measure("write texts") if asked else nullcontext():
         generated = write_texts(job.texts, asked, sets, loader, stores, tasks)

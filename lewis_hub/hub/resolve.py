@@ -9,9 +9,9 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -100,6 +100,23 @@ def local_states(sources: Iterable[Source]) -> dict[str, str]:
                 seen = path.stat()
             states[str(path.resolve())] = f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
     return states
+
+
+@contextmanager
+def unchanged(sources: Iterable[Source]) -> Iterator[Mapping[str, str]]:
+    """Yield the states of local models' weights, and refuse at the end what was written meanwhile.
+
+    Raises:
+        SourceError: a file has another content than was pinned, was written, or is missing.
+    """
+    sources = tuple(sources)
+    states = local_states(sources)
+    yield states
+    for source in sources:
+        require_unchanged(source)
+    for path, state in local_states(sources).items():
+        if state != states[path]:
+            raise SourceError(path, "it was written while it was read", RESTORE)
 
 
 def _local_weights(source: Source) -> dict[Path, SourceFile]:

@@ -15,7 +15,7 @@ from lewis_hub.merge.permutation import Order
 from lewis_hub.merge.symmetries import KEY, MLP, OUTPUT, QUERY, RESIDUAL, VALUE
 
 FILE = "alignment.json"  # in the folder `lewis`
-VERSION = 1  # of the arithmetic: raised when the same models and texts give other orders
+VERSION = 2  # of the arithmetic: raised when the same models and texts give other orders
 CALLED = {
     RESIDUAL: "residual stream",
     MLP: "MLP units",

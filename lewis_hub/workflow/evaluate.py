@@ -31,6 +31,7 @@ from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.recipe.evaluation import Evaluation, Gate
+from lewis_hub.report import page
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
@@ -238,8 +239,9 @@ def judge_again(
 ) -> GateVerdict | None:
     """Return the verdict on an existing merge, whose published rival may have changed.
 
-    A new verdict is written into the folder and its card; a signature of the folder is deleted,
-    because it covers the verdict. A merge that is published already is not compared with itself.
+    A new verdict is written into the folder, its card and page; a signature of the folder is
+    deleted, because it covers the verdict. A merge that is published already is not compared with
+    itself.
     """
     verdict = read_verdict(output)
     if verdict is None or not any("previous" in gate.not_worse_than for gate in gates):
@@ -252,8 +254,10 @@ def judge_again(
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
     found = judge(gates, scores, items, _previous(gates, repo, api))
     if found != verdict:
-        card = (output / CARD).read_text(encoding="utf-8")
-        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
+        for name, told in ((CARD, gate_section), (page.FILE, page.gate_notes)):
+            if (output / name).exists() and (before := told(verdict)):
+                text = (output / name).read_text(encoding="utf-8")
+                write_whole(output / name, text.replace(before, told(found)))
         write_whole(output / FILE, found.to_json())
         (output / SIGNATURE).unlink(missing_ok=True)
     return found

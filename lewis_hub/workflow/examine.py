@@ -36,7 +36,7 @@ from lewis_hub.recipe.rules import (
     runs_expert_blocks,
 )
 from lewis_hub.recipe.schema import Recipe, Settings
-from lewis_hub.workflow import check, resolve, resources, tokenizers
+from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.check import CheckReport
@@ -47,9 +47,9 @@ from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_setting
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.size import in_size, size_notes, size_problems
 from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
-from lewis_hub.workflow.width import in_size, size_notes, size_problems
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -95,7 +95,7 @@ def examine_sources(
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
     check.require_fine(examined.report)
-    for note in _unused_parameters(recipe):
+    for note in examined.report.notes:
         progress.say(f"note: {note}")
     return examined
 
@@ -109,8 +109,9 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
-        sources = check.without_copied_head(sources, _with_heads(recipe, sources))
-        sources = sources if takes_parts else check.settle(sources)
+        if not recipe.mixed:  # a mixture has the embeddings and head of one model
+            sources = heads.without_copies(sources)
+            heads.require_copies(api, sources.distinct, heads.FIRST_BYTES)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
         )
@@ -138,14 +139,6 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     notes += size_notes(merged_entries(recipe), sources) if not problems else ()
     report = check.make_report(workload, facts, problems, notes)
     return Examined(report, inputs, sources, facts, tokens, output)
-
-
-def _with_heads(recipe: Recipe, sources: MergeSources) -> tuple[OpenedSource, ...]:
-    """Return the sources of the merged head."""
-    references = by_reference(recipe, sources.base, sources.experts)
-    if recipe.slices:
-        return tuple(references[source.model] for source in recipe.slices[-1].sources)
-    return () if recipe.mixed else sources.models
 
 
 def _tokenizer_request(
@@ -419,6 +412,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
         return name == donor.name
 
     notes += opening.adapter_notes(sources, is_base)
+    notes += heads.copy_notes(donor)
     notes += opening.quantised_notes(sources, recipe.output_dtype)
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
