@@ -20,7 +20,7 @@ import numpy as np
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
-from lewis_hub.checkpoint.lora import EMBEDDING, LINEAR, PREFIX
+from lewis_hub.checkpoint.lora import BASE_LAYER, EMBEDDING, LINEAR, PREFIX
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
@@ -157,6 +157,7 @@ def extract(
     if not held:
         problem = "it is equal to the base, so there is nothing to extract"
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
+    held = _with_bias_of_base_layer(held, fits)
     configuration, weights = ADAPTERS
     config = adapter_config(base[0], fits, whole)
     embeddings = [name for name in whole if is_embedding(base[0].tensors[name])]
@@ -173,6 +174,14 @@ def extract(
     )
     n_bytes = (output / weights).stat().st_size
     return Extracted(fits, tuple(whole), n_bytes, left_out=tuple(left_out))
+
+
+def _with_bias_of_base_layer(
+    held: Mapping[str, Tensor], adapted: Collection[str]
+) -> dict[str, Tensor]:
+    """Name the biases of adapted modules as PEFT does, which looks for them nowhere else."""
+    moved = {f"{PREFIX}{one}{BIAS}": f"{PREFIX}{one}{BASE_LAYER}bias" for one in adapted}
+    return {moved.get(name, name): tensor for name, tensor in held.items()}
 
 
 def _form(tensor: TensorHeader, base: Checkpoint, settings: LoraSettings) -> Form:

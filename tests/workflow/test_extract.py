@@ -85,6 +85,32 @@ def test_tied_embeddings_are_stored_as_the_head_too_because_peft_unties_them(mod
     assert config["ensure_weight_tying"]
 
 
+def test_the_bias_of_an_adapted_module_is_where_peft_looks_for_it(model, tmp_path):
+    adapted, other = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.v_proj.bias"
+
+    def biased(tensors, value):
+        return tensors | {
+            name: torch.full((len(tensors[name[:-4] + "weight"]),), value)
+            for name in (adapted, other)
+        }
+
+    base = model("base", lambda tensors: biased(tensors, 0.5))
+    expert = model("expert", lambda tensors: biased(tuned(tensors), 0.75))
+    adapter = tmp_path / "adapter"
+
+    told = extract(expert, "--base", base, "--rank", 3, "-o", adapter)
+
+    held = load_file(adapter / "adapter_model.safetensors")
+    biases = {name.removeprefix("base_model.model.") for name in held if name.endswith("bias")}
+    assert biases == {"model.layers.0.self_attn.q_proj.base_layer.bias", other}
+    assert {adapted, other} <= {*told["whole"]}
+    assert json.loads((adapter / "adapter_config.json").read_text())["bias"] == "all"
+    text = f"{{base_model: {base}, models: [{adapter}], merge_method: linear}}"
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {*merged[adapted].tolist(), *merged[other].tolist()} == {0.75}
+
+
 @pytest.mark.parametrize("option", ["--exclude", "--include"])
 def test_a_tied_head_is_not_stored_without_embeddings(model, tmp_path, option):
     pattern = "embed_tokens" if option == "--exclude" else "q_proj"
