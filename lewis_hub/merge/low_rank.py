@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from lewis_hub.calibration.grams import write_tensors
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import LowRank, TensorHeader, torch_dtypes
+from lewis_hub.checkpoint.lora import EMBEDDING
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.checkpoint.writer import OutputTensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MERGE, MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
-from lewis_hub.merge.adapter_settings import is_embedding
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fitted, stored_factors
 from lewis_hub.methods import registry
@@ -45,6 +45,7 @@ class MergedUpdate:
     left: Tensor
     right: Tensor
     error: float  # Frobenius norm of what was cut off, as a share of the merged update's
+    is_embedding: bool  # whether PEFT has factors of an embedding for the module
     is_transposed: bool  # whether a Linear's weight is stored as (in, out)
 
 
@@ -140,10 +141,17 @@ def _merged(
     else:
         merged = _by_entries(shard, tensor, factors)
         left, right, error = _cut(merged, most, cut.error, tensor.output.name)
-    if is_embedding(tensor.inputs[0]):
-        return MergedUpdate(tensor.output.name, right.T, left.T, error, is_transposed=False)
-    transposed = _is_transposed(tensor)
-    return MergedUpdate(tensor.output.name, left, right, error, is_transposed=transposed)
+    embeds, flips = _is_embedding(tensor), _is_transposed(tensor)
+    if embeds:
+        left, right, flips = right.T, left.T, False
+    name = tensor.output.name
+    return MergedUpdate(name, left, right, error, is_embedding=embeds, is_transposed=flips)
+
+
+def _is_embedding(tensor: TensorPlan) -> bool:
+    """Whether the adapters say so, as the name of a table of positions does not."""
+    updates = filter(None, map(_update, tensor.inputs))
+    return any(update.a.name.endswith(EMBEDDING[0]) for update in updates)
 
 
 def _is_transposed(tensor: TensorPlan) -> bool:
@@ -235,12 +243,12 @@ def write_adapter(
     is_transposed = False
     kind = torch_dtypes()[dtype]
     for update in updates:
-        module, tensor = names.module(update.tensor), base.tensors[update.tensor]
+        module = names.module(update.tensor)
         left, right = update.left.to(kind), update.right.to(kind)
         if not (left.isfinite().all() and right.isfinite().all()):
             remedy = f"It does not fit into {dtype}: choose another `dtype`, or lower the weights."
             raise NonFiniteError(update.tensor, MERGE, remedy)
-        held |= stored_factors(module, left, right, of=tensor)
+        held |= stored_factors(module, left, right, embeds=update.is_embedding)
         fits[module] = Fit(left.shape[1], update.error)
         is_transposed = is_transposed or update.is_transposed
     if not held:

@@ -142,7 +142,8 @@ def extract(
                 most = settings.most or min(change.shape)
                 of = (name, expert[0].label)
                 found = fitted(change, most, settings.error, factor_dtypes[dtype], of)
-                held |= stored_factors(module, found.left, found.right, of=header)
+                embeds = is_embedding(header)
+                held |= stored_factors(module, found.left, found.right, embeds=embeds)
                 fits[module] = Fit(found.rank, found.error)
             elif form == "whole":
                 held[f"{PREFIX}{name}"] = theirs.to(whole_dtypes[dtype])
@@ -190,14 +191,12 @@ def _form(tensor: TensorHeader, base: Checkpoint, settings: LoraSettings) -> For
     return settings.form(tensor, is_matrix=_is_update(tensor, base))
 
 
-def stored_factors(
-    module: str, left: Tensor, right: Tensor, *, of: TensorHeader
-) -> dict[str, Tensor]:
+def stored_factors(module: str, left: Tensor, right: Tensor, *, embeds: bool) -> dict[str, Tensor]:
     """The tensors of an adapter's file for the update `left @ right` of a module's weight.
 
     PEFT stores the factors of an embedding as those of the transposed table.
     """
-    if is_embedding(of):
+    if embeds:
         a, b = left.T.contiguous(), right.T.contiguous()
         return {f"{PREFIX}{module}.{EMBEDDING[0]}": a, f"{PREFIX}{module}.{EMBEDDING[1]}": b}
     a, b = right.contiguous(), left.contiguous()
