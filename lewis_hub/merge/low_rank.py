@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import write_tensors
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import LowRank, TensorHeader, torch_dtypes
-from lewis_hub.checkpoint.lora import EMBEDDING
+from lewis_hub.checkpoint.lora import EMBEDDING, adapted_module
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.checkpoint.writer import OutputTensor
 from lewis_hub.display import Advance
@@ -42,6 +41,7 @@ class MergedUpdate:
     """
 
     tensor: str  # of the base
+    module: str  # as PEFT calls it
     left: Tensor
     right: Tensor
     error: float  # Frobenius norm of what was cut off, as a share of the merged update's
@@ -141,17 +141,12 @@ def _merged(
     else:
         merged = _by_entries(shard, tensor, factors)
         left, right, error = _cut(merged, most, cut.error, tensor.output.name)
-    embeds, flips = _is_embedding(tensor), _is_transposed(tensor)
+    factor = next(update.a for header in tensor.inputs if (update := _update(header)))
+    embeds, flips = factor.name.endswith(EMBEDDING[0]), _is_transposed(tensor)
     if embeds:
         left, right, flips = right.T, left.T, False
-    name = tensor.output.name
-    return MergedUpdate(name, left, right, error, is_embedding=embeds, is_transposed=flips)
-
-
-def _is_embedding(tensor: TensorPlan) -> bool:
-    """Whether the adapters say so, as the name of a table of positions does not."""
-    updates = filter(None, map(_update, tensor.inputs))
-    return any(update.a.name.endswith(EMBEDDING[0]) for update in updates)
+    of = (tensor.output.name, adapted_module(factor))
+    return MergedUpdate(*of, left, right, error, is_embedding=embeds, is_transposed=flips)
 
 
 def _is_transposed(tensor: TensorPlan) -> bool:
@@ -243,13 +238,12 @@ def write_adapter(
     is_transposed = False
     kind = torch_dtypes()[dtype]
     for update in updates:
-        module = names.module(update.tensor)
         left, right = update.left.to(kind), update.right.to(kind)
         if not (left.isfinite().all() and right.isfinite().all()):
             remedy = f"It does not fit into {dtype}: choose another `dtype`, or lower the weights."
             raise NonFiniteError(update.tensor, MERGE, remedy)
-        held |= stored_factors(module, left, right, embeds=update.is_embedding)
-        fits[module] = Fit(left.shape[1], update.error)
+        held |= stored_factors(update.module, left, right, embeds=update.is_embedding)
+        fits[update.module] = Fit(left.shape[1], update.error)
         is_transposed = is_transposed or update.is_transposed
     if not held:
         raise MergeError("models", "no adapter changes a module", "Use intact adapters.")

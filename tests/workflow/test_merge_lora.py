@@ -115,10 +115,14 @@ def test_the_adapter_on_its_base_is_the_merge_of_the_adapters(adapters, method):
         torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_positions_are_an_embedding_where_the_adapter_says_so(tmp_path):
+@pytest.mark.parametrize("cut", ["", "transformer."])
+def test_the_factors_are_named_as_those_of_the_adapters(tmp_path, cut):
     GPT2LMHeadModel(
         GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=12)
     ).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    stored = {name.removeprefix(cut): one for name, one in load_file(file).items()}
+    save_file(stored, file, {"format": "pt"})  # as GPT-2 was published, without its prefix
     module = f"{PREFIX}transformer.wpe"
     tensors = {
         f"{module}.lora_embedding_A": torch.arange(24.0).view(2, 12),
@@ -135,6 +139,8 @@ def test_positions_are_an_embedding_where_the_adapter_says_so(tmp_path):
     held = load_file(tmp_path / "merged" / "adapter_model.safetensors")
     assert held.keys() == tensors.keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["transformer.wpe" if cut else "wpe"]
 
 
 def test_a_rank_or_an_error_cuts_the_update_down(adapters):
