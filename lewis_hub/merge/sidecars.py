@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lewis_hub.checkpoint.quantised import KEYS
+from lewis_hub.checkpoint.quantisation import KEYS
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import CODE_FILES, read_pinned, require_small

@@ -15,7 +15,8 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import adapt, read_config
-from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
+from lewis_hub.checkpoint.quantisation import read_quantisation
+from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.documents import read_json
 from lewis_hub.errors import CheckFailedError
