@@ -221,6 +221,20 @@ def test_an_adapter_s_head_is_refused_unless_it_is_tied_as_the_base_s(zoo, tmp_p
     assert torch.equal(loaded.lm_head.weight.bfloat16(), head(1))
 
 
+def test_an_adapter_of_the_blocks_fits_a_tied_base_that_stores_its_head(zoo, tmp_path):
+    zoo("b", change={HEAD: embedding("base")})
+    (tmp_path / "e").mkdir()
+    changed = torch.ones_like(load_file(zoo_folder() / "base" / "model.safetensors")[UP])
+    stored = {f"base_model.model.{UP}": changed}
+    save_file(stored, tmp_path / "e" / "adapter_model.safetensors")
+    (tmp_path / "e" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    tensors, _ = zoo.merged("dtype: bfloat16\n")
+
+    assert HEAD not in tensors
+    assert torch.equal(tensors[UP], changed)
+
+
 def test_what_an_expert_lacks_is_refused_or_stays_as_in_the_base(zoo):
     base = zoo("b", change={HEAD: head(0)}, tied=False)
     zoo("e", "expert-reverse", without=(UP,))
