@@ -1,4 +1,4 @@
-"""How a configuration describes the quantisation of a model."""
+"""How a model was quantised, as its configuration describes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised models: their tensors as float32.
+"""The tensors of quantised models as float32.
 
 This version reads 8-bit floats (F8_E4M3) with scales, as DeepSeek, Qwen, Mistral, AutoFP8, FBGEMM,
 ModelOpt and compressed-tensors write them; integers of compressed-tensors; 4 and 8 bits of

@@ -45,8 +45,8 @@ class Align(Part):
     depth: Literal["segment_wise"] | None = Field(
         None,
         description="How blocks are matched. `segment_wise`: by their outputs on the calibration "
-        "texts, and by weights, but with `method` or `width` by outputs alone. Absent: both models "
-        "have the same number.",
+        "texts, and by weights; with `method` or `width` by what they add to the hidden state "
+        "alone. Absent: both models have the same number.",
     )
     width: Literal["neuron_matching", "neuron_zipping"] | None = Field(
         None,
@@ -71,8 +71,8 @@ class Align(Part):
     def always_runs(self) -> bool:
         """Whether weights alone do not suffice.
 
-        Before units are matched, blocks are compared by their outputs alone. For another width, the
-        scales of norms are measured.
+        Before units are matched, blocks are compared on texts alone. For another width, the scales
+        of norms are measured.
         """
         return self.width is not None or (self.method is not None and self.depth is not None)
 

@@ -30,6 +30,7 @@ FONT = 9.5
 CELL = 0.24  # inches
 LEAST, MOST = 1.6, 4.4  # inches: of a side of the map
 NAMED = 3.0  # inches beside a map whose rows have names
+SEEN = {"outputs": "CKA of outputs", "updates": "CKA of what they add"}
 EVERY = (1, 2, 4, 5, 10, 20, 50, 100, 200)  # steps between numbered blocks
 
 
@@ -86,7 +87,7 @@ def _of_blocks(model: AlignedModel, blocks: MatchedBlocks) -> SimilarityMap:
     reference, own = short_name(model.reference), short_name(model.source)
     shares = {
         "cosine of weights": blocks.weight_similarity,
-        "CKA of outputs": 1 - blocks.weight_similarity,
+        SEEN[blocks.compared]: 1 - blocks.weight_similarity,
     }
     parts = [f"{100 * share:g} % {name}" for name, share in shares.items() if share]
     similarity = f"Similarity ({', '.join(parts)}) of the blocks of {reference} (rows) and {own}"

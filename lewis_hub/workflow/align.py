@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, text_of, write_whole
-from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks, MatchedWidths
+from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks, MatchedWidths, Seen
 from lewis_hub.merge.depth import Blocks, stored_name
 from lewis_hub.merge.permutation import Order
 from lewis_hub.merge.symmetries import RESIDUAL, Units, permute, units_of
@@ -31,6 +32,7 @@ from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.merge.width import norm_scales, places_of
 from lewis_hub.recipe.alignment import Align
 from lewis_hub.recipe.schema import ModelEntry
+from lewis_hub.workflow.alignment_needs import kept_sites
 from lewis_hub.workflow.family import require_one_family
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
@@ -194,6 +196,13 @@ class _Compared:
         assert found is not None  # an identity block has no units
         return found
 
+    def of_blocks(self, compared: Seen) -> Iterator[Tensor]:
+        """The output of each of its blocks, or what the block adds, (tokens, units) float32."""
+        assert self.seen
+        for before, after in pairwise(self.units.streams):
+            output = self.seen(after)
+            yield output if compared == "outputs" else output - self.seen(before)
+
     def seen_in_place(self, site: str) -> Tensor:
         """What its units are at a site of the reference, (tokens, units) float32."""
         assert self.seen
@@ -213,8 +222,7 @@ def _run(
     units = units_of(source.checkpoint, source.config)
     if texts is None:
         return _Compared(source, units, None)
-    wanted = units.sites if asked.method or asked.width else units.outputs
-    _write_activations(source, units, wanted, texts, folder, loader)
+    _write_activations(source, units, kept_sites(asked, units), texts, folder, loader)
     return _Compared(source, units, partial(read_activations, folder))
 
 
@@ -231,7 +239,8 @@ def _match(
     units = reference.units
     if asked.depth:  # weights cannot be compared before units are matched
         weight = 0.0 if asked.method or asked.width else asked.weight_similarity
-        blocks = _match_blocks(pair, weight, loader)
+        compared: Seen = "updates" if asked.method or asked.width else "outputs"
+        blocks = _match_blocks(pair, weight, compared, loader)
         units, expert = units.without(blocks.identity), replace(expert, blocks=blocks.numbers)
         found = replace(found, blocks=blocks)
     if asked.method or asked.width:
@@ -245,7 +254,7 @@ def _match(
 
 
 def _match_blocks(
-    pair: tuple[_Compared, _Compared], weight: float, loader: ModelLoader
+    pair: tuple[_Compared, _Compared], weight: float, compared: Seen, loader: ModelLoader
 ) -> MatchedBlocks:
     """Match the blocks of the second model with those of the first, the reference."""
     from lewis_hub.merge.segments import match_blocks, weight_cosines
@@ -253,24 +262,23 @@ def _match_blocks(
     sources = [one.source for one in pair]
     similarity = np.zeros([one.units.n_blocks for one in pair])
     if weight < 1:
-        similarity += (1 - weight) * _cka(pair, loader)
+        similarity += (1 - weight) * _cka(pair, compared, loader)
     with loader.progress.stage(f"Comparing blocks of {sources[1].name}", 1, "items") as advance:
         if weight > 0:
             with _reader(sources[0], loader) as ours, _reader(sources[1], loader) as theirs:
                 similarity += weight * weight_cosines(_matrices(sources, (ours, theirs)))
         advance(1)
     rows = tuple(tuple(map(float, row)) for row in similarity)
-    return MatchedBlocks(match_blocks(similarity), rows, weight)
+    return MatchedBlocks(match_blocks(similarity), rows, weight, compared)
 
 
-def _cka(pair: tuple[_Compared, _Compared], loader: ModelLoader) -> Similarity:
-    """The similarity of the outputs of each pair of blocks."""
+def _cka(pair: tuple[_Compared, _Compared], compared: Seen, loader: ModelLoader) -> Similarity:
+    """The similarity of the outputs or updates of each pair of blocks."""
     from lewis_hub.merge.segments import linear_cka
 
-    outputs = (map(one.seen, one.units.outputs) for one in pair if one.seen)
     name = pair[1].source.name
-    with loader.progress.stage(f"Comparing outputs of {name}", 1, "items") as advance:
-        found = linear_cka(*outputs)
+    with loader.progress.stage(f"Comparing {compared} of {name}", 1, "items") as advance:
+        found = linear_cka(*(one.of_blocks(compared) for one in pair))
         advance(1)
     return found
 

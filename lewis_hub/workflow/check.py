@@ -24,6 +24,7 @@ from lewis_hub.merge.slices import count_blocks
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
+from lewis_hub.workflow.alignment_needs import AlignmentNeeds
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 from lewis_hub.workflow.resources import Measurement, Workload
 from lewis_hub.workflow.task_data import PinnedTask
@@ -138,6 +139,7 @@ def make_report(
     facts: Mapping[str, ModelFacts],  # by pinned source
     problems: Sequence[str],
     notes: Sequence[str],
+    aligning: AlignmentNeeds,
 ) -> CheckReport:
     """Describe the sources, and estimate the disk and memory that the merge takes."""
     models, states_bytes = workload.sources.models, workload.states_bytes()
@@ -147,9 +149,9 @@ def make_report(
         notes=tuple(notes),
         download_bytes=sum(bytes_to_download(model.source) for model in models),
         output_bytes=workload.output_bytes(),
-        disk_bytes=workload.disk_bytes() + states_bytes,
+        disk_bytes=workload.disk_bytes() + aligning.disk_bytes + states_bytes,
         states_bytes=states_bytes,
-        memory_bytes=workload.memory_bytes(),
+        memory_bytes=max(workload.memory_bytes(), aligning.memory_bytes),
     )
 
 

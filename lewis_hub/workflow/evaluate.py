@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
-from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, with_prompts
+from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, own_files, with_prompts
 from lewis_hub.evaluate.embedding_tasks import n_documents
 from lewis_hub.evaluate.embeddings import evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
@@ -179,8 +179,10 @@ def score(
     """Score candidates on the same items, or use their results in `kept`; label -> results."""
     kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    n_items, run = _runner(loaded, limit, settings)
-    files = {one.label: kept / _file_name(one, loaded, limit, settings) for one in candidates}
+    n_items, asked, run = _runner(loaded, limit, settings)
+    files = {
+        one.label: kept / _file_name(one, loaded, limit, settings, asked) for one in candidates
+    }
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
     with progress.stage("Evaluating", n_new * n_items, "items") as advance:
@@ -198,23 +200,31 @@ Run = Callable[[Path, EvaluationSettings, Advance], ModelResult]
 
 def _runner(
     loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
-) -> tuple[int, Run]:
-    """Return the number of items that a model is scored on, and what scores a model."""
+) -> tuple[int, str, Run]:
+    """Return the number of items that a model is scored on, a digest of them, and the scorer.
+
+    The data of mteb are those of commits, and have no digest.
+    """
     if settings.backend == "mteb":
         tasks = loaded.tasks
-        return n_documents(tasks), lambda folder, *how: evaluate_embedder(folder, tasks, *how)
+        return n_documents(tasks), "", lambda folder, *how: evaluate_embedder(folder, tasks, *how)
     benchmarks = with_prompts(loaded, limit, settings)
-    return benchmarks.n_requests, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
+    n, digest = benchmarks.n_requests, benchmarks.digest
+    return n, digest, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
 
 
 def _file_name(
-    candidate: Candidate, loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
+    candidate: Candidate,
+    loaded: LoadedTasks,
+    limit: int | None,
+    settings: EvaluationSettings,
+    asked: str,
 ) -> str:
-    """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
+    """Return a name by model, tasks, the user's task files, items, settings and lm-eval version."""
     selected, own = loaded.selection, loaded.selection.include
-    files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
-    texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
-    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings)]
+    files = own_files(selected.names, own) if own else {}
+    texts = {path: sha256_of(file) for path, file in files.items()}
+    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked]
     installed = version(library_of(selected).distribution)
     document = json.dumps([*facts, sorted(loaded.commits.values()), installed])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"

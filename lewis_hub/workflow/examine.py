@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
+from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
@@ -137,8 +138,18 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
     notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
     notes += size_notes(merged_entries(recipe), sources) if not problems else ()
-    report = check.make_report(workload, facts, problems, notes)
+    aligning = _alignment_needs(recipe, workload, problems)
+    report = check.make_report(workload, facts, problems, notes, aligning)
     return Examined(report, inputs, sources, facts, tokens, output)
+
+
+def _alignment_needs(recipe: Recipe, workload: Workload, problems: Sequence[str]) -> AlignmentNeeds:
+    """Return the disk and memory that matching takes; none if a model is refused or not read."""
+    if problems or not workload.sources.are_read:
+        return AlignmentNeeds()
+    measured = workload.measurement
+    n_tokens = [measured.n_tokens[texts] for texts in measured.calibrations]
+    return alignment_needs(merged_entries(recipe), workload.sources, n_tokens, workload.loaded)
 
 
 def _tokenizer_request(

@@ -27,13 +27,25 @@ def without_copies(sources: MergeSources) -> MergeSources:
     """Leave out stored heads that are tied to the embeddings, if the donor's configuration ties.
 
     A source whose configuration lacks `tie_word_embeddings` goes by the donor. A donor without this
-    key goes by what it stores, as the defaults of architectures differ.
+    key ties if it stores no head, or if its architecture does by default, as Gemma.
     """
-    donor = sources.donor
+    return sources.replaced(_without_copy) if _is_tied(sources.donor) else sources
+
+
+def _is_tied(donor: OpenedSource) -> bool:
     stated = ties(donor.config)
-    stores_head = any(map(names.may_be_tied, donor.checkpoint.tensors))
-    is_tied = not stores_head if stated is None else stated
-    return sources.replaced(_without_copy) if is_tied else sources
+    if stated is not None:
+        return stated
+    return not any(map(names.may_be_tied, donor.checkpoint.tensors)) or _ties_by_default(donor)
+
+
+def _ties_by_default(donor: OpenedSource) -> bool:
+    from transformers import CONFIG_MAPPING  # imports torch: only here
+
+    kind = str(donor.config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 
 
 def _without_copy(one: OpenedSource) -> OpenedSource:
@@ -84,6 +96,8 @@ def require_copies(api: HfApi, sources: Iterable[OpenedSource], n_bytes: int | N
         head = one.copied_head
         table = table_of(one, head) if head else None
         if head is None or table is None or head.is_computed or table.is_computed:
+            continue
+        if one.source.is_adapter:  # both are of its base, which is compared itself
             continue
         if head.dtype != table.dtype or _differ(api, one.source, (head, table), n_bytes):
             problem = (

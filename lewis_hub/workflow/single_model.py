@@ -64,6 +64,7 @@ from lewis_hub.workflow.open import (
 )
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
+from lewis_hub.workflow.snapshot import snapshot
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 
 if TYPE_CHECKING:
@@ -408,4 +409,4 @@ def _told(recipe: Recipe) -> dict[str, object]:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return job.planned_lock(recipe, inputs, like.max_shard_bytes, resolve.snapshot(recipe, inputs))
+    return job.planned_lock(recipe, inputs, like.max_shard_bytes, snapshot(recipe, inputs))

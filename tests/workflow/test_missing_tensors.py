@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
@@ -158,6 +158,29 @@ def test_a_head_is_kept_if_no_configuration_says_that_it_is_tied(zoo):
     assert "has no lm_head.weight (its head is tied to the embeddings)" in problem
 
 
+def test_a_copy_is_left_out_if_the_architecture_ties_heads_by_default(tmp_path):
+    """Gemma's configurations do not say that it does; some that were trained on store a copy."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+    for name in "be":
+        model = AutoModelForCausalLM.from_config(GemmaConfig(**sizes))
+        model.save_pretrained(tmp_path / name)
+        told = json.loads((tmp_path / name / "config.json").read_text())
+        del told["tie_word_embeddings"]
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    copied = stored | {HEAD: stored[EMBEDDING].clone()}
+    save_file(copied, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    text = f"merge_method: linear\nmodels: [{{model: {tmp_path}/b}}, {{model: {tmp_path}/e}}]\n"
+
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "out")
+
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    other = load_file(tmp_path / "e" / "model.safetensors")
+    assert merged.keys() == other.keys() == stored.keys()
+    assert torch.equal(merged[EMBEDDING], (stored[EMBEDDING] + other[EMBEDDING]) / 2)
+
+
 def test_a_head_of_one_s_own_is_refused_or_left_out_as_the_recipe_says(zoo):
     zoo("b")
     expert = zoo("e", "expert-reverse", {HEAD: head(1)}, tied=False)
@@ -219,6 +242,20 @@ def test_an_adapter_s_head_is_refused_unless_it_is_tied_as_the_base_s(zoo, tmp_p
     assert HEAD not in tensors
     assert torch.equal(tensors[EMBEDDING], head(1))
     assert torch.equal(loaded.lm_head.weight.bfloat16(), head(1))
+
+
+def test_an_adapter_of_the_blocks_fits_a_tied_base_that_stores_its_head(zoo, tmp_path):
+    zoo("b", change={HEAD: embedding("base")})
+    (tmp_path / "e").mkdir()
+    changed = torch.ones_like(load_file(zoo_folder() / "base" / "model.safetensors")[UP])
+    stored = {f"base_model.model.{UP}": changed}
+    save_file(stored, tmp_path / "e" / "adapter_model.safetensors")
+    (tmp_path / "e" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    tensors, _ = zoo.merged("dtype: bfloat16\n")
+
+    assert HEAD not in tensors
+    assert torch.equal(tensors[UP], changed)
 
 
 def test_what_an_expert_lacks_is_refused_or_stays_as_in_the_base(zoo):

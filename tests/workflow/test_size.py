@@ -151,7 +151,7 @@ def test_card_lock_and_rebuild_know_depth_and_width(folder, monkeypatch):
         "they resemble most, in their order. Places 1, 3 got identity blocks, which add nothing"
     ) in card
     assert (
-        "Similarity (100 % CKA of outputs) of the blocks of big (rows) and one (columns). Framed"
+        "Similarity (100 % CKA of what they add) of the blocks of big (rows) and one (columns)."
     ) in card
     assert (
         "`one` also has another width than `big`. So the units of matched blocks were then put in "
@@ -198,7 +198,7 @@ def test_an_interrupted_merge_takes_up_what_was_matched(folder):
         starts = ("Running", "Comparing", "Aligning")
         return [title for title in told.totals if title.startswith(starts)]
 
-    stages = ["Running one", "Running big", "Comparing outputs of big", "Comparing blocks of big"]
+    stages = ["Running one", "Running big", "Comparing updates of big", "Comparing blocks of big"]
     assert interrupted(BOTH) == [*stages, "Aligning big"]
     assert interrupted(BOTH) == []
     assert interrupted(ZIPPED) == [*stages, "Aligning big"]
@@ -252,6 +252,22 @@ def test_check_says_which_blocks_and_units_are_lost(folder):
         "computes. Name the wider model first, or as `base_model`, to keep all.",
     ]
     assert not [note for note in other.notes if "changes what it computes" in note]
+
+
+def test_check_counts_the_activations_and_the_model_that_is_written_out(folder):
+    """Of 6 texts of 512 tokens at most, 2,048 tokens are kept."""
+    write_model(folder / "one", 2, kind=sized(**SIZES))
+    write_model(folder / "two", 3, seed=1, kind=sized(**WIDE))
+    widths = 2 * (2 * 32 + 48 + 48 * 2) + 32 + 3 * (2 * 48 + 60 + 48 * 3) + 48
+    guided = written("one", "two", align=BOTH).replace("linear", "ties") + "guide: {name: lewis}\n"
+    guided = "base_model: one\n" + guided
+
+    both = lewis_hub.check(recipe(folder, "one", "two", align=BOTH))
+    with_guide = lewis_hub.check(parse_recipe(guided, "recipe.yaml").placed_in(folder))
+
+    assert both.disk_bytes == both.output_bytes + 4 * 2048 * widths
+    assert with_guide.disk_bytes == both.disk_bytes + with_guide.output_bytes
+    assert both.memory_bytes == 900_000_000 + 4 * 2048**2 * (2 + 3)
 
 
 REMEDY = (
