@@ -210,12 +210,13 @@ def extract_lora(
 
 
 def _as_loaded(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """Name tensors as the loaded model does: a file may lack its prefix, PEFT's names have it."""
+    """Name tensors as the language model does: PEFT needs a prefix that its file may lack."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 
-    kind = KINDS.get(config.get("model_type", ""))
-    if not isinstance(kind, str) or config.get("text_config"):
+    kind, named = KINDS.get(config.get("model_type", "")), config.get("architectures")
+    is_named = isinstance(named, list) and kind in named
+    if not isinstance(kind, str) or not is_named or config.get("text_config"):
         return checkpoint
     prefix = f"{getattr(transformers, kind).base_model_prefix}."
     if any(name.startswith(prefix) for name in checkpoint.tensors):

@@ -115,6 +115,20 @@ def test_names_have_the_prefix_that_a_file_leaves_out_and_peft_knows(model, tmp_
     )
 
 
+def test_a_model_that_is_no_language_model_has_the_names_of_its_file(model, tmp_path):
+    def bare(tensors):
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+    base, expert = model("base", bare), model("expert", lambda tensors: bare(tuned(tensors)))
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (base / "config.json").write_text(json.dumps(config))
+
+    extract(expert, "--base", base, "--rank", 3, "-o", tmp_path / "adapter")
+
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.norm.weight" in found
+
+
 def test_the_bias_of_an_adapted_module_is_where_peft_looks_for_it(model, tmp_path):
     adapted, other = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.v_proj.bias"
 
