@@ -244,7 +244,7 @@ def find_removed(out: Path, base: Path, expert: Path, texts: Path) -> None:
     lines = itertools.islice(texts.read_text(encoding="utf-8").splitlines(keepends=True), 128)
     (out / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
     pair = {str(base): 0.5, "removed": 0.5}
-    for name, align in (("half", "segment_wise"), ("outputs", OUTPUTS)):
+    for name, align in (("half", "segment_wise"), ("outputs", OUTPUTS), ("updates", BOTH)):
         merged(out, name, pair, "texts", align)
         found = places(out, name)["removed"]
         print(f"{name}: no match for {[n for n, one in enumerate(found) if one is None]}")

@@ -1,9 +1,9 @@
-"""Merges of models of two widths: `python benchmarks/width.py OUT`.
+"""Merges of models of two widths, and of two depths too: `python benchmarks/width.py OUT`.
 
 From one base: the zoo's base and its expert for reversing words, of 128 hidden units, and experts
-for the cipher that are the base with units that put out nothing, trained further: in MLPs alone, or
-in the hidden state, MLPs and heads. From different starts: two models of the primer. No setting is
-chosen by the items that are scored.
+for the cipher that are the base with units that put out nothing, trained further: in MLPs alone, in
+the hidden state, MLPs and heads, or there and in two more blocks. From different starts: models of
+the primer. No setting is chosen by the items that are scored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from depth import (
     CIPHER,
     N_TEXTS,
     SHARES,
+    TRUE,
     Weights,
+    deeper,
     merged,
+    places,
     report_skills,
     run,
     skill_items,
@@ -45,7 +48,8 @@ Sizes = Mapping[str, int]
 MLP = {"intermediate_size": 528}
 ALL = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, **MLP}
 GROWN: Mapping[str, Sizes] = {"cipher": {}, "cipher-mlp": MLP, "cipher-all": ALL}
-STARTS = {
+DEEPER = "cipher-deep"  # as wide as `cipher-all`, with two more blocks
+STARTS: Mapping[str, Sizes] = {
     "narrow": {"hidden_size": 64, "intermediate_size": 176},
     "wide": {
         "hidden_size": 96,
@@ -54,7 +58,9 @@ STARTS = {
         "num_key_value_heads": 3,
     },
 }
+LARGE: Sizes = {**STARTS["wide"], "num_hidden_layers": 6}
 WIDTHS = ("neuron_matching", "neuron_zipping")
+BOTH = {width: f"{{depth: segment_wise, width: {width}}}" for width in WIDTHS}
 GROUPS = {  # of the units along one dimension of a matrix
     "gate_proj": ("mlp", 0),
     "up_proj": ("mlp", 0),
@@ -106,9 +112,10 @@ def make(out: Path, cipher: Stage = CIPHER, primer: Stage = alignment.STAGE) -> 
     base = load(lewis_hub.zoo_folder() / "base")
     for name, sizes in GROWN.items():
         train_into(out / name, wider(base, sizes), cipher)
+    train_into(out / DEEPER, wider(deeper(base), ALL), cipher)
     small = {"hidden_size": 64, "intermediate_size": 176, "n_blocks": 4}
     like = new_llama(1, len(zoo_tokenizer()), **small)
-    for seed, (name, sizes) in enumerate(STARTS.items(), start=1):
+    for seed, (name, sizes) in enumerate({**STARTS, "large": LARGE}.items(), start=1):
         train_into(out / name, sized(like, sizes, seed), primer)
 
 
@@ -133,13 +140,17 @@ def aligned(out: Path, name: str) -> dict[str, Any]:
 
 
 def of_first_units(out: Path, expert: str, share: float) -> LlamaForCausalLM:
-    """The mean of the reverse expert and a wider one's first units, which were the base's."""
+    """The mean of the reverse expert and a larger one's first units, which were the base's."""
     model, grown = load(lewis_hub.zoo_folder() / "expert-reverse"), load(out / expert)
     factor = (grown.config.hidden_size / model.config.hidden_size) ** 0.5
+    is_deep = grown.config.num_hidden_layers == len(TRUE)
     wide = dict(grown.named_parameters())
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            first = wide[name][tuple(slice(0, size) for size in tensor.shape)]
+            block = names.block(name)
+            moves = is_deep and block is not None
+            stored = names.renumbered(name, TRUE.index(block)) if moves else name
+            first = wide[stored][tuple(slice(0, size) for size in tensor.shape)]
             tensor.lerp_(first * (factor if tensor.dim() == 1 else 1), share)
     return model
 
@@ -164,18 +175,39 @@ def from_one_base(out: Path) -> None:
     report_skills(models)
 
 
+def of_two_sizes(out: Path) -> None:
+    """Merge experts of two depths and widths that were trained from one base."""
+    models = {
+        DEEPER: load(out / DEEPER),
+        "its first units, in 6 blocks": of_first_units(out, DEEPER, 1.0),
+        "mean, small, its first units": of_first_units(out, DEEPER, 0.5),
+    }
+    small: Weights = {"expert-reverse": 0.5, DEEPER: 0.5}
+    large: Weights = {DEEPER: 0.5, "expert-reverse": 0.5}
+    kinds = [("small", small, width) for width in WIDTHS] + [("large", large, WIDTHS[0])]
+    for called, weights, width in kinds:
+        name = f"{DEEPER}-{called}-{width}"
+        models[f"mean, {called}, {width}"] = merged(out, name, weights, "skills", BOTH[width])
+        print(placed(out, name), places(out, name))
+    report_skills(models)
+
+
 def from_different_starts(out: Path) -> None:
     """Print the loss between models of different starts, on items of the primer."""
     found = {}
-    for first, second in (("wide", "narrow"), ("narrow", "wide")):
-        for width in WIDTHS[: 1 if first == "wide" else 2]:
+    pairs = [("wide", "narrow", WIDTHS[:1]), ("narrow", "wide", WIDTHS)]
+    pairs += [("large", "narrow", WIDTHS[:1]), ("narrow", "large", WIDTHS[:1])]
+    for first, second, widths in pairs:
+        for width in widths:
             name = f"{second}-in-{first}-{width}"
-            moved = merged(out, name, {first: 0.0, second: 1.0}, "primer", width)
+            align = BOTH[width] if "large" in (first, second) else width
+            moved = merged(out, name, {first: 0.0, second: 1.0}, "primer", align)
             print(placed(out, name))
             found[f"{second} in the places of {first}, {width}"] = alignment.between(
                 load(out / first), moved, "test", SHARES
             )
-    alone = {name: loss(load(out / name), batched(alignment.items("test"))) for name in STARTS}
+    starts = (*STARTS, "large")
+    alone = {name: loss(load(out / name), batched(alignment.items("test"))) for name in starts}
     print(f"\nalone: {', '.join(f'{name} {value:.3f}' for name, value in alone.items())}")
     print(f"\n| aligned | {' | '.join(f'{share:g}' for share in SHARES)} |")
     print("|:---|---:|---:|---:|---:|---:|")
@@ -235,6 +267,7 @@ def main(out: Path) -> None:
     """Train, merge and print the tables."""
     make(out)
     from_one_base(out)
+    of_two_sizes(out)
     from_different_starts(out)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from lewis_hub.merge.permutation import Order
 from lewis_hub.merge.symmetries import KEY, MLP, OUTPUT, QUERY, RESIDUAL, VALUE
 
 FILE = "alignment.json"  # in the folder `lewis`
-VERSION = 1  # of the arithmetic: raised when the same models and texts give other orders
+VERSION = 2  # of the arithmetic: raised when the same models and texts give other orders
 CALLED = {
     RESIDUAL: "residual stream",
     MLP: "MLP units",
@@ -24,6 +24,9 @@ CALLED = {
     VALUE: "values",
     OUTPUT: "attention outputs",
 }
+
+
+Seen = Literal["outputs", "updates"]  # of a block: the hidden state after it, or what it adds to it
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class MatchedBlocks:
 
     numbers: Blocks  # for each block of the reference, the model's own; None: an identity block
     similarity: tuple[tuple[float, ...], ...]  # (blocks of the reference, of the model)
-    weight_similarity: float  # share of the weights in it; the rest is that of outputs
+    weight_similarity: float  # share of the weights in it
+    compared: Seen = "outputs"  # the rest of it is theirs
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -159,6 +163,7 @@ class AlignedModel:
                 tuple(blocks["numbers"]),
                 tuple(map(tuple, blocks["similarity"])),
                 blocks["weight_similarity"],
+                blocks["compared"],
             )
             if blocks
             else None,

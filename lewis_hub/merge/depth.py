@@ -12,24 +12,28 @@ mean of both blocks adds exactly half of what the reference's block adds to the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import MERGEABLE, NO_FILE, Adapted, Fitted, TensorHeader
+from lewis_hub.checkpoint.header import MERGEABLE, NO_FILE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import AlignmentError
-from lewis_hub.merge.symmetries import Units
+from lewis_hub.merge.symmetries import IN_RESIDUAL, Axes, Units
 
 REMEDY = "`depth` matches the blocks of models that differ in their number only."
+OTHER_WIDTH = f"{REMEDY} For another width, add `width: neuron_matching`."
+ALIKE = "`depth` matches blocks with the same tensors, of the same shapes."
 OTHER_ROWS = "Give it the other tokenizer first: `lewis-hub transplant-tokenizer`."
 
 Shape = tuple[int, ...]
 Blocks = tuple[int | None, ...]  # for each block of the reference, the model's own; None: none
 
 
-def in_places(
-    reference: Checkpoint, own: Checkpoint, blocks: Sequence[int | None], units: Units
-) -> Checkpoint:
-    """The headers of a model with the names of the reference's tensors.
+def in_places(reference: Checkpoint, own: Checkpoint, blocks: Blocks, units: Units) -> Checkpoint:
+    """The stored tensors of a model by the names of the reference's, in the model's own width.
+
+    Of an identity block it has the matrices that write into the residual stream, which are zeros.
+    All other tensors of the block are absent: they are the reference's.
 
     Args:
         reference: the model whose depth is taken.
@@ -39,18 +43,31 @@ def in_places(
     """
     tensors = {}
     for name, tensor in reference.tensors.items():
-        block = names.block(name)
-        number = None if block is None else blocks[block]
         if tensor.dtype not in MERGEABLE or name not in units.axes:
-            tensors[name] = tensor  # a buffer, equal in all blocks
-        elif block is None or number is not None:
-            stored = name if number is None else names.renumbered(name, number)
-            tensors[name] = instead(tensor, own.tensors[stored])
+            continue  # a buffer, equal in all blocks
+        if (stored := stored_name(name, blocks)) is not None:
+            tensors[name] = own.tensors[stored]
         elif names.component(name) in units.family.writers:
-            tensors[name] = instead(tensor, _zeros(tensor))
-        else:
-            tensors[name] = tensor
-    return Checkpoint(own.label, tensors, reference.label)
+            first = own.tensors[names.renumbered(name, 0)]
+            tensors[name] = _zeros(tensor, first, units.axes[name])
+    return Checkpoint(own.label, tensors)
+
+
+def stored_name(name: str, blocks: Blocks | None) -> str | None:
+    """What a model calls a tensor, a site or a group of units that is in a place of its own.
+
+    Args:
+        name: with the number of the place.
+        blocks: the model's block for each place; None: it has its own number everywhere.
+
+    Returns:
+        The name with the model's number; None in an identity block.
+    """
+    place = names.block(name)
+    if blocks is None or place is None:
+        return name
+    number = blocks[place]
+    return None if number is None else names.renumbered(name, number)
 
 
 def first_places(n_reference: int, n_own: int) -> Blocks:
@@ -58,23 +75,29 @@ def first_places(n_reference: int, n_own: int) -> Blocks:
     return tuple(block if block < n_own else None for block in range(n_reference))
 
 
-def require_same_blocks(reference: Checkpoint, own: Checkpoint) -> None:
-    """Refuse models whose blocks, or tensors outside them, are not those of the reference.
+def require_same_blocks(model: Checkpoint, like: Checkpoint) -> None:
+    """Refuse a model with a block, or a tensor outside them, that is not as in block 0 of `like`.
 
     Raises:
-        AlignmentError: names a tensor that a model lacks, or that has another shape.
+        AlignmentError: names a tensor that the model lacks, or that has another shape.
     """
-    first = {name: s for name, s in _shapes(reference).items() if names.block(name) in (None, 0)}
-    for model in (reference, own):
-        found, wanted = _shapes(model), set[str]()
-        like = "its first block" if model is reference else reference.label
-        blocks = list(dict.fromkeys(names.block(name) or 0 for name in found))
-        for name, shape in _in_all_blocks(first, blocks):
-            _require_shape(model.label, name, (found.get(name), shape), like)
-            wanted.add(name)
-        if more := next((name for name in found if name not in wanted), None):
-            problem = f"it has {more}, which is not in {like}"
-            raise AlignmentError(model.label, problem, REMEDY)
+    is_own = model is like
+    like_it, remedy = ("its first block", ALIKE) if is_own else (like.label, REMEDY)
+    first = {name: s for name, s in _shapes(like).items() if names.block(name) in (None, 0)}
+    found, wanted = _shapes(model), set[str]()
+    blocks = list(dict.fromkeys(names.block(name) or 0 for name in found))
+    for name, shape in _in_all_blocks(first, blocks):
+        if name not in found:
+            raise AlignmentError(model.label, f"it lacks {name} of {like_it}", remedy)
+        if found[name] != shape:
+            problem = f"{name} has the shape {[*found[name]]}, in {like_it} {[*shape]}"
+            is_rows = names.may_have_tokens(name) and found[name][1:] == shape[1:]
+            other = OTHER_ROWS if is_rows else ALIKE if is_own else OTHER_WIDTH
+            raise AlignmentError(model.label, problem, other)
+        wanted.add(name)
+    if more := next((name for name in found if name not in wanted), None):
+        problem = f"it has {more}, which is not in {like_it}"
+        raise AlignmentError(model.label, problem, remedy)
 
 
 def _in_all_blocks(
@@ -86,26 +109,13 @@ def _in_all_blocks(
             yield names.renumbered(name, number), shape
 
 
-def _require_shape(label: str, name: str, shapes: tuple[Shape | None, Shape], like: str) -> None:
-    found, expected = shapes
-    if found is None:
-        raise AlignmentError(label, f"it lacks {name} of {like}", REMEDY)
-    if found != expected:
-        problem = f"{name} has the shape {[*found]}, in {like} {[*expected]}"
-        is_rows = names.may_have_tokens(name) and found[1:] == expected[1:]
-        raise AlignmentError(label, problem, OTHER_ROWS if is_rows else REMEDY)
-
-
 def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     tensors = checkpoint.tensors.items()
     return {name: tensor.shape for name, tensor in tensors if tensor.dtype in MERGEABLE}
 
 
-def instead(base: TensorHeader, saved: TensorHeader, fitted: Fitted | None = None) -> TensorHeader:
-    """A tensor of the reference, with other values; `fitted` if they are of another size."""
-    change, n_bytes = Adapted(base, saved, None, fitted), 4 * base.n_elements
-    return TensorHeader(base.name, "F32", base.shape, saved.shard, 0, n_bytes, change)
-
-
-def _zeros(like: TensorHeader) -> TensorHeader:
-    return TensorHeader(like.name, "F32", like.shape, NO_FILE, 0, 4 * like.n_elements)
+def _zeros(tensor: TensorHeader, own: TensorHeader, axes: Axes) -> TensorHeader:
+    """Zeros as large as the reference's tensor, but with the model's own residual stream."""
+    sizes = zip(tensor.shape, own.shape, axes, strict=True)
+    shape = tuple(size if axis == IN_RESIDUAL else fixed for fixed, size, axis in sizes)
+    return TensorHeader(tensor.name, "F32", shape, NO_FILE, 0, 4 * prod(shape))

@@ -98,13 +98,16 @@ class AdapterReader:
 
     def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
         """The values to update: the base's, or zeros or those that the adapter stores instead."""
-        if adapted.saved and adapted.saved.shard == NO_FILE:
-            return np.zeros(n, np.float32)
         if adapted.saved and adapted.fitted:
             return self._fit(adapted, adapted.saved, adapted.fitted, first, n)
         if adapted.saved:
-            return read_floats(self._own, adapted.saved, first, n)
+            return self._saved(adapted.saved, first, n)
         return read_floats(self._base, adapted.base, first, n)
+
+    def _saved(self, saved: TensorHeader, first: int, n: int) -> Floats:
+        if saved.shard == NO_FILE:
+            return np.zeros(n, np.float32)
+        return read_floats(self._own, saved, first, n)
 
     def _fit(
         self, adapted: Adapted, saved: TensorHeader, fitted: Fitted, first: int, n: int
@@ -128,7 +131,7 @@ class AdapterReader:
             stored = [row] if rows is None else np.flatnonzero(rows == row).tolist()
             total = np.zeros(n_columns)
             for one in stored:
-                found = read_floats(self._own, saved, one * len(columns), len(columns))
+                found = self._saved(saved, one * len(columns), len(columns))
                 total += np.bincount(places, found[taken], n_columns)
             if stored:
                 mean = total * fitted.scale / (shares * len(stored))

@@ -3,8 +3,9 @@
 Xu et al., "Training-free Heterogeneous Model Merging", arXiv:2501.00061. C[k, l] is the similarity
 of block k of the shallower model and block l of the deeper one: in the paper the linear CKA of what
 the blocks put out on the same tokens, here w times the mean cosine of their matrices plus 1 - w
-times CKA. Each block k gets a block A[k] of the deeper model, in the same order, so that the sum
-of C[k, A[k]] is the highest:
+times CKA. Where weights cannot be compared, it is the CKA of what blocks add to the hidden state:
+their outputs hold what all blocks before them added, and are alike. Each block k gets a block A[k]
+of the deeper model, in the same order, so that the sum of C[k, A[k]] is the highest:
 
     F[k, l] = max(F[k, l - 1], F[k - 1, l - 1] + C[k, l])
 
@@ -33,11 +34,11 @@ Similarity = npt.NDArray[np.float64]  # (blocks of one model, blocks of the othe
 
 
 def linear_cka(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Similarity:
-    """The linear CKA of each of our blocks with each of theirs; 0 if a block puts out a constant.
+    """The linear CKA of each of our blocks with each of theirs; 0 if one is a constant.
 
     Args:
-        ours: the outputs of each block, (tokens, units); one is held at a time, but the products
-            over tokens of all blocks are.
+        ours: the outputs or updates of each block, (tokens, units); one is held at a time, but the
+            products over tokens of all blocks are.
         theirs: those of the other model, on the same tokens.
     """
     with torch.no_grad(), torch_threads(1):  # on any number of threads the sums are the same

@@ -154,12 +154,15 @@ class Units:
         return sorted(found)
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """The site at which the output of each block is seen: the input of the next norm."""
+    def streams(self) -> tuple[str, ...]:
+        """The sites of the residual stream before each block, and after the last one.
+
+        They are the inputs of the next norm.
+        """
         first, *_, last = self.family.norms
         modules = dict.fromkeys(names.module(name) for name in self.axes)
         read = {names.block(one): one for one in modules if _component(one) in (first, last)}
-        return tuple(f"{RESIDUAL} {read.get(block + 1, read[None])}" for block in self.blocks)
+        return tuple(f"{RESIDUAL} {read.get(n, read[None])}" for n in (*self.blocks, None))
 
     def without(self, blocks: Iterable[int]) -> Units:
         """The same units, but for those of some blocks."""

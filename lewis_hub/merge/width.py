@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import MERGEABLE, Fitted
+from lewis_hub.checkpoint.header import MERGEABLE, Adapted, Fitted, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import AlignmentError
-from lewis_hub.merge.depth import OTHER_ROWS, instead
+from lewis_hub.merge.depth import OTHER_ROWS
 from lewis_hub.merge.permutation import Order, as_bytes
-from lewis_hub.merge.symmetries import FIXED, RESIDUAL, Units
+from lewis_hub.merge.symmetries import FIXED, RESIDUAL, Axes, Units
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,24 +54,36 @@ def in_widths(
 
     Args:
         reference: the model whose width is taken.
-        own: the model, which `require_same_names` accepted.
+        own: the model, which `require_same_names` accepted, or what `in_places` made of it: the
+            reference's tensors stay where it has none.
         units: of the reference.
-        places: of the model's units.
+        places: of the model's units; those of absent groups stay where they are.
         norm_scales: the factor of each norm of the residual stream, by its module; absent: 1.
     """
     tensors = {}
     for name, tensor in reference.tensors.items():
-        axes = units.axes.get(name)
-        if tensor.dtype not in MERGEABLE or axes is None:
+        axes, stored = units.axes.get(name), own.tensors.get(name)
+        if tensor.dtype not in MERGEABLE or axes is None or stored is None:
             tensors[name] = tensor
-        elif not any(axes):
-            tensors[name] = instead(tensor, own.tensors[name])
         else:
-            *rows, columns = (as_bytes(places[axis[0]]) if axis else None for axis in axes)
             scale = norm_scales.get(names.module(name), 1.0)
-            fitted = Fitted(rows[0] if rows else None, columns, scale)
-            tensors[name] = instead(tensor, own.tensors[name], fitted)
+            tensors[name] = _instead(tensor, stored, _fitted(axes, places, scale))
     return Checkpoint(own.label, tensors, reference.label)
+
+
+def _fitted(axes: Axes, places: Places, scale: float) -> Fitted | None:
+    """Where rows and columns go; None: the tensor stays as it is."""
+    found = [as_bytes(places[axis[0]]) if axis and axis[0] in places else None for axis in axes]
+    if not any(found):
+        return None
+    *rows, columns = found
+    return Fitted(rows[0] if rows else None, columns, scale)
+
+
+def _instead(base: TensorHeader, saved: TensorHeader, fitted: Fitted | None) -> TensorHeader:
+    """A tensor of the reference, with other values; `fitted` if they are of another size."""
+    change, n_bytes = Adapted(base, saved, None, fitted), 4 * base.n_elements
+    return TensorHeader(base.name, "F32", base.shape, saved.shard, 0, n_bytes, change)
 
 
 def places_of(order: Order, n_own: int, nearest: Order | None = None) -> Order:

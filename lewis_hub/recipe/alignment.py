@@ -15,8 +15,8 @@ NAMED = {  # in `align`
     "neuron_zipping": "width",
 }
 EXPECTED = (
-    "expected `method: dual_space`, `depth: segment_wise` or both, or `width: neuron_matching` or "
-    "`neuron_zipping` alone"
+    "expected `method: dual_space`, `depth: segment_wise`, `width: neuron_matching` or "
+    "`neuron_zipping`, or `depth` and one of the others"
 )
 
 
@@ -33,8 +33,8 @@ def _named_method(value: Any) -> Any:
 class Align(Part):
     """How a model is matched with the base before the merge, or with the first model if none is.
 
-    First the blocks of a model of another depth are put in the places of the base's, then the units
-    of a model without a common base are permuted. Or units are matched across two widths.
+    First the blocks of a model of another depth are put in the places of the base's. Then its units
+    are permuted, for a model without a common base, or matched across two widths.
     """
 
     method: Literal["dual_space"] | None = Field(
@@ -45,7 +45,8 @@ class Align(Part):
     depth: Literal["segment_wise"] | None = Field(
         None,
         description="How blocks are matched. `segment_wise`: by their outputs on the calibration "
-        "texts, and by weights. Absent: both models have the same number.",
+        "texts, and by weights; with `method` or `width` by what they add to the hidden state "
+        "alone. Absent: both models have the same number.",
     )
     width: Literal["neuron_matching", "neuron_zipping"] | None = Field(
         None,
@@ -70,14 +71,14 @@ class Align(Part):
     def always_runs(self) -> bool:
         """Whether weights alone do not suffice.
 
-        Before units are matched, blocks are compared by their outputs alone. For another width, the
-        scales of norms are measured.
+        Before units are matched, blocks are compared on texts alone. For another width, the scales
+        of norms are measured.
         """
         return self.width is not None or (self.method is not None and self.depth is not None)
 
     @model_validator(mode="after")
-    def _names_one(self) -> Align:
-        if bool(self.method or self.depth) == bool(self.width):
+    def _is_one_of_the_kinds(self) -> Align:
+        if not (self.method or self.depth or self.width) or (self.method and self.width):
             raise ValueError(EXPECTED)
         return self
 

@@ -22,6 +22,7 @@ from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.report.cost import Machine, StageCost
+from lewis_hub.report.matches import MatchPictures
 from lewis_hub.report.plots import Picture
 from lewis_hub.report.usage import ModelUsage
 
@@ -242,7 +243,7 @@ class CardFacts:
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     aligned: tuple[AlignedModel, ...] = ()  # models matched with another
-    matches: Mapping[str, Picture] = field(default_factory=dict)  # of aligned models, by source
+    matches: Mapping[str, MatchPictures] = field(default_factory=dict)  # of aligned models
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
     in_expert_blocks: bool = False  # on inputs in the experts' blocks, as RegMean++
     trims_by_activation: bool = False

@@ -1,9 +1,10 @@
-"""Pictures of models that were matched: how similar their blocks are, or their matched units."""
+"""Pictures of models that were matched: how similar their blocks are, and their matched units."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ FONT = 9.5
 CELL = 0.24  # inches
 LEAST, MOST = 1.6, 4.4  # inches: of a side of the map
 NAMED = 3.0  # inches beside a map whose rows have names
+SEEN = {"outputs": "CKA of outputs", "updates": "CKA of what they add"}
 EVERY = (1, 2, 4, 5, 10, 20, 50, 100, 200)  # steps between numbered blocks
 
 
@@ -37,7 +39,7 @@ class SimilarityMap:
     """How similar blocks are in pairs, or matched units of each kind in each block."""
 
     stem: str  # of its files
-    values: Sequence[Sequence[float]]  # by row and column
+    values: Sequence[Sequence[float]]  # by row and column; NaN: nothing was matched
     framed: tuple[tuple[int, int], ...]  # row and column
     rows: tuple[str, ...]  # names; empty: numbers
     across: str  # what the columns are
@@ -45,32 +47,47 @@ class SimilarityMap:
     caption: str
 
 
-def draw_matches(models: Iterable[AlignedModel], folder: Path) -> dict[str, Picture]:
-    """Draw each model of another depth or width, light and dark; return source -> picture.
+@dataclass(frozen=True)
+class MatchPictures:
+    """The pictures of a model that was matched."""
+
+    blocks: Picture | None
+    units: Picture | None
+
+    @property
+    def drawn(self) -> tuple[Picture, ...]:
+        """Those that there are."""
+        return tuple(one for one in (self.blocks, self.units) if one)
+
+
+def draw_matches(models: Iterable[AlignedModel], folder: Path) -> dict[str, MatchPictures]:
+    """Draw each model of another depth or width, light and dark; return source -> pictures.
 
     The same data give the same bytes with the same version of matplotlib.
     """
-    found = {one.source: drawn for one in models if (drawn := _map(one))}
-    pictures = {}
-    for slug, (source, drawn) in zip(unique_slugs(list(found)), found.items(), strict=True):
-        files = [f"{drawn.stem}-{slug}-{theme.name}.png" for theme in THEMES]
-        for theme, file in zip(THEMES, files, strict=True):
-            _save(drawn, theme, folder / file)
-        pictures[source] = Picture(files[0], files[1], drawn.caption)
-    return pictures
+    resized = [one for one in models if one.blocks or one.widths]
+    slugs = unique_slugs([one.source for one in resized])
+    return {
+        one.source: MatchPictures(
+            _drawn(_of_blocks(one, one.blocks), slug, folder) if one.blocks else None,
+            _drawn(_of_units(one), slug, folder) if one.widths else None,
+        )
+        for slug, one in zip(slugs, resized, strict=True)
+    }
 
 
-def _map(model: AlignedModel) -> SimilarityMap | None:
-    if model.blocks:
-        return _of_blocks(model, model.blocks)
-    return _of_units(model) if model.widths else None
+def _drawn(similar: SimilarityMap, slug: str, folder: Path) -> Picture:
+    files = [f"{similar.stem}-{slug}-{theme.name}.png" for theme in THEMES]
+    for theme, file in zip(THEMES, files, strict=True):
+        _save(similar, theme, folder / file)
+    return Picture(files[0], files[1], similar.caption)
 
 
 def _of_blocks(model: AlignedModel, blocks: MatchedBlocks) -> SimilarityMap:
     reference, own = short_name(model.reference), short_name(model.source)
     shares = {
         "cosine of weights": blocks.weight_similarity,
-        "CKA of outputs": 1 - blocks.weight_similarity,
+        SEEN[blocks.compared]: 1 - blocks.weight_similarity,
     }
     parts = [f"{100 * share:g} % {name}" for name, share in shares.items() if share]
     similarity = f"Similarity ({', '.join(parts)}) of the blocks of {reference} (rows) and {own}"
@@ -88,10 +105,12 @@ def _of_blocks(model: AlignedModel, blocks: MatchedBlocks) -> SimilarityMap:
 
 def _of_units(model: AlignedModel) -> SimilarityMap:
     kinds = [kind for kind in CALLED if kind != RESIDUAL]
-    n_blocks = sum(group.endswith(f".{MLP}") for group in model.orders)
-    values = [[model.after[f"{n}.{kind}"] for n in range(n_blocks)] for kind in kinds]
+    empty = model.blocks.identity if model.blocks else ()
+    n_blocks = sum(group.endswith(f".{MLP}") for group in model.orders) + len(empty)
+    values = [[model.after.get(f"{n}.{kind}", nan) for n in range(n_blocks)] for kind in kinds]
     reference, own = short_name(model.reference), short_name(model.source)
-    caption = f"Mean similarity of the matched units of {own} and {reference}, by kind and block."
+    caption = f"Mean similarity of the matched units of {own} and {reference}, by kind and block"
+    caption += f" of {reference}. Columns of identity blocks are empty." if empty else "."
     rows = tuple(CALLED[kind] for kind in kinds)
     return SimilarityMap("units", values, (), rows, "block", "", caption)
 

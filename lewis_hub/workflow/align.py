@@ -10,32 +10,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lewis_hub.calibration.subject import FEWER, CalibrationSet
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import AlignmentError, ExtraMissingError, NonFiniteError
 from lewis_hub.files import require_room, text_of, write_whole
-from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks, MatchedWidths
+from lewis_hub.merge.aligned import VERSION, AlignedModel, MatchedBlocks, MatchedWidths, Seen
+from lewis_hub.merge.depth import Blocks, stored_name
 from lewis_hub.merge.permutation import Order
 from lewis_hub.merge.symmetries import RESIDUAL, Units, permute, units_of
 from lewis_hub.merge.unit_sizes import require_units
 from lewis_hub.merge.width import norm_scales, places_of
 from lewis_hub.recipe.alignment import Align
 from lewis_hub.recipe.schema import ModelEntry
-from lewis_hub.workflow.depth import blocks_of, placed, require_one_family
+from lewis_hub.workflow.alignment_needs import kept_sites
+from lewis_hub.workflow.family import require_one_family
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import Loading
+from lewis_hub.workflow.size import sized
 from lewis_hub.workflow.texts import Sets
 from lewis_hub.workflow.tokenizers import Tokens
-from lewis_hub.workflow.width import fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,27 +159,12 @@ def _align_one(
         return replace(known, source=expert.pinned, reference=reference.pinned)
     kept.parent.mkdir(parents=True, exist_ok=True)
     work = kept.with_suffix(".activations")
-    found = AlignedModel(
-        *(expert.pinned, reference.pinned, asked.weight_similarity, calibration), {}, {}, {}
-    )
-    units = units_of(reference.checkpoint, reference.config)
     try:
-        if asked.depth:
-            weight = 0.0 if asked.method else asked.weight_similarity  # units move: no cosine
-            pair = (reference, expert)
-            blocks = _match_blocks(pair, weight, texts, work / "blocks", loader)
-            expert = placed(reference, expert, blocks.numbers)
-            units = units.without(blocks.identity)
-            found = replace(found, blocks=blocks)
-        if asked.method or asked.width:
-            used = texts if asked.weight_similarity < 1 or asked.width else None
-            matched = _match_units((reference, expert), units, asked, used, work, loader)
-            orders, before, after = matched.orders, matched.unmatched, matched.similarity
-            found = replace(found, orders=orders, before=before, after=after)
-            if asked.width:
-                zipped = matched.nearest if asked.width == "neuron_zipping" else {}
-                widths = _widths((reference, expert), orders, zipped, work)
-                found = replace(found, widths=widths)
+        ours, theirs = (
+            _run(source, asked, texts, work / str(number), loader)
+            for number, source in enumerate((reference, expert))
+        )
+        found = _match((ours, theirs), asked, calibration, loader)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_whole(kept, json.dumps(found.document()))
@@ -192,42 +181,104 @@ def _known(file: Path) -> AlignedModel | None:
         return None
 
 
-def _match_blocks(
-    pair: tuple[OpenedSource, OpenedSource],
-    weight: float,
+@dataclass(frozen=True)
+class _Compared:
+    """One of two models that are matched."""
+
+    source: OpenedSource
+    units: Units  # its own
+    seen: Callable[[str], Tensor] | None  # site -> (tokens, units) float32; None: it was not run
+    blocks: Blocks | None = None  # its own in each place of the reference; None: all are there
+
+    def own_name(self, place: str) -> str:
+        """What it calls a tensor, a site or a group of units in the places of the reference."""
+        found = stored_name(place, self.blocks)
+        assert found is not None  # an identity block has no units
+        return found
+
+    def of_blocks(self, compared: Seen) -> Iterator[Tensor]:
+        """The output of each of its blocks, or what the block adds, (tokens, units) float32."""
+        assert self.seen
+        for before, after in pairwise(self.units.streams):
+            output = self.seen(after)
+            yield output if compared == "outputs" else output - self.seen(before)
+
+    def seen_in_place(self, site: str) -> Tensor:
+        """What its units are at a site of the reference, (tokens, units) float32."""
+        assert self.seen
+        return self.seen(self.own_name(site))
+
+
+def _run(
+    source: OpenedSource,
+    asked: Align,
     texts: CalibrationSet | None,
-    work: Path,
+    folder: Path,
     loader: ModelLoader,
+) -> _Compared:
+    """Run the texts, if there are any, through a model; its activations go to `folder`."""
+    from lewis_hub.calibration.units import read_activations
+
+    units = units_of(source.checkpoint, source.config)
+    if texts is None:
+        return _Compared(source, units, None)
+    _write_activations(source, units, kept_sites(asked, units), texts, folder, loader)
+    return _Compared(source, units, partial(read_activations, folder))
+
+
+def _match(
+    pair: tuple[_Compared, _Compared],
+    asked: Align,
+    calibration: Mapping[str, Any],
+    loader: ModelLoader,
+) -> AlignedModel:
+    """Match the blocks of the second model with the first one's, then the units within them."""
+    reference, expert = pair
+    names_of_both = expert.source.pinned, reference.source.pinned
+    found = AlignedModel(*names_of_both, asked.weight_similarity, calibration, {}, {}, {})
+    units = reference.units
+    if asked.depth:  # weights cannot be compared before units are matched
+        weight = 0.0 if asked.method or asked.width else asked.weight_similarity
+        compared: Seen = "updates" if asked.method or asked.width else "outputs"
+        blocks = _match_blocks(pair, weight, compared, loader)
+        units, expert = units.without(blocks.identity), replace(expert, blocks=blocks.numbers)
+        found = replace(found, blocks=blocks)
+    if asked.method or asked.width:
+        matched = _match_units(reference, expert, units, asked.weight_similarity, loader)
+        orders, before, after = matched.orders, matched.unmatched, matched.similarity
+        found = replace(found, orders=orders, before=before, after=after)
+        if asked.width:
+            zipped = matched.nearest if asked.width == "neuron_zipping" else {}
+            found = replace(found, widths=_widths(reference, expert, units, orders, zipped))
+    return found
+
+
+def _match_blocks(
+    pair: tuple[_Compared, _Compared], weight: float, compared: Seen, loader: ModelLoader
 ) -> MatchedBlocks:
     """Match the blocks of the second model with those of the first, the reference."""
     from lewis_hub.merge.segments import match_blocks, weight_cosines
 
-    similarity = np.zeros([len(blocks_of(source)) for source in pair])
-    if texts:
-        similarity += (1 - weight) * _cka(pair, texts, work, loader)
-    with loader.progress.stage(f"Comparing blocks of {pair[1].name}", 1, "items") as advance:
+    sources = [one.source for one in pair]
+    similarity = np.zeros([one.units.n_blocks for one in pair])
+    if weight < 1:
+        similarity += (1 - weight) * _cka(pair, compared, loader)
+    with loader.progress.stage(f"Comparing blocks of {sources[1].name}", 1, "items") as advance:
         if weight > 0:
-            with _reader(pair[0], loader) as ours, _reader(pair[1], loader) as theirs:
-                similarity += weight * weight_cosines(_matrices(pair, (ours, theirs)))
+            with _reader(sources[0], loader) as ours, _reader(sources[1], loader) as theirs:
+                similarity += weight * weight_cosines(_matrices(sources, (ours, theirs)))
         advance(1)
     rows = tuple(tuple(map(float, row)) for row in similarity)
-    return MatchedBlocks(match_blocks(similarity), rows, weight)
+    return MatchedBlocks(match_blocks(similarity), rows, weight, compared)
 
 
-def _cka(
-    pair: Sequence[OpenedSource], texts: CalibrationSet, work: Path, loader: ModelLoader
-) -> Similarity:
-    """The similarity of the outputs of each pair of blocks."""
-    from lewis_hub.calibration.units import read_activations
+def _cka(pair: tuple[_Compared, _Compared], compared: Seen, loader: ModelLoader) -> Similarity:
+    """The similarity of the outputs or updates of each pair of blocks."""
     from lewis_hub.merge.segments import linear_cka
 
-    outputs = []
-    for number, source in enumerate(pair):
-        units, folder = units_of(source.checkpoint, source.config), work / str(number)
-        _write_activations(source, units, units.outputs, texts, folder, loader)
-        outputs.append([partial(read_activations, folder, site) for site in units.outputs])
-    with loader.progress.stage(f"Comparing outputs of {pair[1].name}", 1, "items") as advance:
-        found = linear_cka(*((read() for read in one) for one in outputs))
+    name = pair[1].source.name
+    with loader.progress.stage(f"Comparing {compared} of {name}", 1, "items") as advance:
+        found = linear_cka(*(one.of_blocks(compared) for one in pair))
         advance(1)
     return found
 
@@ -236,11 +287,21 @@ def _matrices(
     pair: Sequence[OpenedSource], readers: Sequence[Reader]
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """The matrices of the blocks of both models, in pieces of all blocks."""
-    of_models = [blocks_of(source) for source in pair]
+    of_models = [_blocks_of(source) for source in pair]
     for name, first in of_models[0][0].items():
         if len(first.shape) == 2:
             stored = [[block[name] for block in blocks] for blocks in of_models]
             yield _pieces(pair, stored, readers)
+
+
+def _blocks_of(source: OpenedSource) -> list[dict[str, TensorHeader]]:
+    """The tensors of each block, by their names in block 0."""
+    units = units_of(source.checkpoint, source.config)
+    found: list[dict[str, TensorHeader]] = [{} for _ in range(units.n_blocks)]
+    for name in units.axes:
+        if (block := names.block(name)) is not None:
+            found[block][names.renumbered(name, 0)] = source.checkpoint.tensors[name]
+    return found
 
 
 def _pieces(
@@ -267,51 +328,41 @@ def _pieces(
 
 
 def _match_units(
-    pair: tuple[OpenedSource, OpenedSource],
-    units: Units,
-    asked: Align,
-    texts: CalibrationSet | None,
-    work: Path,
-    loader: ModelLoader,
+    reference: _Compared, expert: _Compared, units: Units, weight: float, loader: ModelLoader
 ) -> Matched:
-    """Match the units of the second model with those of the first, of equal depth."""
+    """Match the units of a model with those of the reference, in the blocks that both have."""
     from lewis_hub.merge.matching import match  # torch and scipy: only here
 
-    folders = [work / "reference", work / "other"]
-    if texts:
-        for source, folder in zip(pair, folders, strict=True):
-            _write_activations(source, units, units.sites, texts, folder, loader)
     with (
-        _model(pair[0], folders[0] if texts else None, loader) as ours,
-        _model(pair[1], folders[1] if texts else None, loader) as theirs,
-        loader.progress.stage(f"Aligning {pair[1].name}", 1, "items") as advance,
+        _opened(reference, loader) as ours,
+        _opened(expert, loader) as theirs,
+        loader.progress.stage(f"Aligning {expert.source.name}", 1, "items") as advance,
     ):
-        found = match(units, ours, theirs, asked.weight_similarity)
+        found = match(units, ours, theirs, weight)
         advance(1)
     return found
 
 
 def _widths(
-    pair: tuple[OpenedSource, OpenedSource],
+    reference: _Compared,
+    expert: _Compared,
+    units: Units,
     orders: Mapping[str, Order],
     nearest: Mapping[str, Order],
-    work: Path,
 ) -> MatchedWidths:
-    """Where the units of the second model go; scales of norms are from the texts that were run."""
-    from lewis_hub.calibration.units import read_activations
+    """Where the units of a model go; scales of norms are from the texts that were run."""
     from lewis_hub.methods.numerics import torch_threads
 
-    ours, theirs = (units_of(one.checkpoint, one.config) for one in pair)
+    sizes = expert.units.sizes
     places = {
-        group: places_of(order, theirs.sizes[group], nearest.get(group))
+        group: places_of(order, sizes[expert.own_name(group)], nearest.get(group))
         for group, order in orders.items()
     }
-    if ours.sizes[RESIDUAL] == theirs.sizes[RESIDUAL]:
+    if units.sizes[RESIDUAL] == sizes[RESIDUAL]:
         return MatchedWidths(places, {})
-    seen = [partial(read_activations, work / name) for name in ("reference", "other")]
+    seen = reference.seen_in_place, expert.seen_in_place
     with torch_threads(1):  # on any number of threads the sums are the same
-        scales = norm_scales(ours, orders[RESIDUAL], *seen)
-    return MatchedWidths(places, scales)
+        return MatchedWidths(places, norm_scales(units, orders[RESIDUAL], *seen))
 
 
 def _write_activations(
@@ -342,24 +393,22 @@ def _write_activations(
 
 
 @contextmanager
-def _model(
-    source: OpenedSource, activations: Path | None, loader: ModelLoader
-) -> Iterator[ComparedModel]:
-    """Open the tensors of a model, which are read one by one."""
-    from lewis_hub.calibration.units import read_activations
+def _opened(model: _Compared, loader: ModelLoader) -> Iterator[ComparedModel]:
+    """Open the tensors of a model, which are read one by one, in the places of the reference."""
     from lewis_hub.checkpoint.reader import read_tensor
     from lewis_hub.merge.matching import ComparedModel
 
+    source = model.source
     with _reader(source, loader) as reader:
-        seen = None if activations is None else lambda site: read_activations(activations, site)
 
-        def read(name: str) -> Tensor:
+        def read(place: str) -> Tensor:
+            name = model.own_name(place)
             tensor = read_tensor(reader, source.checkpoint.tensors[name])
             if not tensor.isfinite().all():
                 raise NonFiniteError(name, source.name, BROKEN)
             return tensor
 
-        yield ComparedModel(read, seen)
+        yield ComparedModel(read, model.seen and model.seen_in_place)
 
 
 @contextmanager
@@ -382,18 +431,18 @@ def aligner(
     """Return what replaces a source by itself with its blocks and units in their new places."""
     known: Mapping[str, AlignedModel] = {one.source: one for one in models}
 
-    def permuted(source: OpenedSource) -> OpenedSource:
+    def moved(source: OpenedSource) -> OpenedSource:
         found = known.get(source.pinned)
         if found is None:
             return source
-        if found.widths:
-            source = fitted(reference, source, found.widths)
-            return replace(source, digest=f"{source.digest}+{found.digest}")
-        units = units_of(source.checkpoint, source.config)
-        if found.blocks:
-            source = placed(reference, source, found.blocks.numbers)
-            units = units_of(source.checkpoint, source.config).without(found.blocks.identity)
-        checkpoint = permute(source.checkpoint, units, found.orders)
+        numbers = found.blocks.numbers if found.blocks else None
+        if found.blocks or found.widths:
+            source = sized(reference, source, numbers, found.widths)
+        checkpoint = source.checkpoint
+        if not found.widths:
+            units = units_of(checkpoint, source.config)
+            units = units.without(found.blocks.identity if found.blocks else ())
+            checkpoint = permute(checkpoint, units, found.orders)
         return replace(source, checkpoint=checkpoint, digest=f"{source.digest}+{found.digest}")
 
-    return permuted
+    return moved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,10 @@ from lewis_hub.recipe.rules import (
     runs_expert_blocks,
 )
 from lewis_hub.recipe.schema import Recipe, Settings
-from lewis_hub.workflow import check, resolve, resources, tokenizers
+from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
+from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
@@ -48,9 +49,9 @@ from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_setting
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.size import in_size, size_notes, size_problems
 from lewis_hub.workflow.statistics import uncompensated_notes
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
-from lewis_hub.workflow.width import in_size, size_notes, size_problems
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -110,8 +111,9 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
-        sources = check.without_copied_head(sources, _with_heads(recipe, sources))
-        sources = sources if takes_parts else check.settle(sources)
+        if not recipe.mixed:  # a mixture has the embeddings and head of one model
+            sources = heads.without_copies(sources)
+            heads.require_copies(api, sources.distinct, heads.FIRST_BYTES)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
         )
@@ -137,16 +139,18 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
     notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
     notes += size_notes(merged_entries(recipe), sources) if not problems else ()
-    report = check.make_report(workload, facts, problems, notes)
+    aligning = _alignment_needs(recipe, workload, problems)
+    report = check.make_report(workload, facts, problems, notes, aligning)
     return Examined(report, inputs, sources, facts, tokens, output)
 
 
-def _with_heads(recipe: Recipe, sources: MergeSources) -> tuple[OpenedSource, ...]:
-    """Return the sources of the merged head."""
-    references = by_reference(recipe, sources.base, sources.experts)
-    if recipe.slices:
-        return tuple(references[source.model] for source in recipe.slices[-1].sources)
-    return () if recipe.mixed else sources.models
+def _alignment_needs(recipe: Recipe, workload: Workload, problems: Sequence[str]) -> AlignmentNeeds:
+    """Return the disk and memory that matching takes; none if a model is refused or not read."""
+    if problems or not workload.sources.are_read:
+        return AlignmentNeeds()
+    measured = workload.measurement
+    n_tokens = [measured.n_tokens[texts] for texts in measured.calibrations]
+    return alignment_needs(merged_entries(recipe), workload.sources, n_tokens, workload.loaded)
 
 
 def _tokenizer_request(
@@ -423,6 +427,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
         return name == donor.name
 
     notes += opening.adapter_notes(sources, is_base)
+    notes += heads.copy_notes(donor)
     notes += opening.quantised_notes(sources, recipe.output_dtype)
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)

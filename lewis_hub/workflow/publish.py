@@ -26,7 +26,14 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
+from lewis_hub.hub.tags import require_taggable, tagged_commit
+from lewis_hub.hub.target import (
+    Target,
+    open_target,
+    own_pull_requests,
+    read_target,
+    will_be_public,
+)
 from lewis_hub.recipe.evaluation import Gates
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
@@ -199,9 +206,15 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     return hub_publish.publish_tag(api, asked.repo, commit, tag)
 
 
+def require_free_tag(destination: Destination, api: HfApi) -> None:
+    """Refuse, before any work, a tag that the commit of a new merge could not get."""
+    asked, target = destination.asked, destination.target
+    require_taggable(HubRepo.to_publish(api, asked.repo), target, asked.landing, asked.tag)
+
+
 def _is_tagged(planned: Lock, hub_repo: HubRepo, commit: PushedCommit, tag: str) -> bool:
     """Whether a tag is on another commit that holds the planned merge."""
-    tagged = hub_publish.tagged_commit(hub_repo, tag)
+    tagged = tagged_commit(hub_repo, tag)
     if tagged in (None, commit.commit_sha):
         return False
     found = previous_merge(read_target(hub_repo, tagged), hub_repo.api)
@@ -414,15 +427,14 @@ def preflight(
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
+    require_free_tag(Destination(asked, target, previous), api)
     if previous and job.guide:
         place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():
             require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
-    # without a token, a private repo is as invisible as none
-    will_be_public = target.is_public if target.head else not asked.private and bool(hub_repo.token)
-    return replace(found, is_public=will_be_public)
+    return replace(found, is_public=will_be_public(hub_repo, target, private=asked.private))
 
 
 def _place(job: MergeJob, output: Path | None) -> Preflight:

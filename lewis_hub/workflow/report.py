@@ -68,7 +68,8 @@ def write(
     chart = draw_scores(scored.scores, folder / "lewis") if scored else None
     matches = draw_matches(gathered.aligned, folder / "lewis")
     maps = guided.maps if guided else None
-    pictures = [one for one in (chart, maps, *matches.values()) if one]
+    of_matches = [picture for one in matches.values() for picture in one.drawn]
+    pictures = [one for one in (chart, maps, *of_matches) if one]
     written = _write_locked(settings, folder, guided, scored)
     if gathered.generated:
         write_whole(folder / "lewis" / GENERATED, "\n".join(gathered.generated) + "\n")

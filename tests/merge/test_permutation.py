@@ -159,11 +159,12 @@ def test_weights_alone_undo_a_permutation(kind, tmp_path):
         ("gpt2", "transformer.h.1.ln_1", "transformer.ln_f"),
     ],
 )
-def test_the_output_of_a_block_is_seen_at_the_norm_that_reads_it(kind, blocks, last, tmp_path):
+def test_the_residual_stream_is_seen_at_the_norms_that_read_it(kind, blocks, last, tmp_path):
     model = saved(MODELS[kind], tmp_path)
     units = units_of(local_checkpoint("it", tmp_path), model.config.to_dict())
 
-    assert units.outputs == (f"residual {blocks}", f"residual {last}")
-    assert [units.sites[site] for site in units.outputs] == [(blocks, "input"), (last, "input")]
+    read = [blocks.replace(".1.", ".0."), blocks, last]
+    assert units.streams == tuple(f"residual {one}" for one in read)
+    assert [units.sites[site] for site in units.streams] == [(one, "input") for one in read]
     assert units.blocks == [0, 1]
     assert units.without([0]).blocks == [1]

@@ -299,12 +299,13 @@ def test_models_that_differ_in_more_than_depth_are_refused(folder):
     assert lewis_hub.check(recipe(folder, "one", "other")).problems == (
         "other: its architecture (gpt2, 2 blocks, 4 heads of 8, 4 with keys) is not that of one "
         "(llama, 3 blocks, 4 heads of 8, 2 with keys). Use models of one family that differ in "
-        "depth only, or remove `depth`.",
+        "depth only, or remove `depth`. For another width, add `width: neuron_matching`.",
     )
     [problem] = lewis_hub.check(recipe(folder, "one", "wide")).problems
     assert problem == (
         "wide: model.layers.1.mlp.up_proj.weight has the shape [40, 32], in one [48, 32]. `depth` "
-        "matches the blocks of models that differ in their number only."
+        "matches the blocks of models that differ in their number only. For another width, add "
+        "`width: neuron_matching`."
     )
 
 
@@ -314,9 +315,13 @@ def test_blocks_that_differ_within_a_model_are_refused(folder):
     tensors = weights(folder / "odd")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     write_weights(folder / "odd", tensors)
-    remedy = "`depth` matches the blocks of models that differ in their number only."
+    differ = "`depth` matches the blocks of models that differ in their number only."
+    alike = "`depth` matches blocks with the same tensors, of the same shapes."
 
-    for pair, other in ((("one", "odd"), "one"), (("odd", "one"), "its first block")):
+    for pair, other, remedy in (
+        (("one", "odd"), "one", differ),
+        (("odd", "one"), "its first block", alike),
+    ):
         problem = f"odd: it lacks model.layers.1.mlp.up_proj.weight of {other}. {remedy}"
         assert lewis_hub.check(recipe(folder, *pair)).problems == (problem,)
 
