@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, read_answer, retry
 from lewis_hub.hub.fetch import read_file
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Landing = Literal["commit", "pull-request"]
 MAIN = "main"
 FORBIDDEN = 403
+FINE_GRAINED, WRITE = "fineGrained", "repo.write"  # a role of tokens, and one of its permissions
 MAX_PULL_REQUESTS = 200  # anybody can open any number
 
 
@@ -63,8 +64,20 @@ class _PullRequests:
 
 
 @dataclass(frozen=True)
+class _Scope:
+    entity: _Named
+    permissions: list[str]
+
+
+@dataclass(frozen=True)
+class _Scopes:
+    scoped: list[_Scope]
+
+
+@dataclass(frozen=True)
 class _AccessToken:
     role: str | None = None
+    scopes: Annotated[Any, Field(validation_alias="fineGrained")] = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +103,25 @@ class Account:
         """The user and their organisations; `*`, of the embedded Hub's first user, is any."""
         return [self.name, *(organisation.name for organisation in self.orgs)]
 
-    def may_make(self, repo: str) -> bool:
+    def owns(self, repo: str) -> bool:
         """Whether a repo is in one of the namespaces."""
         return not {"*", repo.partition("/")[0]}.isdisjoint(self.namespaces)
 
+    def may_make(self, repo: str) -> bool:
+        """Whether the token may make a repo of this name, as far as it says."""
+        token = self.auth.access_token
+        if token is None or token.role != FINE_GRAINED:
+            return self.owns(repo) and not self.only_reads
+        try:
+            scoped = SCOPES.validate_python(token.scopes).scoped
+        except ValidationError:
+            return False
+        namespace = repo.partition("/")[0]
+        return any(one.entity.name == namespace and WRITE in one.permissions for one in scoped)
+
 
 DISCUSSIONS, ACCOUNT = TypeAdapter(_PullRequests), TypeAdapter(Account)
+SCOPES = TypeAdapter(_Scopes)
 
 
 def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
@@ -155,8 +181,7 @@ def will_be_public(hub_repo: HubRepo, target: Target, *, private: bool) -> bool:
         return target.is_public
     if private or hub_repo.token is None or os.environ.get("HF_OIDC_RESOURCE"):
         return False
-    who = account(hub_repo)
-    return who.may_make(hub_repo.name) and not who.only_reads
+    return account(hub_repo).may_make(hub_repo.name)
 
 
 def open_pull_requests(
@@ -265,7 +290,7 @@ def _require_publisher(hub_repo: HubRepo, target: Target, resource: str) -> None
 
 def _require_membership(hub_repo: HubRepo, who: Account) -> None:
     """A new repo needs a namespace of the user or of an organisation of theirs."""
-    if not who.may_make(hub_repo.name):
+    if not who.owns(hub_repo.name):
         namespace, _, name = hub_repo.name.partition("/")
         raise hub_repo.failed(
             f"`{who.name}` may not make a repo under `{namespace}`",

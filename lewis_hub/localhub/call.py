@@ -65,6 +65,7 @@ class Call:
         """The body, a JSON object."""
         try:
             read = json.loads(self.body or b"{}", parse_float=_finite, parse_constant=_finite)
+            json.dumps(read, ensure_ascii=False).encode()  # no answer can repeat half a letter
             return OBJECT.validate_python(read)
         except (ValueError, RecursionError):
             raise refusal(400, "The body must be a JSON object") from None

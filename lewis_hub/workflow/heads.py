@@ -43,8 +43,9 @@ def _ties_by_default(donor: OpenedSource) -> bool:
     from transformers import CONFIG_MAPPING  # imports torch: only here
 
     kind = str(donor.config.get("model_type"))
-    known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None
-    return bool(getattr(known, "tie_word_embeddings", False))
+    if kind not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 
 
 def _without_copy(one: OpenedSource) -> OpenedSource:

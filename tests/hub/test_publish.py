@@ -18,7 +18,7 @@ from lewis_hub.hub.publish import (
     publish,
     publish_tag,
 )
-from lewis_hub.hub.target import open_pull_requests, open_target
+from lewis_hub.hub.target import ACCOUNT, open_pull_requests, open_target
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.workflow import publish as publishing
 
@@ -549,3 +549,27 @@ def test_a_bad_repo_name_is_refused_before_any_network(folder, name):
         f"{name}: this is not the name of a repo.\n"
         "Write owner/name: letters, digits, `-`, `_`, `.`; no `--` and no `..`."
     )
+
+
+def scope(name, *permissions):
+    return {"entity": {"_id": "1", "type": "user", "name": name}, "permissions": [*permissions]}
+
+
+@pytest.mark.parametrize(
+    ("scopes", "may_make"),
+    [
+        ({"global": [], "scoped": [scope("me", "repo.content.read", "repo.write")]}, True),
+        ({"scoped": [scope("me", "repo.content.read")]}, False),
+        ({"scoped": [scope("other", "repo.write"), scope("me/one", "repo.write")]}, False),
+        ({"canReadGatedRepos": True, "scoped": []}, False),
+        (["of another shape"], False),
+        (None, False),
+    ],
+)
+def test_a_fine_grained_token_makes_repos_only_where_it_says_so(scopes, may_make):
+    token = {"role": "fineGrained", "fineGrained": scopes}
+    who = ACCOUNT.validate_python({"name": "me", "auth": {"accessToken": token}})
+
+    assert who.may_make("me/new") is may_make
+    assert who.owns("me/new")
+    assert not who.only_reads

@@ -70,6 +70,7 @@ MALFORMED = {
     "no JSON": ("/api/repos/create", b"{"),
     "a list": ("/api/repos/create", b"[]"),
     "deep": ("/api/repos/create", b'{"a":' + DEEP),
+    "half a letter of a repo": ("/api/repos/create", b'{"name": "a", "type": "\\ud800"}'),
     "not UTF-8": ("/api/repos/create", b"\xff"),
     "a number as name": ("/api/repos/create", b'{"name": 5, "organization": [1]}'),
     "a kind that is a list": ("/api/repos/create", b'{"name": "a", "type": ["model"]}'),
