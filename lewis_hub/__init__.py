@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lewis_hub.pipeline import open_target as open_target
     from lewis_hub.pipeline import publish as publish
     from lewis_hub.pipeline import stream as stream
-    from lewis_hub.pipeline import verify as verify
+    from lewis_hub.rebuild import verify as verify
     from lewis_hub.recipe.evaluation import Evaluation as Evaluation
     from lewis_hub.recipe.evaluation import Gate as Gate
     from lewis_hub.recipe.reference import ModelReference as ModelReference
@@ -54,8 +54,9 @@ _HOME = {  # module -> its public names
     "merge.transplant": ("TransplantSettings",),
     "pipeline": (
         *("calibrate", "check", "merge_models", "open_target"),
-        *("publish", "stream", "verify"),
+        *("publish", "stream"),
     ),
+    "rebuild": ("verify",),
     "recipe.evaluation": ("Evaluation", "Gate"),
     "recipe.reference": ("ModelReference",),
     "recipe.schema": ("Calibration", "Guide", "ModelEntry", "Publishing", "Recipe"),

@@ -27,24 +27,26 @@ from lewis_hub.files import require_no_links_among, require_room, require_writab
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.hub.resolve import local_states
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.parts import parts_of, used
-from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
-from lewis_hub.report.lock import Lock
-from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
+from lewis_hub.workflow import evaluate, fetch, heads, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
-from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.align import align
-from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
+from lewis_hub.workflow.calibrate import (
+    MEASURED,
+    Calibrated,
+    guide,
+    measurements,
+    require_by_ranges,
+)
 from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.export import export_merge
@@ -56,14 +58,12 @@ from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.republish import republish
-from lewis_hub.workflow.resolve import hub_api, named_inside, resolve_inputs, resolve_one
+from lewis_hub.workflow.resolve import hub_api, resolve_inputs
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 from lewis_hub.workflow.steps import Finished, finished, record, steps_digest
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
-from lewis_hub.workflow.transplant import transplant_tokenizer
-from lewis_hub.workflow.transplant_job import asked_in
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def calibrate(
         (0.3, 0.8)
     """
     output, progress, api = Path(output), shown(progress), hub_api()
-    require_no_links_among(output)
+    require_no_links_among(output, (MEASURED,))
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     execution = execution or Execution()
@@ -176,18 +176,23 @@ def calibrate(
     tasks = job.scored_tasks(api, progress)
     sets = _draw(job, tasks, api, progress)
     asked = requests_of(job.texts, sets, job.sources.experts)
-    stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
+    places = (output / MEASURED, output, *job.texts.beside)
+    stores = [folder / GENERATED for folder in places]
     require_whole_models(asked, job.workload.loading, stores, keeps_models=True)
     output.mkdir(parents=True, exist_ok=True)
     if n_bytes := job.disk_needs(sets).states_bytes:
         require_room(output, n_bytes, STATES, FEWER)
     files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
-    with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+    with (
+        measurements(output, files.sources.values()) as folder,
+        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+    ):
         loader = job.loader(files, Path(scratch), progress)
         sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
         job, _ = _align(job, sets, loader, Costs())
         assert job.guide  # as above
-        guidance = guide(job.guide, sets, loader, [output / "importance.json"])
+        profiles = [one / "importance.json" for one in (folder, output)]
+        guidance = guide(job.guide, sets, loader, profiles)
     report.write_guidance(output, guidance)
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
@@ -246,7 +251,7 @@ def merge_models(
             return same
     with with_parts(recipe, output, merge_part, progress) as whole:
         merged = _merge_models(whole, output, execution, progress, target)
-    if digest:
+    if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)
     return merged
 
@@ -264,6 +269,8 @@ def _merge_models(
     asked = Finished(job.reporting, job.plan.sizes(), gates, job.repo, job.exports)
     if not job.replaces and (unchanged := _made_before(asked, output, target, api, progress)):
         return unchanged
+    if target:
+        publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=job.replaces or gives_way) as work:
@@ -331,6 +338,7 @@ def stream(
     if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
         discard_work(output)
         return published
+    publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
     with open_workspace(work_folder(output), replace=False) as work:
         sink = HubSink(work, target, api, progress)
@@ -355,6 +363,7 @@ def run(
             fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
     sink.work.resume(local_states(files.sources.values()))
+    heads.require_copies(api, job.sources.distinct)
     loader = job.loader(files, sink.work.scratch, progress)
     with costs.measure("write texts") if asked else nullcontext():
         generated = write_texts(job.texts, asked, sets, loader, stores, tasks)
@@ -420,72 +429,6 @@ def _measure(
     drawn = zip(job.texts.calibrations, sets, strict=True)
     rows = tuple(one.tokens.rows for asked, one in drawn if not asked.source)
     return guidance, replace(gathered, rows=rows)
-
-
-def verify(
-    model: ModelReference | Path | str,
-    execution: Execution | None = None,
-    progress: Shown = BY_DEFAULT,
-    *,
-    rebuild: bool = False,
-    public_key: Path | None = None,
-) -> verification.Verdict:
-    """Compare a merged model with its lock; the model is not run or loaded.
-
-    Args:
-        model: a repo, repo@revision or folder of a merge.
-        execution: settings of a rebuild.
-        progress: True: shown on stderr; False: nothing; or what shows it.
-        rebuild: also repeat the merge from the lock, with all measurements, and compare weights,
-            configuration, tokenizer and code.
-        public_key: PEM file of the key that must have signed it; None: signatures are ignored.
-
-    Raises:
-        LewisHubError: the lock is missing or was changed, or a source was deleted.
-
-    Example:
-        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
-        >>> plain = recipe.model_copy(update={"evaluate": None, "guide": None})
-        >>> merged = lewis_hub.merge_models(plain, tmp_path / "merged")
-        >>> lewis_hub.verify(merged.output).problems
-        ()
-    """
-    progress, api = shown(progress), hub_api()
-    execution = execution or Execution()
-    source = resolve_one(model, api)
-    lock = verification.read_lock(source, api)
-    verdict = verification.verify_files(source, lock, api, progress, public_key)
-    if not rebuild:
-        return verdict
-    with TemporaryDirectory() as folder:
-        output = Path(folder) / "merged"
-        same = replace(execution, max_shard_bytes=lock.max_shard_bytes, measures_again=True)
-        rounds_differently = _make_again(lock, source, output, same, progress)
-        again = verification.read_lock(resolve_one(output, api), api)
-        differing, alike = verification.compare_models(lock, again), frozenset[str]()
-        if differing and rounds_differently:
-            stored = fetch.download(api, [source], progress)[source.pinned]
-            alike = verification.weight_files_within_tolerance(stored, output)
-            differing = verification.compare_models(lock, again, alike)
-    origins = verification.compare_origins(lock, again)
-    return replace(verdict, problems=(*verdict.problems, *origins, *differing))
-
-
-def _make_again(
-    lock: Lock, source: Source, output: Path, execution: Execution, progress: Progress
-) -> bool:
-    """Repeat the work of a lock; return whether other kinds of machines may round it differently.
-
-    They do so with second moments, LAPACK, router weights and rows of new tokens.
-    """
-    if asked := asked_in(lock, source.pinned):
-        model, donor, settings = asked
-        verification.require_outside(source, named_inside([model, donor], source.folder))
-        transplant_tokenizer(model, donor, output, settings, execution, progress)
-        return True
-    recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
-    merge_models(recipe, output, execution, progress)
-    return resolve.depends_on_processor(recipe)
 
 
 def open_target(asked: Publishing) -> Destination:

@@ -38,7 +38,10 @@ UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # describe the base's vocabulary; tokenizer.json has it all
-STALE = ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
+STALE = (
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
 # files with a chat template; the first counts
 TEMPLATE_SOURCES = (TEMPLATE, CONFIG, "chat_template.json")
 OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")  # would clash with `TEMPLATE`

@@ -77,25 +77,31 @@ inputs:
   include-hidden-files: {description: heeded, required: true}
   compression-level: {description: not heeded, required: true}
   retention-days: {description: not heeded, required: true}
+outputs:
+  artifact-id: {description: of what was uploaded, value: "${{ steps.kept.outputs.id }}"}
 runs:
   using: composite
   steps:
-    - shell: bash
+    - id: kept
+      shell: bash
       env: {FROM: "${{ inputs.path }}"}
-      run: rm -rf "$ARTIFACTS" && cp -r "$FROM" "$ARTIFACTS"
+      run: >-
+        rm -rf "$ARTIFACTS" && mkdir "$ARTIFACTS" && cp -r "$FROM" "$ARTIFACTS/17" &&
+        echo id=17 >> "$GITHUB_OUTPUT"
 """
 DOWNLOAD = """
 name: download-artifact
 description: Takes the folder from this machine
 inputs:
-  name: {description: of the artifact, required: true}
+  name: {description: of the artifact}
+  artifact-ids: {description: or its id}
   path: {description: a folder, required: true}
 runs:
   using: composite
   steps:
     - shell: bash
-      env: {TO: "${{ inputs.path }}"}
-      run: mkdir -p "$TO" && cp -r "$ARTIFACTS/." "$TO"
+      env: {TO: "${{ inputs.path }}", ID: "${{ inputs.name && 17 || inputs.artifact-ids }}"}
+      run: mkdir -p "$TO" && cp -r "$ARTIFACTS/$ID/." "$TO"
 """
 STUBS = {
     "setup-python": SETUP_PYTHON,
@@ -285,24 +291,48 @@ def test_a_merge_is_handed_over_to_jobs(publisher, tmp_path, monkeypatch):
         assert commits(hub)[0] == first
 
 
-def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
-    """Nearly as it is: act does not know `$/`, GitHub's way to name what lies beside a workflow."""
+@pytest.fixture
+def caller(publisher):
+    """Write a workflow that calls the reusable one, for a repo; its path is returned.
+
+    The reusable one is nearly as it is: act does not know `$/`, GitHub's way to name what lies
+    beside a workflow.
+    """
     version = f"with:\n          version: {__version__}\n          only:"
     used = (ROOT / WORKFLOW).read_text().replace("uses: $/", "uses: ./")
     used = used.replace("with:\n          only:", version)
     (publisher / WORKFLOW).write_text(used)
     shutil.copytree(ROOT / ".github" / "actions", publisher / ".github" / "actions")
-    proof = tmp_path / "proof"
-    caller = CALLER.replace("REPO", f"me/$(touch {proof})")
-    (publisher / WORKFLOW).with_name("caller.yml").write_text(caller)
-    commit(publisher)
 
-    code, said = act(publisher, "push", "-W", ".github/workflows/caller.yml")
+    def write(repo, secrets=""):
+        text = CALLER.replace("REPO", repo) + secrets
+        (publisher / WORKFLOW).with_name("caller.yml").write_text(text)
+        commit(publisher)
+        return ".github/workflows/caller.yml"
+
+    return write
+
+
+def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, caller, tmp_path):
+    proof = tmp_path / "proof"
+
+    code, said = act(publisher, "push", "-W", caller(f"me/$(touch {proof})"))
 
     assert code == 1
     assert "expected owner/name such as me/my-merge, found 'me/$(touch" in said
     assert "Summary - ## Failed" in said
     assert not proof.exists()
+
+
+def test_the_reusable_workflow_hands_its_merge_over_to_the_job_that_pushes(hub, publisher, caller):
+    token = '    secrets: {HF_TOKEN: "${{ secrets.HF_TOKEN }}"}\n'
+    words = ["-W", caller("lewis/reverse", token), "-s", f"HF_TOKEN={hub.write_token}"]
+
+    code, said = act(publisher, "push", *words)
+
+    assert code == 0, said
+    assert f"::set-output:: commit-url={hub.url}/lewis/reverse/commit/{commits(hub)[0]}" in said
+    assert "Summary - ## Published" in said
 
 
 def test_the_action_in_the_documents_runs(hub, publisher, tmp_path):

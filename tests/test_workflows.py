@@ -210,6 +210,32 @@ def test_the_reusable_workflow_signs_in_only_to_push():
         assert {str(name) for name in given} <= {*action["inputs"], "True"}
 
 
+def test_runs_of_other_recipes_and_targets_do_not_wait_for_each_other():
+    """Of those that wait in a group, GitHub keeps the newest only."""
+    written = yaml.safe_load(render_workflow("merges/recipe.yaml"))
+    called = yaml.safe_load((OURS / "workflows/remerge.yml").read_text())
+
+    asked = "${{ inputs.recipe || 'merges/recipe.yaml' }}-${{ inputs.repo }}"
+    assert written["concurrency"]["group"] == f"remerge-{asked}"
+    asked = "${{ inputs.recipe }}-${{ inputs.repo }}"
+    assert called["concurrency"]["group"] == f"lewis-hub-remerge-{asked}"
+
+
+def test_each_job_of_a_run_hands_over_an_artifact_of_its_own():
+    """A second artifact of one name would be refused, after the merge."""
+    action = yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text())
+    steps = {step.get("name"): step for step in steps_of(action)}
+    merge, push = yaml.safe_load((OURS / "workflows/remerge.yml").read_text())["jobs"].values()
+
+    assert steps["Hand over"]["with"]["name"] == "lewis-hub-${{ job.check_run_id }}"
+    identifier = f"${{{{ steps.{steps['Hand over']['id']}.outputs.artifact-id }}}}"
+    assert action["outputs"]["artifact"]["value"] == identifier
+    assert merge["outputs"]["artifact"] == "${{ steps.merge.outputs.artifact }}"
+    assert push["steps"][-1]["with"]["artifact"] == "${{ needs.merge.outputs.artifact }}"
+    taken = steps["Take over"]["with"]
+    assert (taken.get("name"), taken["artifact-ids"]) == (None, "${{ inputs.artifact }}")
+
+
 def test_gated_sources_are_read_by_the_identity_of_the_user():
     document = yaml.safe_load(render_workflow("recipe.yaml", "me"))
     merge, _ = document["jobs"].values()
@@ -221,6 +247,14 @@ def test_gated_sources_are_read_by_the_identity_of_the_user():
         if step.get("env", {}).get("HF_OIDC_RESOURCE") == "me"
     ]
     assert signed_in == ["Check sources, target and disk", "Merge and score"]
+
+
+@pytest.mark.parametrize("user", ["007", "null", "1e3"])
+def test_the_name_of_a_user_stays_a_text(user):
+    merge = yaml.safe_load(render_workflow("recipe.yaml", user))["jobs"]["merge"]
+
+    named = [step.get("env", {}).get("HF_OIDC_RESOURCE") for step in merge["steps"]]
+    assert list(filter(None, named)) == [user, user]
 
 
 @pytest.mark.parametrize(("visibility", "code"), [("private", 0), ("public", 1), ("internal", 1)])

@@ -168,7 +168,8 @@ def _write(
 
     with ShardWriter(output, layout, stays_cached=True) as writer:  # the merge reads it next
         for output_tensor, start in zip(layout.tensors, layout.starts, strict=True):
-            content = tensors[output_tensor.name].contiguous().flatten().view(torch.uint8)
+            tensor = tensors[output_tensor.name].resolve_neg().contiguous()
+            content = tensor.flatten().view(torch.uint8)
             writer.write(start, content.numpy().data)
             advance(output_tensor.n_bytes)
         return WrittenFile(layout.name, writer.finish(), layout.n_bytes)

@@ -44,9 +44,11 @@ def read_headers(
     """Read the headers of a checkpoint, without its weights; messages name it `label`.
 
     `sizes` are the bytes of its safetensors files; `index` is the content of
-    `model.safetensors.index.json`, None without this file. `read` is called from several threads.
+    `model.safetensors.index.json`, None without this file. Beside `model.safetensors` neither the
+    index nor other files count, as in transformers. `read` is called from several threads.
     A BrokenCheckpointError says what is broken, missing or does not match the index.
     """
+    index = None if SINGLE in sizes else index
     located = _weight_map(label, index) if index is not None else {}
     shards = sorted(set(located.values())) if index is not None else [_single(label, sizes)]
     for shard in shards:

@@ -122,9 +122,11 @@ def push(
 def _publishing(folder: Path, given: Mapping[str, str | bool | None]) -> lewis_hub.Publishing:
     """Combine the recipe's `publish` and the options; a named repo replaces all of `publish`."""
     from lewis_hub.workflow.publish import lock_in
+    from lewis_hub.workflow.republish import publishing_in
 
     lock = None if given["repo"] else lock_in(folder)
-    settings = (lock.recipe.get("publish") if lock else None) or {}
+    stated = publishing_in(lock.recipe) if lock else None
+    settings = stated.model_dump(by_alias=True) if stated else {}
     settings |= {key: value for key, value in given.items() if value is not None}
     if "repo" not in settings:
         raise click.UsageError(

@@ -56,6 +56,15 @@ class Benchmarks:
         """The number of requests that one model answers."""
         return sum(each.repeats for task in self.tasks.values() for each in task.instances)
 
+    @property
+    def digest(self) -> str:
+        """A digest of the items and of what a model is asked about them."""
+        digest = hashlib.sha256()
+        for name, task in self.tasks.items():
+            for each in task.instances:
+                digest.update(repr((name, each.doc_id, each.doc, each.arguments)).encode())
+        return digest.hexdigest()
+
 
 def evaluate_model(
     folder: Path, benchmarks: Benchmarks, settings: EvaluationSettings, advance: Advance

@@ -84,6 +84,20 @@ def _rope(rules: Rules, config: Config) -> str | None:
         return f"the rope type is {kind}"
     if part != 1.0 and rules.name != "phi3":
         return f"the partial_rotary_factor is {part}"
+    return _yarn(rope) if kind == "yarn" else None
+
+
+def _yarn(rope: Config) -> str | None:
+    """Check what llama.cpp fixes for these models, though the format has keys for some of it."""
+    growth = 0.1 * math.log(max(finite(rope["factor"]), 1.0))
+    found, scales = rope.get("attention_factor"), (rope.get("mscale"), rope.get("mscale_all_dim"))
+    if found is None and all(scales):
+        found = (growth * finite(scales[0]) + 1) / (growth * finite(scales[1]) + 1)
+    if found is not None and not math.isclose(finite(found), growth + 1, rel_tol=1e-3):
+        return f"the attention_factor of yarn is {found:.4g}, not {growth + 1:.4g}"
+    for key, value in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if rope.get(key) not in (None, value):
+            return f"the {key} of yarn is {rope[key]}"
     return None
 
 
@@ -171,13 +185,6 @@ def _add_rope(writer: GGUFWriter, rules: Rules, config: Config, rope: Config) ->
         writer.add_rope_scaling_factor(finite(rope["factor"]))
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(_original_length(config, rope))
-        for key, add in (
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(finite(rope[key]))
     if rules.name == "phi3":
         writer.add_rope_scaling_orig_ctx_len(_original_length(config, rope))
     if kind == "longrope":

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, write_whole
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, read_pinned, weight_files
-from lewis_hub.hub.resolve import content_sha
+from lewis_hub.hub.resolve import content_sha, require_unchanged
 from lewis_hub.hub.source import PICKLED_INDEX, Source, SourceFile
 
 NOTE = "converted.json"  # written last: a folder without it is incomplete
@@ -66,6 +66,7 @@ def store_converted(
 
     Raises:
         OutputError: there is not enough room.
+        SourceError: a local file changed since it was pinned.
     """
     folder = _folder(source, code=code)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +79,7 @@ def store_converted(
             (work / file.path).parent.mkdir(parents=True, exist_ok=True)
             (work / file.path).write_bytes(read_pinned(source, file))
         note = [vars(written) for written in convert(work)]
+        require_unchanged(source)
         write_whole(work / NOTE, json.dumps(note, indent=2) + "\n")
         with suppress(OSError):  # it exists: another run was faster and made the same files
             work.rename(folder)

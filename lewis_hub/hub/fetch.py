@@ -45,6 +45,7 @@ from lewis_hub.hub.source import (
     ADAPTERS,
     LICENCES,
     PICKLED,
+    SINGLE,
     Source,
     SourceFile,
     cache_root,
@@ -73,12 +74,14 @@ SHA256_LETTERS = 64
 
 
 def weight_files(source: Source) -> tuple[str, ...]:
-    """The files with the model's weights: some repos have the same weights twice."""
+    """The files with the model's weights: those that transformers reads, if a repo has several."""
     if source.is_adapter:
         return ADAPTERS[1:]
     if source.is_pickled:
         whole, shards = (source.matching((pattern,)) for pattern in PICKLED)
         return tuple(file.path for file in whole or shards)
+    if source.file(SINGLE):
+        return (SINGLE,)
     found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
     return tuple(path for path in found if path.startswith("model")) or tuple(found)
 

@@ -37,6 +37,7 @@ from lewis_hub.hub.failures import (
 )
 from lewis_hub.hub.resolve import digests_of, git_sha1_of
 from lewis_hub.hub.source import listed_sha
+from lewis_hub.hub.tags import put_tag, require_commit, require_free
 from lewis_hub.hub.target import (
     MAIN,
     Landing,
@@ -178,16 +179,14 @@ def publish(
             meantime, or the Hub failed.
     """
     hub_repo = HubRepo.to_publish(api, repo_id)
-    files, sent = _files(folder), sent or {}
+    files, sent = files_of(folder), sent or {}
     _require_model(folder, [*files, *sent])
     landing, tag = publication.landing, publication.tag
-    if tag and landing == "pull-request":
-        remedy = "Tag it once it is merged, or push it as a commit."
-        raise hub_repo.failed("a pull request has no commit on main to tag yet", remedy)
+    require_commit(hub_repo, landing, tag)
     target = open_repo(hub_repo, landing, private=publication.private)
     change = _compare(hub_repo, target, files, sent, publication.former)
-    _require_free_tag(hub_repo, change, tag)
     found = PushedCommit(str(target.head)) if change.done_in(target) else None
+    require_free(hub_repo, tag, found.commit_sha if found else None)
     if not found and not _is_expected(target, publication.expected_parent):
         raise _head_moved(hub_repo, target.head)
     if not found and landing == "pull-request":
@@ -223,15 +222,16 @@ def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
         PublishError: the Hub failed, or a file is a link to outside of the folder.
     """
     hub_repo = HubRepo.to_publish(api, target.repo)
-    return _compare(hub_repo, target, _files(folder), {}).done_in(target)
+    return _compare(hub_repo, target, files_of(folder), {}).done_in(target)
 
 
 def folder_bytes(folder: Path) -> int:
     """The bytes that `publish` would push."""
-    return sum(path.stat().st_size for path in _files(folder).values())
+    return sum(path.stat().st_size for path in files_of(folder).values())
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files that `publish` pushes, by path; a link out of the folder is a PublishError."""
     shown = folder / ".eval_results"  # hidden, but part of a model's repo
     results = [path for path in shown.glob("*") if not path.is_dir()]
     for path in results:
@@ -284,37 +284,13 @@ def _proposed(hub_repo: HubRepo, change: Change) -> PushedCommit | None:
     return None
 
 
-def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> None:
-    """Refuse a tag that exists on another commit, since a tag is never moved."""
-    if tag is None:
-        return
-    tagged = tagged_commit(hub_repo, tag)
-    if tagged and not (tagged == change.target.head and change.done_in(change.target)):
-        problem = f"tag `{tag}` is already on {tagged}; nothing was changed"
-        raise hub_repo.failed(problem, "Choose another tag.")
-
-
-def tagged_commit(hub_repo: HubRepo, tag: str) -> str | None:
-    """The commit that a tag is on."""
-    refs = call_hub(hub_repo, lambda: hub_repo.api.list_repo_refs(hub_repo.name))
-    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-
-
-def _put_tag(hub_repo: HubRepo, tag: str, sha: str) -> None:
-    """Put a tag on a commit; somebody else may have put it on another one meanwhile."""
-    name, create_tag = hub_repo.name, hub_repo.api.create_tag
-    call_hub(hub_repo, lambda: create_tag(name, tag=tag, revision=sha, exist_ok=True))
-    if (tagged := tagged_commit(hub_repo, tag)) != sha:
-        raise hub_repo.failed(f"it is already on {tagged}", "Choose another tag.")
-
-
 def _published(
     hub_repo: HubRepo, pushed: PushedCommit, tag: str | None, *, changed: bool
 ) -> Published:
     sha = pushed.commit_sha
     if tag is not None:
         try:
-            _put_tag(hub_repo, tag, sha)
+            put_tag(hub_repo, tag, sha)
         except PublishError as error:
             problem = f"{sha} is published, but tag `{tag}` is not on it: {error.problem}"
             raise PublishError(error.where, problem, error.remedy) from error

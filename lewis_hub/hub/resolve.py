@@ -9,9 +9,9 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
     ADAPTERS,
+    PICKLED,
     RESTORE,
     Access,
     RepoType,
@@ -101,11 +102,29 @@ def local_states(sources: Iterable[Source]) -> dict[str, str]:
     return states
 
 
+@contextmanager
+def unchanged(sources: Iterable[Source]) -> Iterator[Mapping[str, str]]:
+    """Yield the states of local models' weights, and refuse at the end what was written meanwhile.
+
+    Raises:
+        SourceError: a file has another content than was pinned, was written, or is missing.
+    """
+    sources = tuple(sources)
+    states = local_states(sources)
+    yield states
+    for source in sources:
+        require_unchanged(source)
+    for path, state in local_states(sources).items():
+        if state != states[path]:
+            raise SourceError(path, "it was written while it was read", RESTORE)
+
+
 def _local_weights(source: Source) -> dict[Path, SourceFile]:
     """The weights that others may change: none of the cache."""
     if source.folder is None or source.converted:
         return {}
-    return {source.folder / file.path: file for file in source.matching(("*.safetensors",))}
+    weights = ("*.safetensors", *(PICKLED if source.is_pickled else ()))
+    return {source.folder / file.path: file for file in source.matching(weights)}
 
 
 def git_sha1_of(path: Path) -> str:

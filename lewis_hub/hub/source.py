@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RepoType = Literal["model", "dataset"]
 Access = Literal["public", "gated", "private"]
+SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LICENCES = tuple(  # texts that many licences want to be passed on

@@ -80,6 +80,20 @@ class Account:
     orgs: list[_Named] = field(default_factory=list)
     auth: _Auth = field(default_factory=_Auth)
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether the token may write nothing."""
+        return self.auth.access_token is not None and self.auth.access_token.role == "read"
+
+    @property
+    def namespaces(self) -> list[str]:
+        """The user and their organisations; `*`, of the embedded Hub's first user, is any."""
+        return [self.name, *(organisation.name for organisation in self.orgs)]
+
+    def may_make(self, repo: str) -> bool:
+        """Whether a repo is in one of the namespaces."""
+        return not {"*", repo.partition("/")[0]}.isdisjoint(self.namespaces)
+
 
 DISCUSSIONS, ACCOUNT = TypeAdapter(_PullRequests), TypeAdapter(Account)
 
@@ -129,6 +143,20 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
         digests = {file.path: file.digest for file in files}
         is_public = not (getattr(info, "private", False) or getattr(info, "gated", False))
         return Target(hub_repo.name, listed_sha(info.sha), digests, is_public)
+
+
+def will_be_public(hub_repo: HubRepo, target: Target, *, private: bool) -> bool:
+    """Whether everybody may read the repo after a push, which makes it `private` or not.
+
+    A repo that the token does not see counts as private, unless the token could make it: the push
+    may have another token.
+    """
+    if target.head is not None:
+        return target.is_public
+    if private or hub_repo.token is None or os.environ.get("HF_OIDC_RESOURCE"):
+        return False
+    who = account(hub_repo)
+    return who.may_make(hub_repo.name) and not who.only_reads
 
 
 def open_pull_requests(
@@ -203,7 +231,7 @@ def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None
     if hub_repo.token is None:
         raise no_token(hub_repo)
     who = account(hub_repo)
-    if who.auth.access_token and who.auth.access_token.role == "read":
+    if who.only_reads:
         raise hub_repo.failed(
             "this token may only read",
             f"Make one with write access at {hub_repo.api.endpoint}/settings/tokens, then set"
@@ -237,12 +265,11 @@ def _require_publisher(hub_repo: HubRepo, target: Target, resource: str) -> None
 
 def _require_membership(hub_repo: HubRepo, who: Account) -> None:
     """A new repo needs a namespace of the user or of an organisation of theirs."""
-    namespaces = [who.name, *(organisation.name for organisation in who.orgs)]
-    namespace, _, name = hub_repo.name.partition("/")
-    if namespace not in namespaces and "*" not in namespaces:  # `*`: the embedded Hub's first user
+    if not who.may_make(hub_repo.name):
+        namespace, _, name = hub_repo.name.partition("/")
         raise hub_repo.failed(
             f"`{who.name}` may not make a repo under `{namespace}`",
-            f"This token's namespaces are {', '.join(namespaces)}: push to"
+            f"This token's namespaces are {', '.join(who.namespaces)}: push to"
             f" {who.name}/{name}, or use a token of a member of `{namespace}`.",
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import filterfalse
 from typing import Literal
 
@@ -159,20 +159,3 @@ def _listed(found: Sequence[str]) -> str:
     if len(found) <= N_SHOWN:
         return ", ".join(found)
     return f"{len(found)} tensors ({', '.join(found[:N_SHOWN])}, ...)"
-
-
-def settle_heads(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
-    """Give an expert a head if the base stores one; both configurations tie it to the embeddings.
-
-    The expert's embedding becomes its head. If only the expert stores a head, it is left out, as it
-    is a copy of the embedding.
-    """
-    tensors = dict(expert.tensors)
-    for name in [name for name in tensors if names.is_head(name) and name not in base.tensors]:
-        del tensors[name]
-    embeddings = [t for name, t in tensors.items() if names.is_token_embedding(name)]
-    for name, head in base.tensors.items():
-        same = [t for t in embeddings if t.shape[1:] == head.shape[1:]]
-        if names.is_head(name) and name not in tensors and len(same) == 1:
-            tensors[name] = replace(same[0], name=name)
-    return replace(expert, tensors=tensors)

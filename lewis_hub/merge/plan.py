@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.ranges import SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint
@@ -149,7 +148,6 @@ class TensorPlan:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, by the recipe's names
     assembled: tuple[Assembled | None, ...] = ()  # per source: None if it is stored as needed
     grams: tuple[Gram | None, ...] = ()  # per expert; empty if the method takes none
-    table: str | None = None  # of a head: the embeddings that it is made like, as they are tied
 
     @property
     def is_copied(self) -> bool:
@@ -280,25 +278,7 @@ def plan_tensors(
         dtype = DTYPES[settings.dtype] if settings.dtype and kept in MERGEABLE else kept
         output = OutputTensor(name, dtype, output_shape(settings.alignment, tensors[name]))
         found[name] = _plan_tensor(settings, schedule, output, depth)
-    for head in filter(names.may_be_tied, found):
-        for table in filter(names.is_token_embedding, found):
-            if _are_one(settings, head, table):
-                own = found[head]
-                found[head] = replace(
-                    found[table], output=own.output, inputs=own.inputs, table=table
-                )
     return found
-
-
-def _are_one(settings: MergeSettings, head: str, table: str) -> bool:
-    """Whether the head of every source is its embeddings, stored once: then they stay alike.
-
-    Densities, random bits and statistics, which go by name, would make them differ.
-    """
-    sources = (one.checkpoint.tensors for one in settings.read)
-    return all(
-        head in t and table in t and replace(t[table], name=head) == t[head] for t in sources
-    )
 
 
 def plan_shards(
@@ -462,14 +442,13 @@ def with_statistics(plan: MergePlan, statistics: Sequence[Statistics] | Fitted) 
 
 
 def _with_grams(tensor: TensorPlan, statistics: Sequence[Statistics]) -> TensorPlan:
-    grams = tuple(_fitting_gram(one, tensor) for one in statistics)
+    grams = tuple(_fitting_gram(one, tensor.output) for one in statistics)
     return replace(tensor, grams=grams) if any(grams) and not tensor.is_copied else tensor
 
 
-def _fitting_gram(statistics: Statistics, tensor: TensorPlan) -> Gram | None:
+def _fitting_gram(statistics: Statistics, output: OutputTensor) -> Gram | None:
     """The gram of a matrix; None if the model that was run stores the matrix in another shape."""
-    output = tensor.output
-    gram = statistics.grams.get(tensor.table or output.name)
+    gram = statistics.grams.get(output.name)
     if gram is None or len(output.shape) not in (2, 3):
         return None
     *stack, n_parts, width, _ = gram.stored.shape
@@ -492,8 +471,7 @@ def _with_fitted(plan: MergePlan, fitted: Fitted) -> MergePlan:
     """Copy fitted tensors instead of merging them."""
 
     def copied(tensor: TensorPlan, source: int) -> TensorPlan:
-        of_table = fitted.tensors.get(tensor.table) if tensor.table else None
-        stored = fitted.tensors.get(tensor.output.name, of_table)
+        stored = fitted.tensors.get(tensor.output.name)
         return TensorPlan(tensor.output, (stored,), (source,)) if stored else tensor
 
     return MergePlan(

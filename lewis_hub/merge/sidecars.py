@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lewis_hub.checkpoint.quantised import KEYS
+from lewis_hub.checkpoint.quantisation import KEYS
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import CODE_FILES, read_pinned, require_small
@@ -18,9 +18,9 @@ from lewis_hub.merge.modules import DAMAGED, MODULES, Read, module_weights
 TOKENIZER = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     | {"vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"}
-    | {"sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
+    | {"sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "tekken.json"}
 )
-TOKENS = frozenset({".tiktoken", ".spm"})
+VOCABULARIES = frozenset({".model", ".tiktoken", ".spm"})  # endings of the carried ones
 TEMPLATES = "additional_chat_templates"
 # Only these files of a source are carried, by `Source.matching`. A folder may hold anything:
 # weights of other formats, states of an optimizer, scripts, keys.
@@ -34,7 +34,7 @@ CARRIED = (
         "[0-9]_*/config.json",
     ),
     *sorted(TOKENIZER),
-    *("tekken.json", "*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
+    *("*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
     *(f"{name}*.model" for name in ("tokenizer", "tiktoken", "sentencepiece", "spm", "vocab")),
 )
 
@@ -159,7 +159,7 @@ def _encoded(source: Source, path: str, text: str) -> bytes:
 def _is_tokenizer(path: PurePosixPath) -> bool:
     if path.parts[0] == TEMPLATES:
         return True
-    return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix in TOKENS)
+    return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix in VOCABULARIES)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +36,12 @@ class Workspace:
             states: path -> state of a file, which changes with each write. Files that the
                 interrupted run did not read count as unchanged.
         """
-        note = self.scratch / STATES
-        try:
-            known = dict(read_json(text_of(note, MAX_JSON_BYTES)))
-        except (OSError, ValueError, TypeError):
-            known = {}
-        if any(known.get(path, state) != state for path, state in states.items()):
+
+        def empty() -> None:
             shutil.rmtree(self.folder)
             self.scratch.mkdir(parents=True)
-            known = {}
-        if states:
-            write_whole(note, json.dumps({**known, **states}))
+
+        keep_unless_written(self.scratch / STATES, states, empty)
 
     def finish(self, files: Iterable[str]) -> Path:
         """Delete all but `files` (relative paths) and rename the folder to `output`.
@@ -84,6 +79,26 @@ class Workspace:
     def discard(self) -> None:
         """Delete the folder: the result is elsewhere."""
         shutil.rmtree(self.folder)
+
+
+def keep_unless_written(note: Path, states: Mapping[str, str], discard: Callable[[], None]) -> None:
+    """Note the states of files that a run reads; call `discard` if the run before had others.
+
+    Args:
+        note: file of the states, kept until the run is complete.
+        states: path -> state of a file, which changes with each write. Files that the run before
+            did not read count as unchanged.
+        discard: deletes what the run before made.
+    """
+    try:
+        known = dict(read_json(text_of(note, MAX_JSON_BYTES)))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    if any(known.get(path, state) != state for path, state in states.items()):
+        discard()
+        known = {}
+    if states:
+        write_whole(note, json.dumps({**known, **states}))
 
 
 def beside(output: Path, ending: str) -> Path:

@@ -25,7 +25,7 @@ from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import HUB, Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.evaluation import Benchmark
-from lewis_hub.recipe.formats import file_name, file_type
+from lewis_hub.recipe.formats import ExportFormat, file_name, file_type
 from lewis_hub.recipe.reference import REPO
 from lewis_hub.report import findings, markdown
 from lewis_hub.report.cost import duration
@@ -130,6 +130,17 @@ def _commands(facts: CardFacts) -> dict[str, str | None]:
         "llama_cpp": _rendered("usage/llama-cpp.sh.j2", {}, **values) if exports else None,
         "mlx": _rendered("usage/mlx.sh.j2", {}, **values) if on_mlx else None,
     }
+
+
+def command_starts(repo: str | None, exports: Iterable[ExportFormat]) -> list[str]:
+    """The commands of a card, up to the prompt: a parent's card may give that."""
+    model = repo or "."
+    files = [f"-hf {repo}:{file_type(e)}" if repo else f"-m {file_name(e)}" for e in exports]
+    return [
+        f"mlx_lm.generate --model {model} ",
+        f"mlx_lm.convert --hf-path {model} ",
+        *(f"llama-cli {file} " for file in files),
+    ]
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value).removesuffix(".0")
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     return str(value)

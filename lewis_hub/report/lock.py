@@ -38,7 +38,7 @@ BUILDER = "https://pypi.org/project/lewis-hub/"
 BUILD_TYPE = f"{BUILDER}#merge-v1"
 GIT_SHA_DIGITS = 40
 
-UNREAD_NAMES = frozenset({"README.md"})
+UNREAD_NAMES = frozenset({"README.md", "mergekit_config.yml"})
 UNREAD_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".gif", ".h5", ".jpeg", ".jpg", ".msgpack", ".onnx"}
     | {".pdf", ".png", ".pt", ".pth", ".svg", ".webp"}
@@ -47,6 +47,10 @@ UNREAD_SUFFIXES = frozenset(
 NAMES = frozenset({"model", "source_model", "base_model", "dataset", "include", "revision"})
 LATER = frozenset({"evaluate", "export", "publish", "allow_overlap"})
 EMBEDDINGS = "tokens"  # of a recipe's `tokenizer`
+MODELS = frozenset({"base_model", "model", "source_model"})  # keys that name an input
+# keys that may name one of these again, and words that name none there
+GIVERS = frozenset({"tokenizer_source", "chat_template", "source"})
+KEYWORDS = frozenset({"base", "union"})
 NO_STATEMENT = (ValueError, TypeError, KeyError)
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
@@ -109,7 +113,7 @@ class Lock:
                 {"role": source.role, "files": dict(source.files)} for source in self.inputs
             ],
             "calibration": [dict(data.files) for data in self.calibration],
-            "recipe": _determining(self.recipe),
+            "recipe": _determining(self.recipe, _numbers(self.recipe)),
             "method": [self.method, self.method_version],
             "guide": [self.guide, self.guide_version],
             "seed": self.seed,
@@ -207,21 +211,58 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _determining(recipe: Any) -> Any:
+def _numbers(recipe: Any) -> dict[str, int]:
+    """The number of each model that a recipe and its steps name."""
+    names = enumerate(dict.fromkeys(_models(recipe)))
+    return {name: number for number, name in names if name not in KEYWORDS}
+
+
+def _models(recipe: Any) -> Iterator[str]:
+    if isinstance(recipe, Mapping):
+        for key in sorted(recipe.keys() - LATER - {EMBEDDINGS}):
+            value = recipe[key]
+            if key in MODELS and isinstance(value, str):
+                yield value
+            else:
+                yield from _models(value)
+    elif isinstance(recipe, (list, tuple)):
+        for item in recipe:
+            yield from _models(item)
+
+
+def _determining(recipe: Any, numbers: Mapping[str, int]) -> Any:
     """The recipe without the names of inputs and without settings of later stages.
 
-    The embeddings of tokens stay as they are: a model that gives one has no other place in the
-    document, and the text of a token may be `model`.
+    A model that gives the tokenizer, the chat template or an embedding has no other place in the
+    document: there its number stands for its name. The text of a token may be `model`.
     """
     if isinstance(recipe, Mapping):
+        reads = {**dict.fromkeys(GIVERS, _giver), EMBEDDINGS: _embeddings}
         return {
-            key: value if key == EMBEDDINGS else _determining(value)
+            key: reads.get(key, _determining)(value, numbers)
             for key, value in recipe.items()
             if key not in NAMES | LATER and value is not None
         }
     if isinstance(recipe, (list, tuple)):
-        return [_determining(item) for item in recipe]
+        return [_determining(item, numbers) for item in recipe]
     return recipe
+
+
+def _embeddings(tokens: Any, numbers: Mapping[str, int]) -> Any:
+    """The settings of single tokens, by their text."""
+    if not isinstance(tokens, Mapping):
+        return tokens
+    return {text: _giver(one, numbers) for text, one in tokens.items()}
+
+
+def _giver(place: Any, numbers: Mapping[str, int]) -> Any:
+    """A model that gives something, by its number, also below `source` and `model`."""
+    if isinstance(place, Mapping):
+        return {
+            key: _giver(value, numbers) if key in ("source", "model") else value
+            for key, value in place.items()
+        }
+    return numbers.get(place, place) if isinstance(place, str) else place
 
 
 def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:

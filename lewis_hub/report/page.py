@@ -16,6 +16,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import size
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.samples import SampledMetric, Samples
 from lewis_hub.evaluate.scores import EXPERT, MERGED, PairedTest, Scores, settings_words
 from lewis_hub.guides.schedule import weighted_mean
@@ -40,6 +41,7 @@ from lewis_hub.report.verdict import verdict
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
 FILE = "lewis/report.html"
 
@@ -116,8 +118,16 @@ def _findings(facts: CardFacts, scores: Scores | None) -> Mapping[str, Any]:
         "twins": twins(scores) if scores else (),
         "settings": settings_words(scores.settings) if scores and scores.settings else None,
         "guided_notes": facts.guided.notes if facts.guided else (),
-        "gate": list(gate_sentences(facts.gate)) if facts.gate else [],
+        "gate": gate_notes(facts.gate) if facts.gate else "",
     }
+
+
+def gate_notes(gate: GateVerdict) -> Markup:
+    """A paragraph for each sentence of a verdict, as HTML."""
+    from markupsafe import Markup
+
+    note = Markup('<p class="note">Quality gate: {}</p>\n')
+    return Markup("").join(note.format(visible(sentence)) for sentence in gate_sentences(gate))
 
 
 @dataclass(frozen=True)

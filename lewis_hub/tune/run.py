@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ from lewis_hub.evaluate.items import (
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_writable
-from lewis_hub.merge.workspace import LOCK, alone_at
+from lewis_hub.hub.resolve import unchanged
+from lewis_hub.merge.workspace import LOCK, alone_at, keep_unless_written
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.tune import space as search_space
@@ -47,6 +50,7 @@ from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
 from lewis_hub.workflow.fetch import code_files, fetch_whole, require_disk
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.generated import requests_of, require_whole_models, write_texts
+from lewis_hub.workflow.heads import require_copies
 from lewis_hub.workflow.job import MergeJob, compile_job
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
 
 STUDY = "study.journal"
 FOLDERS = (PREDICTIONS, "statistics")  # in the output
+SOURCES = ".sources.json"  # states of local models, until a search is complete
 
 
 @dataclass(frozen=True)
@@ -127,19 +132,31 @@ def tune_recipe(
     require_writable(output)
     prepared = _prepare(space, asked, execution, output, progress)
     output.mkdir(parents=True, exist_ok=True)
+    sources = [one.source for one in prepared.job.sources.models]
     with (
         alone_at(output / LOCK, output),
         TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
     ):
-        tuner = _fetch(prepared, space, execution, output, Path(scratch))
-        _measure(tuner, prepared.corners)
-        tried, n_begun = _search(tuner, output / STUDY, asked)
-        tuner.model.release()
-        judged = _judge(tuner, tried, prepared)
+        with unchanged(sources) as states:
+            keep_unless_written(output / SOURCES, states, partial(_discard, output))
+            tuner = _fetch(prepared, space, execution, output, Path(scratch))
+            _measure(tuner, prepared.corners)
+            tried, n_begun = _search(tuner, output / STUDY, asked)
+            tuner.model.release()
+            judged = _judge(tuner, tried, prepared)
+        (output / SOURCES).unlink(missing_ok=True)
     material = prepared.material
     tuned = search_space.candidate(space, judged.best.values)
     found = (tried, n_begun, judged.best, judged.start, judged.refused, judged.final)
     return Tuned(tuned, space, material.objective, material.items, *found, material.texts)
+
+
+def _discard(output: Path) -> None:
+    """Delete measurements and trials of an interrupted run that may have read other bytes."""
+    for name in FOLDERS:
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (STUDY, "importance.json", GENERATED):
+        (output / name).unlink(missing_ok=True)
 
 
 def _space(recipe: Recipe, asked: Search, execution: Execution) -> Space:
@@ -203,6 +220,7 @@ def _fetch(
     stores = [folder / GENERATED for folder in (output, *job.texts.beside)]
     require_whole_models(requests, job.workload.loading, stores, keeps_models=True)
     files = fetch_whole(api, [one.source for one in job.sources.models], prepared.progress)
+    require_copies(api, job.sources.distinct)
     if job.sidecars.code:
         code_files(api, job.sources.donor.source)
     loader = job.loader(files, scratch, prepared.progress)
@@ -275,14 +293,16 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
 
 
 def _name(tuner: Tuner) -> str:
-    """Return the name of the study, which depends on recipe, items and sources."""
+    """Return the name of the study: of recipe, items, sources, and all that decides a merge."""
+    corners = search_space.corners(tuner.space)
+    jobs = [compile_job(one, tuner.execution, tuner.examined, tuner.api) for one in corners]
     facts = [
         search_space.written(tuner.space.recipe),
         tuner.space.methods,
         tuner.space.guides,
         tuner.objective.digest,
         [source.digest for source in tuner.examined.sources.models],
-        [source.commit_sha for source in tuner.examined.inputs.datasets],
+        [job.reporting.planned.digest for job in jobs],  # with versions, data and task files
         [
             sorted(axis.__dict__.items())
             for values in search_space.combinations(tuner.space)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,18 @@ from lewis_hub.files import text_of, write_whole
 from lewis_hub.guides import schedule as schedules
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.guides.schedule import DensitySchedule, ScheduleSettings, schedule
+from lewis_hub.hub.resolve import unchanged
+from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Ray, threads
+from lewis_hub.merge.workspace import LOCK, STATES, alone_at, keep_unless_written
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.profiles import short_name
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.texts import Sets, remap_token_ids
+
+MEASURED = ".measured"  # folder in the output of a calibration
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,34 @@ def _on_texts(
     n_tokens = sum(subject.n_tokens for subject in unknown)
     with loader.progress.stage("Calibrating", n_tokens, "tokens") as advance:
         return calibrate(subjects, known, loader.loading.device, advance, keep, measure)
+
+
+@contextmanager
+def measurements(output: Path, sources: Iterable[Source]) -> Iterator[Path]:
+    """Yield a folder in `output` for measurements, whose files get into `output` at the end.
+
+    They stay there, and a rerun uses them, if it ends before that, unless a local model was written
+    meanwhile: then the files may be of bytes that no digest names, and a rerun deletes them.
+
+    Raises:
+        SourceError: a local model was written meanwhile.
+        OutputError: another run measures for this output.
+    """
+    folder = output / MEASURED
+
+    def empty() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+    with alone_at(output / LOCK, output):
+        with unchanged(sources) as states:
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_unless_written(folder / STATES, states, empty)
+            yield folder
+        (folder / STATES).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            file.replace(output / file.name)
+        folder.rmdir()
 
 
 def require_by_ranges(

@@ -11,9 +11,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub import errors
 from lewis_hub.calibration.texts import check_columns, check_padding
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
-from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.libraries import library_of
@@ -22,7 +20,6 @@ from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.rows import describe_dataset, load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.compare import settle_heads
 from lewis_hub.merge.slices import count_blocks
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import ApplyTo, Calibration
@@ -294,65 +291,3 @@ def _check_task(selection: TaskSelection, calibration: Calibration) -> None:
             problem = f"the task scores split `{scored}`, so calibration must not use it."
             remedy = f"Set `split` to {listed}." if listed else "Name a `dataset` instead."
             raise EvaluationError(file.name, problem, remedy)
-
-
-def without_copied_head(sources: MergeSources, with_heads: Iterable[OpenedSource]) -> MergeSources:
-    """Drop a stored head of the donor that ties it, if one of `with_heads` has its own.
-
-    transformers loads the embeddings in its place, and the own head would be lost in the merge.
-    Without it the sources differ, and are compared as if the donor stored no head.
-    """
-    donor = sources.donor
-    if not (ties(donor.config) and any(map(_has_own_head, with_heads))):
-        return sources
-    bare = _without_head(donor.checkpoint)
-    return sources.replaced(
-        lambda one: replace(one, checkpoint=bare) if one.pinned == donor.pinned else one
-    )
-
-
-def _has_own_head(source: OpenedSource) -> bool:
-    """Return whether a source stores a head that is not its embeddings, by what its files say."""
-    tensors = source.checkpoint.tensors
-    head = next((one for name, one in tensors.items() if names.may_be_tied(name)), None)
-    if head is None or head.adapted is None:
-        return head is not None and ties(source.config) is False
-    tables = (one for name, one in tensors.items() if names.is_token_embedding(name))
-    return head.adapted.own not in [one.adapted.own for one in tables if one.adapted]
-
-
-def settle(sources: MergeSources) -> MergeSources:
-    """Give sources that tie head and embeddings, as the base does, a head if the base has one.
-
-    A stored head of such a source is a copy: its embeddings are read instead, so that the plan can
-    tell. If `tie_word_embeddings` is missing, the default of the architecture holds: to tie, if a
-    source without this key stores no head.
-    """
-    base = sources.donor.checkpoint
-    silent = any(
-        ties(one.config) is None and not any(map(names.is_head, one.checkpoint.tensors))
-        for one in sources.models
-    )
-
-    def settled(one: OpenedSource) -> OpenedSource:
-        stated = ties(one.config)
-        tied = (silent if stated is None else stated) and not _has_own_head(one)
-        return replace(one, checkpoint=_with_tied_head(base, one.checkpoint)) if tied else one
-
-    stated = ties(sources.donor.config)
-    return sources.replaced(settled) if (silent if stated is None else stated) else sources
-
-
-def _with_tied_head(base: Checkpoint, own: Checkpoint) -> Checkpoint:
-    """The embeddings as the head, if the base stores one, also where a source stores both."""
-    settled, tied = settle_heads(base, own), settle_heads(base, _without_head(own)).tensors
-    tensors = {
-        name: tied[name] if name in tied and tied[name].shape == one.shape else one
-        for name, one in settled.tensors.items()
-    }
-    return replace(settled, tensors=tensors)
-
-
-def _without_head(whole: Checkpoint) -> Checkpoint:
-    tensors = {name: one for name, one in whole.tensors.items() if not names.may_be_tied(name)}
-    return replace(whole, tensors=tensors)

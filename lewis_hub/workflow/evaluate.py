@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
-from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, with_prompts
+from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, own_files, with_prompts
 from lewis_hub.evaluate.embedding_tasks import n_documents
 from lewis_hub.evaluate.embeddings import evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
@@ -31,6 +31,7 @@ from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.recipe.evaluation import Evaluation, Gate
+from lewis_hub.report import page
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
@@ -178,8 +179,10 @@ def score(
     """Score candidates on the same items, or use their results in `kept`; label -> results."""
     kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    n_items, run = _runner(loaded, limit, settings)
-    files = {one.label: kept / _file_name(one, loaded, limit, settings) for one in candidates}
+    n_items, asked, run = _runner(loaded, limit, settings)
+    files = {
+        one.label: kept / _file_name(one, loaded, limit, settings, asked) for one in candidates
+    }
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
     with progress.stage("Evaluating", n_new * n_items, "items") as advance:
@@ -197,23 +200,31 @@ Run = Callable[[Path, EvaluationSettings, Advance], ModelResult]
 
 def _runner(
     loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
-) -> tuple[int, Run]:
-    """Return the number of items that a model is scored on, and what scores a model."""
+) -> tuple[int, str, Run]:
+    """Return the number of items that a model is scored on, a digest of them, and the scorer.
+
+    The data of mteb are those of commits, and have no digest.
+    """
     if settings.backend == "mteb":
         tasks = loaded.tasks
-        return n_documents(tasks), lambda folder, *how: evaluate_embedder(folder, tasks, *how)
+        return n_documents(tasks), "", lambda folder, *how: evaluate_embedder(folder, tasks, *how)
     benchmarks = with_prompts(loaded, limit, settings)
-    return benchmarks.n_requests, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
+    n, digest = benchmarks.n_requests, benchmarks.digest
+    return n, digest, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
 
 
 def _file_name(
-    candidate: Candidate, loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
+    candidate: Candidate,
+    loaded: LoadedTasks,
+    limit: int | None,
+    settings: EvaluationSettings,
+    asked: str,
 ) -> str:
-    """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
+    """Return a name by model, tasks, the user's task files, items, settings and lm-eval version."""
     selected, own = loaded.selection, loaded.selection.include
-    files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
-    texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
-    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings)]
+    files = own_files(selected.names, own) if own else {}
+    texts = {path: sha256_of(file) for path, file in files.items()}
+    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked]
     installed = version(library_of(selected).distribution)
     document = json.dumps([*facts, sorted(loaded.commits.values()), installed])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
@@ -238,8 +249,9 @@ def judge_again(
 ) -> GateVerdict | None:
     """Return the verdict on an existing merge, whose published rival may have changed.
 
-    A new verdict is written into the folder and its card; a signature of the folder is deleted,
-    because it covers the verdict. A merge that is published already is not compared with itself.
+    A new verdict is written into the folder, its card and page; a signature of the folder is
+    deleted, because it covers the verdict. A merge that is published already is not compared with
+    itself.
     """
     verdict = read_verdict(output)
     if verdict is None or not any("previous" in gate.not_worse_than for gate in gates):
@@ -252,8 +264,10 @@ def judge_again(
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
     found = judge(gates, scores, items, _previous(gates, repo, api))
     if found != verdict:
-        card = (output / CARD).read_text(encoding="utf-8")
-        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
+        for name, told in ((CARD, gate_section), (page.FILE, page.gate_notes)):
+            if (output / name).exists() and (before := told(verdict)):
+                text = (output / name).read_text(encoding="utf-8")
+                write_whole(output / name, text.replace(before, told(found)))
         write_whole(output / FILE, found.to_json())
         (output / SIGNATURE).unlink(missing_ok=True)
     return found

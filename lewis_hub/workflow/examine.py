@@ -36,7 +36,7 @@ from lewis_hub.recipe.rules import (
     runs_expert_blocks,
 )
 from lewis_hub.recipe.schema import Recipe, Settings
-from lewis_hub.workflow import check, resolve, resources, tokenizers
+from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs
@@ -96,7 +96,7 @@ def examine_sources(
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
     check.require_fine(examined.report)
-    for note in _unused_parameters(recipe):
+    for note in examined.report.notes:
         progress.say(f"note: {note}")
     return examined
 
@@ -110,8 +110,9 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
-        sources = check.without_copied_head(sources, _with_heads(recipe, sources))
-        sources = sources if takes_parts else check.settle(sources)
+        if not recipe.mixed:  # a mixture has the embeddings and head of one model
+            sources = heads.without_copies(sources)
+            heads.require_copies(api, sources.distinct, heads.FIRST_BYTES)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
         )
@@ -149,14 +150,6 @@ def _alignment_needs(recipe: Recipe, workload: Workload, problems: Sequence[str]
     measured = workload.measurement
     n_tokens = [measured.n_tokens[texts] for texts in measured.calibrations]
     return alignment_needs(merged_entries(recipe), workload.sources, n_tokens, workload.loaded)
-
-
-def _with_heads(recipe: Recipe, sources: MergeSources) -> tuple[OpenedSource, ...]:
-    """Return the sources of the merged head."""
-    references = by_reference(recipe, sources.base, sources.experts)
-    if recipe.slices:
-        return tuple(references[source.model] for source in recipe.slices[-1].sources)
-    return () if recipe.mixed else sources.models
 
 
 def _tokenizer_request(
@@ -430,6 +423,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
         return name == donor.name
 
     notes += opening.adapter_notes(sources, is_base)
+    notes += heads.copy_notes(donor)
     notes += opening.quantised_notes(sources, recipe.output_dtype)
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from lewis_hub.checkpoint.quantised import KEYS
+from lewis_hub.checkpoint.quantisation import KEYS
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_json

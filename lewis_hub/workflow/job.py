@@ -46,7 +46,7 @@ from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.size import in_size
-from lewis_hub.workflow.snapshot import RecipeSnapshot
+from lewis_hub.workflow.snapshot import RecipeSnapshot, snapshot
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
@@ -286,7 +286,7 @@ def _evaluation(
 
 def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -> ReportSettings:
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
-    pinned = resolve.snapshot(recipe, inputs)
+    pinned = snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
     mergekit = _mergekit(recipe, examined, pinned.document)
     card = CardFacts(

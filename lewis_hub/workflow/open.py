@@ -15,7 +15,8 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import adapt, read_config
-from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
+from lewis_hub.checkpoint.quantisation import read_quantisation
+from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.documents import read_json
 from lewis_hub.errors import CheckFailedError
@@ -66,6 +67,8 @@ class OpenedSource:
     trained_on: str | None = None  # the base that an adapter's configuration names
     # from the token ids of the texts to its own; None: they are the same
     translation: Translation | None = None
+    # a stored head that is left out of `checkpoint`: it is a copy of the embeddings
+    copied_head: TensorHeader | None = None
 
     @property
     def pinned(self) -> str:

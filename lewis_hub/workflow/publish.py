@@ -18,7 +18,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links_among, visible_files, write_whole
+from lewis_hub.files import require_no_links_among, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -26,8 +26,15 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_target, own_pull_requests, read_target
-from lewis_hub.recipe.evaluation import Benchmark, Gates
+from lewis_hub.hub.tags import require_taggable, tagged_commit
+from lewis_hub.hub.target import (
+    Target,
+    open_target,
+    own_pull_requests,
+    read_target,
+    will_be_public,
+)
+from lewis_hub.recipe.evaluation import Gates
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import cost, difference, markdown, page
@@ -40,7 +47,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.evaluate import CARD, SCORES, judge_again, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
-from lewis_hub.workflow.republish import readdress
+from lewis_hub.workflow.republish import benchmarks_in, readdress
 
 IMPORTANCE = "lewis/importance.json"
 TITLE = "Merge with lewis-hub"
@@ -199,9 +206,15 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     return hub_publish.publish_tag(api, asked.repo, commit, tag)
 
 
+def require_free_tag(destination: Destination, api: HfApi) -> None:
+    """Refuse, before any work, a tag that the commit of a new merge could not get."""
+    asked, target = destination.asked, destination.target
+    require_taggable(HubRepo.to_publish(api, asked.repo), target, asked.landing, asked.tag)
+
+
 def _is_tagged(planned: Lock, hub_repo: HubRepo, commit: PushedCommit, tag: str) -> bool:
     """Whether a tag is on another commit that holds the planned merge."""
-    tagged = hub_publish.tagged_commit(hub_repo, tag)
+    tagged = tagged_commit(hub_repo, tag)
     if tagged in (None, commit.commit_sha):
         return False
     found = previous_merge(read_target(hub_repo, tagged), hub_repo.api)
@@ -254,7 +267,7 @@ def push(
     _require_licence(folder)
     asked, lock = destination.asked, lock_in(folder)
     if lock:
-        _require_its_weights(folder, lock)
+        _require_its_files(folder, lock, sent or {})
     verdict = judge_folder(folder, asked.repo, api)
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
@@ -283,11 +296,7 @@ def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
     """Return what a merge may have beside its card and the files that its lock lists."""
     if previous is None:
         return frozenset()
-    scoring = previous.lock.recipe.get("evaluate") or {}
-    try:
-        boards = TypeAdapter(dict[str, Benchmark]).validate_python(scoring.get("benchmarks") or {})
-    except (AttributeError, ValidationError):
-        boards = {}
+    boards = benchmarks_in(previous.lock.recipe)
     described = {LOCK, locks.PROVENANCE_FILE, FILE, difference.FILE, cost.FILE, page.FILE}
     return frozenset({*described, *eval_result_paths(boards).values()})
 
@@ -301,7 +310,7 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
     Raises:
         PublishError: a link leads out of the folder, which is written to before it is pushed.
     """
-    visible_files(folder, errors.PublishError)  # before anything is written or deleted
+    hub_publish.files_of(folder)  # before anything is written or deleted
     lock = lock_in(folder)
     recipe = lock.recipe if lock else {}
     try:
@@ -312,13 +321,18 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
     return judge_again(gates if named == repo else (), folder, repo, api)
 
 
-def _require_its_weights(folder: Path, lock: Lock) -> None:
-    """Refuse weights that are not those of the lock: it would be false, and so would the scores."""
-    paths = [path for path in lock.outputs if path.endswith((".safetensors", ".gguf"))]
-    present = [path for path in paths if (folder / path).is_file()]
-    for path, digest in zip(present, digests_of([folder / one for one in present]), strict=True):
+def _require_its_files(folder: Path, lock: Lock, sent: Additions) -> None:
+    """Refuse a folder that lacks a file of its lock or has other weights: the lock would be false.
+
+    So would the scores, and the repo would lose the files that are missing here.
+    """
+    remedy = f"Merge again. Or delete {LOCK} and {FILE}, to push it as another model."
+    present = {path for path in lock.outputs if (folder / path).is_file()}
+    if absent := lock.outputs.keys() - present - sent.keys():
+        raise errors.PublishError(str(folder), f"{min(absent)} is missing", remedy)
+    weights = sorted(path for path in present if path.endswith((".safetensors", ".gguf")))
+    for path, digest in zip(weights, digests_of([folder / one for one in weights]), strict=True):
         if digest != f"sha256:{lock.outputs[path].sha256}":
-            remedy = f"Merge again. Or delete {LOCK} and {FILE}, to push it as another model."
             raise errors.PublishError(str(folder), f"{path} is not what the merge wrote", remedy)
 
 
@@ -413,15 +427,14 @@ def preflight(
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
+    require_free_tag(Destination(asked, target, previous), api)
     if previous and job.guide:
         place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
         if profile and not place.exists():
             require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
-    # without a token, a private repo is as invisible as none
-    will_be_public = target.is_public if target.head else not asked.private and bool(hub_repo.token)
-    return replace(found, is_public=will_be_public)
+    return replace(found, is_public=will_be_public(hub_repo, target, private=asked.private))
 
 
 def _place(job: MergeJob, output: Path | None) -> Preflight:

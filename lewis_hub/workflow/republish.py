@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.errors import MergeError, OutputError, PublishError
 from lewis_hub.evaluate.samples import Samples
@@ -18,11 +18,18 @@ from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
+from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import lock as locks
 from lewis_hub.report import page
-from lewis_hub.report.card import dark_folder, eval_results, model_card, name_line
+from lewis_hub.report.card import (
+    command_starts,
+    dark_folder,
+    eval_results,
+    model_card,
+    name_line,
+)
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.patch import patched
@@ -71,11 +78,40 @@ def republish(
         parameters=parameters,
         scores=read_scores(folder),
     )
-    new = _stating(facts, recipe)
-    boards = eval_results(new.scores, settings.benchmarks, new) if new.scores else {}
-    for name, text in boards.items():
-        write_whole(folder / name, text)
+    _restate_results(folder, settings.benchmarks, _stating(facts, recipe))
     restate(facts, found, replace(found, recipe=recipe), folder)
+
+
+def publishing_in(recipe: Mapping[str, Any]) -> Publishing | None:
+    """Return the section `publish` of the recipe in a lock.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    publish = recipe.get("publish")
+    try:
+        return Publishing.model_validate(publish) if publish else None
+    except ValidationError as error:
+        problem = f"its `publish` cannot be read ({error.errors()[0]['msg']})"
+        raise OutputError(locks.FILE, problem, "Use the file that the merge wrote.") from None
+
+
+def benchmarks_in(recipe: Mapping[str, Any]) -> dict[str, Benchmark]:
+    """Return the leaderboards of the recipe in a lock, by task; none if they cannot be read."""
+    try:
+        asked = recipe["evaluate"]["benchmarks"]
+        return TypeAdapter(dict[str, Benchmark]).validate_python(asked)
+    except (KeyError, TypeError, ValidationError):
+        return {}
+
+
+def _restate_results(folder: Path, benchmarks: Mapping[str, Benchmark], facts: CardFacts) -> None:
+    """Rewrite the leaderboard entries in a folder, which name the repo of the facts."""
+    scores = read_scores(folder) if benchmarks else None
+    found = eval_results(scores, benchmarks, replace(facts, scores=scores)) if scores else {}
+    for name, text in found.items():
+        if (folder / name).exists():
+            write_whole(folder / name, text)
 
 
 def with_publish(recipe: Mapping[str, Any], asked: Any) -> dict[str, Any]:
@@ -112,8 +148,9 @@ def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
 
 
 def readdress(folder: Path, lock: Lock, repo: str) -> None:
-    """Write a repo into the card of a merge that is pushed to another one than its recipe names."""
-    stated = (lock.recipe.get("publish") or {}).get("repo")
+    """Write a repo into card and leaderboard entries of a merge that its recipe does not name."""
+    asked = publishing_in(lock.recipe)
+    stated = asked.repo if asked else None
     card = folder / CARD
     if not card.exists() or (stated == repo and not _pushed_to(card)):
         return
@@ -122,12 +159,13 @@ def readdress(folder: Path, lock: Lock, repo: str) -> None:
         write_whole(card, text.replace(name_line(None), name_line(repo)))
         return
     try:
-        facts = facts_of(lock)
+        facts = replace(facts_of(lock), exports=exports_in(lock.recipe))
     except MergeError:  # the package of its method is not installed
         return
     old, new = (
         published_as(facts, Publishing(repo=name) if name else None) for name in (stated, repo)
     )
+    _restate_results(folder, benchmarks_in(lock.recipe), new)
     _patch_card(card, old, new)
     if stated != repo:
         text = card.read_text(encoding="utf-8")
@@ -147,6 +185,10 @@ def _patch_card(card: Path, old: CardFacts, new: CardFacts) -> None:
         old = replace(old, title=pushed_to.partition("/")[2], repo=pushed_to)
     text = PUSHED_TO.sub("\n", card.read_text(encoding="utf-8"))
     text = text.replace(f'srcset="{dark_folder(old)}/', f'srcset="{dark_folder(new)}/')
+    if old.repo != new.repo:
+        starts = (command_starts(one.repo, new.exports) for one in (old, new))
+        for before, after in zip(*starts, strict=True):
+            text = text.replace(f"\n{before}", f"\n{after}")
     write_whole(card, patched(text, str(model_card(old)), str(model_card(new))))
 
 
@@ -161,15 +203,9 @@ def require_stated(found: Lock) -> None:
 
 def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     """The facts with a recipe as it was run, and its `publish`."""
-    publish = recipe.get("publish")
-    try:
-        asked = Publishing.model_validate(publish) if publish else None
-    except ValidationError as error:
-        problem = f"its `publish` cannot be read ({error.errors()[0]['msg']})"
-        raise OutputError(locks.FILE, problem, "Use the file that the merge wrote.") from None
     text = RecipeSnapshot(recipe, {}).to_yaml()
     named = replace(facts, title=recipe.get("name") or UNNAMED, recipe=text)
-    return published_as(replace(named, exports=exports_in(recipe)), asked)
+    return published_as(replace(named, exports=exports_in(recipe)), publishing_in(recipe))
 
 
 def facts_of(lock: Lock) -> CardFacts:

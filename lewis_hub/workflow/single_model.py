@@ -34,7 +34,7 @@ from lewis_hub.files import (
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.resolve import resolve_model, unchanged
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
@@ -48,7 +48,7 @@ from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.usage import usage_of
-from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, verify
+from lewis_hub.workflow import examine, fetch, heads, job, resolve, resources, verify
 from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.evaluate import CARD, Candidate, score, settings_of
 from lewis_hub.workflow.fetch import fetch_whole
@@ -61,6 +61,7 @@ from lewis_hub.workflow.open import (
 )
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
+from lewis_hub.workflow.snapshot import snapshot
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 
 if TYPE_CHECKING:
@@ -175,13 +176,16 @@ def extract_lora(
     settings = settings or LoraSettings()
     sources = [resolve_one(base, api), resolve_one(model, api)]
     opened_base = open_model(api, sources[0], "base")
-    headers = _fitting(opened_base, open_model(api, sources[1]))
+    opened = heads.without_copies(MergeSources(opened_base, (open_model(api, sources[1]),)))
+    headers = _fitting(opened)
+    heads.require_copies(api, opened.models, heads.FIRST_BYTES)
     if settings.embeddings == "low-rank" and ties(opened_base.config):
         raise ExtractionError((f"{sources[0].pinned}{TIED}",))
-    with open_workspace(output, replace=False) as work, ExitStack() as opened:
+    with open_workspace(output, replace=False) as work, ExitStack() as stack:
         folders = fetch.download(api, sources, progress)
+        heads.require_copies(api, opened.models)
         readers = [
-            ScaledReader(opened.enter_context(TensorReader(folders[source.pinned], source.pinned)))
+            ScaledReader(stack.enter_context(TensorReader(folders[source.pinned], source.pinned)))
             for source in sources
         ]
         tensors = headers[0].tensors.values()
@@ -201,11 +205,11 @@ def extract_lora(
     return found
 
 
-def _fitting(base: OpenedSource, expert: OpenedSource) -> list[Checkpoint]:
+def _fitting(sources: MergeSources) -> list[Checkpoint]:
     """Return the headers of base and expert, which must fit each other."""
-    if refused := [model.problem for model in (base, expert) if model.problem]:
+    if refused := [model.problem for model in sources.models if model.problem]:
         raise ExtractionError(tuple(refused))
-    headers = [one.checkpoint for one in check.settle(MergeSources(base, (expert,))).models]
+    headers = [one.checkpoint for one in sources.models]
     if misfits := compare_checkpoints(headers[0], headers[1:]):
         remedy = "Name the base that it was fine-tuned from."
         raise ExtractionError(tuple(f"{m.source} {m.problem}. {remedy}" for m in misfits))
@@ -318,7 +322,7 @@ def measure_model(
     before = known_profile(file)
     known = ImportanceProfile(GUIDE, document, before.sources if before else ())
     n_tokens = sum(one.n_tokens for one in missing([subject], known))
-    with progress.stage("Calibrating", n_tokens, "tokens") as advance:
+    with unchanged([source]), progress.stage("Calibrating", n_tokens, "tokens") as advance:
         profile = calibrate([subject], known, execution.device, advance, lambda _: None)
     write_whole(file, profile.to_json())
     draw_maps(profile, None, output)
@@ -382,4 +386,4 @@ def _told(recipe: Recipe) -> dict[str, object]:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return job.planned_lock(recipe, inputs, like.max_shard_bytes, resolve.snapshot(recipe, inputs))
+    return job.planned_lock(recipe, inputs, like.max_shard_bytes, snapshot(recipe, inputs))

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.benchmarks import own_files
+from lewis_hub.evaluate.embedding_tasks import own_task_files
 from lewis_hub.files import sha256_of
+from lewis_hub.hub.source import Source
+from lewis_hub.recipe.evaluation import Evaluation
+from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.lock import OutputFile
+from lewis_hub.workflow.resolve import Inputs, by_reference
+from lewis_hub.workflow.task_data import PinnedTask
+
+TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 
 
 @dataclass(frozen=True)
@@ -41,3 +52,119 @@ class RecipeSnapshot:
             (own / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, own / path)
         return [*self.task_files]
+
+
+def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
+    """Pin every revision of a recipe."""
+    copies = _copies(_own_tasks(recipe))
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    _drop_empty(document)
+    sources = by_reference(recipe, inputs.base, inputs.experts)
+    names = {str(model): source.pinned for model, source in sources.items()}
+    models = document.get("models", [])
+    slices = document.get("slices", [])
+    for place in (document, *slices):
+        if "base_model" in place:
+            place["base_model"] = names[place["base_model"]]
+    for model in (*models, *(source for one in slices for source in one["sources"])):
+        model["model"] = names[model["model"]]
+    for expert in (*document.get("experts", []), *document.get("shared_experts", [])):
+        expert["source_model"] = names[expert["source_model"]]
+    _pin_tokenizer(document, recipe, names)
+    places = [document, document.get("guide", {}), *models]
+    drawn = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in drawn:
+        _pin_calibration(calibration, inputs.data)
+    document.get("evaluate", {}).get("backend_args", {}).pop("base_url", None)  # of this machine
+    for place in (document.get("evaluate", {}), *drawn):
+        if "include" in place:
+            place["include"] = copies[recipe.locate(place["include"])]
+    return RecipeSnapshot(document, task_files(recipe))
+
+
+def task_files(recipe: Recipe) -> dict[str, Path]:
+    """Return the user's files that the tasks of a recipe use, by their path beside its copy."""
+    own = _own_tasks(recipe)
+    copies = _copies(own)
+    files = {
+        f"{copies[folder]}/{path}": file
+        for folder, names in own.items()
+        for path, file in own_files(names, Path(folder)).items()
+    }
+    scoring = recipe.evaluate
+    if scoring and scoring.backend == "mteb" and scoring.include:
+        folder = recipe.locate(scoring.include)
+        found = own_task_files(scoring.tasks, Path(folder))
+        files |= {f"{copies[folder]}/{path}": file for path, file in found.items()}
+    return files
+
+
+def _drop_empty(document: dict[str, Any]) -> None:
+    """Delete lists that a recipe may not have empty, also of the merges that it uses."""
+    for key in ("models", "slices", "intermediate"):
+        if not document[key]:
+            del document[key]
+    for part in document.get("intermediate", ()):
+        _drop_empty(part)
+
+
+def _pin_calibration(
+    calibration: dict[str, Any], data: Mapping[Calibration, Source | PinnedTask]
+) -> None:
+    """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
+    if "task" not in calibration:
+        datasets = {one.dataset: found for one, found in data.items()}
+        dataset = datasets.get(calibration.get("dataset"))
+        if isinstance(dataset, Source):
+            calibration["dataset"] = dataset.pinned
+        return
+    task = data.get(Calibration.model_validate(calibration))
+    commits = set(task.commits.values()) if isinstance(task, PinnedTask) else set()
+    if len(commits) == 1:
+        calibration["revision"] = commits.pop()
+
+
+def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, names: Mapping[str, str]) -> None:
+    """Pin models that are named as source of the tokenizer, a token or the chat template."""
+
+    def pin(place: dict[str, Any], key: str) -> None:
+        name = place.get(key)
+        if not isinstance(name, str) or name in ("base", "union"):
+            return
+        if model := recipe.reference(name):
+            place[key] = names[str(model)]
+
+    pin(document, "tokenizer_source")
+    pin(document, "chat_template")
+    asked = document.get("tokenizer", {})
+    pin(asked, "source")
+    for token in asked.get("tokens", {}).values():
+        pin(token, "source")
+        if isinstance(token.get("source"), dict):
+            pin(token["source"], "model")
+
+
+def _copies(folders: Iterable[str]) -> dict[str, str]:
+    """Return the name of each folder's copy in the merge."""
+    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
+
+
+def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the folders with the user's task files, and the tasks that the recipe names.
+
+    The files go into the merge, which may be published, so they must be the recipe's own.
+    """
+    guide = recipe.guide.calibration if recipe.guide else None
+    own = [entry.calibration for entry in recipe.models]
+    places = [recipe.evaluate, recipe.calibration, guide, *own]
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for place in places:
+        if place is None or place.include is None:
+            continue
+        folder, beside = recipe.locate(place.include), recipe.locate(".")
+        if Path(folder).is_dir() and not Path(folder).is_relative_to(beside):
+            problem = f"{folder} is not in the recipe's folder {beside}, and the task files that "
+            problem += "are used become part of the merge."
+            raise RecipeError("recipe", "include", problem, "Move or copy the folder there.")
+        found[folder] += place.tasks if isinstance(place, Evaluation) else [str(place.task)]
+    return found

@@ -28,8 +28,7 @@ from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
 from lewis_hub.workflow.publish import complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
-from lewis_hub.workflow.resolve import task_files
-from lewis_hub.workflow.snapshot import RecipeSnapshot
+from lewis_hub.workflow.snapshot import RecipeSnapshot, task_files
 
 FILE = ".steps.json"
 LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step

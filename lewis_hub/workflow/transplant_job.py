@@ -15,7 +15,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import MergeError, OutputError, TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.plan import MergePlan, MergeSource
-from lewis_hub.merge.sidecars import CARRIED, TOKENIZER, SidecarSettings, TokenizerFiles
+from lewis_hub.merge.sidecars import SidecarSettings, TokenizerFiles
 from lewis_hub.merge.token_matches import (
     ROLE_FILES,
     Spelled,
@@ -179,7 +179,7 @@ def _carried(
     model: TokenizedModel, donor: TokenizedModel, matches: TokenMatches, n_rows: int
 ) -> TokenizerFiles:
     """Return the donor's tokenizer files, and what changes in the model's configuration."""
-    files = TokenizerFiles(donor.opened.pinned, dropped=_other_tokenizers(model.opened))
+    files = TokenizerFiles(donor.opened.pinned)
     if model.opened.pinned == donor.opened.pinned:
         return files
     ids = new_ids(model.configuration, donor.configuration, donor.spelled, matches)
@@ -187,13 +187,6 @@ def _carried(
     if n_rows != model.tables.n_rows:
         config["vocab_size"] = n_rows
     return replace(files, config=config, generation=ids.generation)
-
-
-def _other_tokenizers(model: OpenedSource) -> tuple[str, ...]:
-    """Return files of the model's tokenizer that would stay beside the donor's."""
-    carried = (file.path for file in model.source.matching(CARRIED))
-    ends = (".model", "tekken.json")
-    return tuple(path for path in carried if path not in TOKENIZER and path.endswith(ends))
 
 
 def _planned(

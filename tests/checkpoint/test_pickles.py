@@ -42,6 +42,7 @@ def test_every_dtype_and_shape_comes_out_as_it_was(tmp_path):
         "h": normal(6, 8).t(),  # lies in another order
         "i": torch.nn.Parameter(normal(4)),
         "j": normal(10)[3:6],
+        "k": torch._neg_view(normal(4)),  # stored with the other sign
     }
 
     files, output, told = converted(tmp_path, OrderedDict(tensors))

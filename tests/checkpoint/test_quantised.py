@@ -3,7 +3,8 @@
 import pytest
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.quantised import Quantisation, quantised_tensor, read_quantisation
+from lewis_hub.checkpoint.quantisation import Quantisation, read_quantisation
+from lewis_hub.checkpoint.quantised import quantised_tensor
 from lewis_hub.checkpoint.reader import Checkpoint
 
 DEEPSEEK = {

@@ -136,6 +136,16 @@ def test_the_index_says_which_of_two_copies_counts():
     }
 
 
+@pytest.mark.parametrize("shard", ["1.safetensors", "model.safetensors", "gone.safetensors"])
+def test_an_index_beside_a_whole_file_does_not_count(shard):
+    files = {"model.safetensors": file({"a": A, "b": B}), "1.safetensors": ONE}
+
+    found = read(files, {"weight_map": {"a": shard}})
+
+    shards = {name: tensor.shard for name, tensor in found.tensors.items()}
+    assert shards == {"a": "model.safetensors", "b": "model.safetensors"}
+
+
 def test_two_copies_that_the_index_does_not_tell_apart_are_refused():
     two = {"1.safetensors": file({"a": A, "b": B}), "2.safetensors": file({"a": A, "c": B})}
     index = {"weight_map": {"b": "1.safetensors", "c": "2.safetensors"}}

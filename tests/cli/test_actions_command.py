@@ -99,6 +99,101 @@ def test_a_target_that_not_everybody_may_read_is_told_to_the_workflow(hub, place
     assert preflight()[1] == "way=merge\nprivate=yes\n"
 
 
+def test_a_private_target_that_the_merging_job_does_not_see_is_told_to_the_workflow(
+    hub, place, monkeypatch
+):
+    """The push has another token: it signs in as a trusted publisher."""
+    write(hub)
+    hub.api().create_repo("lewis/again", private=True)
+    hub.add_token("hf_narrow", "reader", "read")
+    hub.add_token("hf_other", "other", "write")
+    hub.publishers["signed by GitHub"] = hub.user
+
+    for token in ("hf_narrow", "hf_other"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert preflight()[1] == "way=merge\nprivate=yes\n"
+    monkeypatch.setenv("HF_OIDC_RESOURCE", hub.user)  # the identity that reads gated sources
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "signed by GitHub")
+    assert preflight()[1] == "way=merge\nprivate=yes\n"
+
+
+def test_a_target_that_the_token_may_make_will_be_public(hub, place, monkeypatch):
+    write(hub)
+    hub.add_token("hf_lewis", "lewis", "write")
+    monkeypatch.setenv("HF_TOKEN", "hf_lewis")
+
+    assert preflight()[1] == "way=merge\n"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "tokenizer_source: zoo/expert-reverse",
+        "chat_template: zoo/expert-reverse",
+        "tokenizer: {source: base, tokens: {a: {source: zoo/expert-reverse, force: true}}}",
+    ],
+)
+def test_a_new_card_of_the_model_that_gives_the_tokenizer_is_no_change(hub, place, more):
+    write(hub, more)
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    put_card(hub, "zoo/expert-reverse")
+
+    assert preflight()[1] == "way=unchanged\n"
+
+
+def test_a_new_card_of_a_source_of_an_earlier_step_is_no_change(hub, place):
+    write(hub)
+    first = Path("recipe.yaml").read_text().partition("publish:")[0]
+    last = Path("recipe.yaml").read_text().replace("zoo/expert-reverse", "first")
+    Path("recipe.yaml").write_text(f"name: first\n{first}---\n{last}")
+    pushed = json.loads(run("merge", "--push", "--json", "-o", "elsewhere").stdout)
+    put_card(hub, "zoo/expert-reverse")
+
+    again = json.loads(run("merge", "--push", "--json", "-o", "again").stdout)
+
+    assert (again["status"], again["commit"]) == ("unchanged", pushed["commit"])
+
+
+def put_card(hub, repo):
+    card = CommitOperationAdd("README.md", b"---\nlicense: apache-2.0\n---\nAnother text.\n")
+    hub.api().create_commit(repo, [card], commit_message="Describe")
+
+
+COMMANDS = ("merge --push", "merge --push --stream --no-eval", "actions preflight")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tag_of_an_earlier_merge_is_refused_before_any_work(hub, place, command):
+    write(hub)
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("license:", "tag: v1, license:"))
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    first = hub.api().list_repo_refs("lewis/again").tags[0].target_commit
+    assert preflight()[1] == "way=unchanged\n"
+    move = CommitOperationAdd(
+        "model.safetensors", (zoo_folder() / "base/model.safetensors").read_bytes()
+    )
+    hub.api().create_commit("zoo/expert-reverse", [move], commit_message="Change")
+
+    with pytest.raises(LewisHubError, match=f"^lewis/again: tag `v1` is already on {first}; "):
+        run(*command.split())
+
+    assert {path.name for path in place.glob("*merged*")} == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_tag_on_a_pull_request_is_refused_before_any_work(hub, place, command):
+    hub.api().create_repo("lewis/again")
+    write(hub, landing="pull-request")
+    recipe = Path("recipe.yaml")
+    recipe.write_text(recipe.read_text().replace("license:", "tag: v1, license:"))
+
+    with pytest.raises(LewisHubError, match="a pull request has no commit on main to tag yet"):
+        run(*command.split())
+
+    assert {path.name for path in place.glob("*merged*")} == set()
+
+
 def test_jobs_are_to_merge_what_has_changed_if_they_are_asked_to(hub, place):
     write(hub, GATE)
 

@@ -193,6 +193,18 @@ def test_llama_3_divides_the_frequencies_of_long_waves(tmp_path):
     assert values["rope_freqs.weight"][[0, -1]].tolist() == [1.0, 8.0]
 
 
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.1386, "beta_fast": 32.0}])
+def test_yarn_has_its_factor_and_the_context_before_it(more, tmp_path):
+    _, _, fields = read(write(build("llama", tmp_path, rope_parameters=YARN | more), "gguf:f16"))
+
+    found = {key: value for key, value in fields.items() if ".rope.scaling." in key}
+    assert found == {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+    }
+
+
 def test_longrope_has_both_lists_of_factors_and_their_scale(tmp_path):
     values, _, fields = read(write(build("phi3-long", tmp_path), "gguf:f16"))
 
@@ -255,11 +267,29 @@ def test_a_value_that_float16_cannot_store_is_refused_with_the_format_that_can(
     assert read(write(folder, "gguf:bf16"))[0]["blk.1.ffn_up.weight"][3, 4] == value
 
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 REFUSED = {  # changes of the configuration -> the problem
     "an activation": ("llama", {"hidden_act": "gelu"}, "the activation is gelu"),
     "dynamic scaling": (
         "llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         "the rope type is dynamic",
+    ),
+    "a strength of yarn": (
+        "llama", {"rope_parameters": YARN | {"attention_factor": 1.0}},
+        "the attention_factor of yarn is 1, not 1.139",
+    ),
+    "two scales of yarn": (
+        "llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        "the attention_factor of yarn is 1, not 1.139",
+    ),
+    "a ramp of yarn": (
+        "qwen2", {"rope_parameters": YARN | {"beta_slow": 2}}, "the beta_slow of yarn is 2",
+    ),
+    "borders of yarn": (
+        "qwen3", {"rope_parameters": YARN | {"truncate": False}},
+        "the truncate of yarn is False",
     ),
     "a window": (
         "qwen2", {"use_sliding_window": True, "sliding_window": 8}, "it uses a sliding window",

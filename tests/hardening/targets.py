@@ -23,7 +23,8 @@ from lewis_hub import pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.header import TensorHeader, read_header
 from lewis_hub.checkpoint.lora import adapt, own_tensors, read_config
-from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
+from lewis_hub.checkpoint.quantisation import read_quantisation
+from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError

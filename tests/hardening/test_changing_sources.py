@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from effort import SEED, times
 from hub_models import tiny, weight_bytes
 from huggingface_hub import HfApi
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -22,6 +23,7 @@ from lewis_hub.errors import SourceError
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.resources import Execution
 
 TESTS = Path(__file__).parents[1]
 
@@ -47,10 +49,10 @@ def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path):
 
 
 class AtStages(Silent):
-    """Calls functions when stages begin; `calls` are title -> function."""
+    """Calls functions when stages begin or end; `calls` and `ends` are title -> function."""
 
-    def __init__(self, calls):
-        self.calls = calls
+    def __init__(self, calls, ends=None):
+        self.calls, self.ends = calls, ends or {}
 
     @contextmanager
     def stage(self, title, total, unit):
@@ -58,6 +60,8 @@ class AtStages(Silent):
             self.calls[title]()
         with super().stage(title, total, unit) as advance:
             yield advance
+        if title in self.ends:
+            self.ends[title]()
 
 
 def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_again(tmp_path):
@@ -80,6 +84,35 @@ def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_aga
         f"{base}: `model.safetensors` changed while it was read.\nRestore it, then run again."
     )
     assert again.read_bytes() == clean.read_bytes()
+
+
+def test_pickles_that_are_replaced_before_they_are_converted_are_refused_and_read_again(tmp_path):
+    model = shutil.copytree(zoo_folder() / "base", tmp_path / "model")
+    tensors, pickle = load_file(model / "model.safetensors"), model / "pytorch_model.bin"
+    (model / "model.safetensors").unlink()
+    text = f"{{models: [{model}], merge_method: linear}}"
+
+    def write(weights):
+        torch.save(weights, pickle)
+
+    def merge(progress):
+        allowed = Execution(allow_pickle=True)
+        recipe = parse_recipe(text, "recipe.yaml")
+        return pipeline.merge_models(recipe, tmp_path / "merged", allowed, progress).output
+
+    def change():
+        write({name: 2 * tensor for name, tensor in tensors.items()})
+
+    write(tensors)
+    with pytest.raises(SourceError) as caught:
+        merge(AtStages({f"Converting {model}": change}))
+    write(tensors)
+
+    assert str(caught.value) == (
+        f"{model}: `pytorch_model.bin` changed while it was read.\nRestore it, then run again."
+    )
+    found = load_file(merge(Silent()) / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_stream_uploads_again_what_it_made_of_weights_that_were_replaced(
@@ -124,6 +157,81 @@ def test_a_model_gets_no_tokenizer_while_its_weights_are_replaced(hub, tmp_path)
 
     again, clean = transplant("made", {}), transplant("clean", {})
     assert weight_bytes(again.output) == weight_bytes(clean.output)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A local base whose weights can be changed and restored, a recipe with it and its texts."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "reverse abc{n}"}}\n' for n in range(8)))
+    recipe = parse_recipe(
+        f"{{base_model: {base}, models: [{zoo_folder() / 'expert-reverse'}], merge_method: ties, "
+        f"guide: {{name: lewis, calibration: {{dataset: {texts}, text: '{{text}}', samples: 4}}}}"
+        "}",
+        "recipe.yaml",
+    )
+    weights = base / "model.safetensors"
+    kept = weights.read_bytes()
+
+    def change():
+        weights.write_bytes(kept[:-9000] + bytes(9000))
+
+    def restore():
+        weights.write_bytes(kept)
+
+    return recipe, change, restore
+
+
+@pytest.mark.parametrize("is_restored_at_once", [False, True])
+def test_no_profile_is_kept_of_weights_that_changed_while_they_were_measured(
+    is_restored_at_once, measured, tmp_path
+):
+    recipe, change, restore = measured
+    clean = lewis_hub.calibrate(recipe, tmp_path / "clean", progress=False).profile
+    ends = {"Calibrating": restore} if is_restored_at_once else {}
+    progress = AtStages({"Calibrating": change}, ends)
+
+    with pytest.raises(SourceError, match="while it was read"):
+        lewis_hub.calibrate(recipe, tmp_path / "importance", progress=progress)
+    assert not (tmp_path / "importance" / "importance.json").exists()
+    restore()
+    again = lewis_hub.calibrate(recipe, tmp_path / "importance", progress=False).profile
+
+    assert again == clean
+    assert not (tmp_path / "importance" / ".measured").exists()
+
+
+def test_no_profile_of_a_model_alone_is_kept_of_weights_that_changed(measured, tmp_path):
+    recipe, change, restore = measured
+    asked = (recipe.base_model, recipe.guide.calibration)
+    clean = lewis_hub.measure_model(*asked, tmp_path / "clean", progress=False)
+
+    progress = AtStages({"Calibrating": change})
+    with pytest.raises(SourceError, match="while it was read"):
+        lewis_hub.measure_model(*asked, tmp_path / "one", progress=progress)
+    restore()
+
+    assert not (tmp_path / "one" / "importance.json").exists()
+    assert lewis_hub.measure_model(*asked, tmp_path / "one", progress=False) == clean
+
+
+def test_no_trial_is_kept_of_weights_that_changed_while_they_were_tuned(measured, tmp_path):
+    recipe, change, restore = measured
+    search = lewis_hub.Search(n_trials=2, samples=4, objective="drift")
+
+    def tune(calls):
+        return lewis_hub.tune_recipe(recipe, search, tmp_path / "tuned", progress=AtStages(calls))
+
+    with pytest.raises(SourceError, match="while it was read"):
+        tune({"Calibrating": change})
+    restore()
+    again = tune({})
+    clean = lewis_hub.tune_recipe(recipe, search, tmp_path / "clean", progress=False)
+
+    assert again.n_begun == 2
+    assert [trial.value for trial in again.trials] == [trial.value for trial in clean.trials]
+    assert tune({}).n_begun == 0
 
 
 TEXTS = "calibration: {dataset: texts.jsonl, text: '{text}', samples: 6}"

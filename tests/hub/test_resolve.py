@@ -121,6 +121,14 @@ def test_an_adapter_is_told_by_its_files_and_a_model_beside_one_is_a_model(tmp_p
     assert weight_files(both) == ("model.safetensors",)
 
 
+def test_shards_beside_a_whole_file_are_not_its_weights(tmp_path, api):
+    stale = {"model-00001-of-00001.safetensors": b"x", "model.safetensors.index.json": b"{}"}
+
+    found = resolve_model(api, str(write(tmp_path / "model", MODEL | stale)))
+
+    assert weight_files(found) == ("model.safetensors",)
+
+
 def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lewis_hub.merge.compare import compare, passed_over, settle_heads
+from lewis_hub.merge.compare import compare, passed_over
 
 WIDE = torch.zeros(10, 4)
 BASE = {
@@ -149,18 +149,3 @@ def test_rows_of_tensors_that_are_put_together_may_differ_and_their_width_may_no
 
     assert compare(base, [longer], assembled=[name]) == ()
     assert [found.kind for found in compare(base, [wider], assembled=[name])] == ["shape"]
-
-
-def test_a_tied_expert_gets_a_head_exactly_where_the_tied_base_stores_one(zoo):
-    stored = changed(lm_head__weight=WIDE.clone())
-    with_head, without = opened(zoo, stored=stored, plain=dict(BASE))
-
-    given = settle_heads(with_head, without).tensors["lm_head.weight"]
-    embedding = without.tensors["model.embed_tokens.weight"]
-    assert (given.name, given.start, given.shape) == (
-        "lm_head.weight",
-        embedding.start,
-        embedding.shape,
-    )
-    assert set(settle_heads(without, with_head).tensors) == set(BASE)
-    assert settle_heads(with_head, with_head) == with_head

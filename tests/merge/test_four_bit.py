@@ -77,6 +77,16 @@ def test_8_bits_are_codes_times_the_largest_of_their_row_in_127ths(zoo):
     torch.testing.assert_close(values(zoo, source)["a.weight"], wanted, rtol=3e-7, atol=0)
 
 
+def test_8_bits_in_tiles_are_refused_before_weights_are_read(zoo):
+    tensors = {"a.weight": torch.zeros(32, 32, dtype=torch.int8), "a.SCB": torch.ones(32)}
+
+    with pytest.raises(BrokenCheckpointError) as caught:
+        opened(zoo, tensors | {"a.weight_format": torch.tensor(2).byte()})  # col_turing
+
+    said = "`a.weight_format` says that its matrix is stored in tiles, not in rows."
+    assert str(caught.value).startswith(f"source: model.safetensors: {said}\n")
+
+
 def by_hand(shape=(5, 26), size=8, n_scales=3):
     """Codes and scales that are easy to say, and what they stand for."""
     n = shape[0] * shape[1]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.quantised import Quantisation, dequantise
+from lewis_hub.checkpoint.quantisation import Quantisation
+from lewis_hub.checkpoint.quantised import dequantise
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.kernels.calls import Decoding, scale_up

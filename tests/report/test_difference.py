@@ -75,6 +75,7 @@ def test_inputs_come_and_go():
             {"models": [{"model": "a/code", "parameters": {"weight": 1.0, "density": [0.2, 0.5]}}]},
             "models[0].parameters.density: [0.1, 0.5] → [0.2, 0.5]",
         ),
+        ({"parameters": {"normalize": 0.10000001}}, "parameters.normalize: true → 0.10000001"),
     ],
 )
 def test_a_field_of_the_recipe_is_told_by_its_path(recipe, told):

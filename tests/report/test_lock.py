@@ -158,6 +158,45 @@ def test_the_digest_tells_apart_which_model_gives_the_embedding_of_a_token():
     assert len(digests) == len(settings)
 
 
+GIVERS = {
+    "tokenizer_source": lambda model: model,
+    "chat_template": lambda model: model,
+    "tokenizer": lambda model: {"source": model, "tokens": {}},
+    "tokens": lambda model: {"source": "base", "tokens": {"<tool>": {"source": model}}},
+    "a token": lambda model: {
+        "source": "base",
+        "tokens": {"<a>": {"source": {"kind": "model_token", "model": model, "token": "zoo/math"}}},
+    },
+}
+
+
+def given_by(what, number, names):
+    """The digest if the model with a number gives the tokenizer or a part of it."""
+    key = what if what in ("tokenizer_source", "chat_template") else "tokenizer"
+    base, *experts = names
+    models = [{"model": name} for name in experts]
+    recipe = {"base_model": base, "models": models, key: GIVERS[what](names[number])}
+    whole = {"models": [{"model": "last"}], "intermediate": [recipe]}
+    return [replace(LOCK, recipe=one).digest for one in (recipe, whole)]
+
+
+@pytest.mark.parametrize("what", GIVERS)
+def test_the_digest_tells_which_model_gives_the_tokenizer_and_not_its_name_or_commit(what):
+    names = ["zoo/base@" + "a" * 40, "zoo/math@" + "b" * 40, "./text"]
+    moved = ["zoo/base@" + "c" * 40, "zoo/math@" + "d" * 40, "./another"]
+
+    digests = [given_by(what, number, names) for number in range(3)]
+
+    assert [given_by(what, number, moved) for number in range(3)] == digests
+    assert len({digest for both in digests for digest in both}) == 6
+
+
+def test_a_folder_named_as_a_word_for_the_tokenizer_is_not_that_word():
+    alike = given_by("tokenizer_source", 1, ["x", "y"])
+
+    assert given_by("tokenizer_source", 1, ["x", "base"]) != alike
+
+
 def test_the_digest_is_the_documented_one():
     document = (
         '{"arithmetic":2,"calibration":[],"guide":[null,null],"inputs":[{"files":{"ä":"sha256:01"},'

@@ -208,6 +208,20 @@ def test_an_unknown_task_is_refused_before_calibration_texts_are_drawn(recipe_fi
     assert not output.exists()
 
 
+def test_a_search_with_other_calibration_texts_begins_anew(recipe_file):
+    task, output = recipe_file.parent / "tasks" / "texts.yaml", recipe_file.parent / "tuning"
+    task.write_text((zoo_folder() / "tasks/zoo_cipher.yaml").read_text().replace("zoo_c", "c", 1))
+    by_task = "{task: cipher, include: tasks, split: train, samples: 8}"
+    recipe_file.write_text(recipe_file.read_text().replace(CALIBRATION % "cipher", by_task))
+    recipe, search = read_recipe(recipe_file), Search(n_trials=1, samples=4)
+
+    first, again = (tune_recipe(recipe, search, output).n_begun for _ in range(2))
+    task.write_text(task.read_text().replace("Question:", "Ask:"))
+    other = tune_recipe(recipe, search, output).n_begun
+
+    assert (first, again, other) == (1, 0, 1)
+
+
 def test_two_searches_in_one_folder_do_not_meet(recipe_file):
     output = recipe_file.parent / "tuning"
     output.mkdir()

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, snapshot_download
 from zoo_hub import put_zoo
 
+import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.cli.main import cli
@@ -503,6 +504,6 @@ def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):
     assert "zoo_reverse" in card
     _overwrite(seeded.api(), "train.jsonl")
     model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
-    assert pipeline.verify(model, allowed, rebuild=True).problems == ()
+    assert lewis_hub.verify(model, allowed, rebuild=True).problems == ()
     with pytest.raises(OutputError, match="calibrated on its own task files, and those are code"):
-        pipeline.verify(model, rebuild=True)
+        lewis_hub.verify(model, rebuild=True)

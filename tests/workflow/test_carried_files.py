@@ -14,7 +14,8 @@ from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.files import visible_files
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import read_recipe
-from lewis_hub.workflow.resolve import hub_api, resolve_inputs, snapshot
+from lewis_hub.workflow.resolve import hub_api, resolve_inputs
+from lewis_hub.workflow.snapshot import snapshot
 
 RECIPE = (
     "base_model: {base}\nmerge_method: task_arithmetic\ndtype: bfloat16\n"

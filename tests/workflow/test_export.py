@@ -113,6 +113,9 @@ def test_a_lock_of_others_is_one_message_before_the_export_or_has_no_effect(plac
     with pytest.raises(OutputError, match="`publish` cannot be read"):
         lewis_hub.export_model("merged", "gguf:f16", progress=False)
     assert not Path("merged/model-F16.gguf").exists()
+    for words in (["push", "merged"], ["push", "merged", "me/other"]):
+        with pytest.raises(OutputError, match="`publish` cannot be read"):
+            CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
 def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):

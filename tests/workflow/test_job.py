@@ -21,7 +21,7 @@ PACKAGE = Path(lewis_hub.__file__).parent
 BORDER = {
     *("pipeline.py", "workflow/resolve.py", "workflow/examine.py", "workflow/job.py"),
     *("workflow/adapters.py", "workflow/mixture.py", "workflow/parts.py", "workflow/steps.py"),
-    "workflow/single_model.py",
+    *("workflow/single_model.py", "workflow/snapshot.py"),
     *("tune/run.py", "tune/space.py"),
 }
 RECIPE = """base_model: zoo/base

@@ -168,6 +168,9 @@ def test_a_folder_is_judged_again_when_it_is_pushed(hub, place):
     assert commits(hub) == published
     assert not json.loads(Path("bad/lewis/gate.json").read_text())["passed"]
     assert "The gate refused this merge." in Path("bad/README.md").read_text()
+    page = Path("bad/lewis/report.html").read_text()
+    told = f"Quality gate: On {FOUND.format(sha=published[0][:8])}."
+    assert (page.count("Quality gate: "), page.count(told)) == (2, 1)
     assert not Path("bad/model.sig").exists()  # it covers the verdict
     assert run("verify", "bad").exit_code == 0
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.evaluate.scores import MetricScore, Scores, TaskScores
+from lewis_hub.report.lock import Lock
+from lewis_hub.workflow.republish import readdress
 from lewis_hub.workflow.resolve import read_recipe
 from lewis_hub.workflow.steps import steps_digest
 
@@ -138,6 +142,25 @@ def test_steps_are_not_made_again_unless_what_they_start_from_changes(hub, place
     assert run("verify", "blend")["problems"] == []
 
 
+def test_a_folder_with_another_merge_of_steps_is_not_taken_for_what_the_repo_holds(hub, place):
+    repo = f"{hub.user}/steps"
+    step = "name: step\n" + RECIPE + "---\n"
+    last = RECIPE.replace("zoo/expert-cipher", "step") + f"publish: {{repo: {repo}}}\n"
+    Path("steps.yaml").write_text(step + last)
+    run("merge", "steps.yaml", "-o", "blend", "--push")
+    Path("steps.yaml").write_text(step + last.replace("models", "parameters: {lambda: 2}\nmodels"))
+    run("merge", "steps.yaml", "-o", "elsewhere", "--push")
+    pushed = published(hub, repo, "lewis/lock.json")
+
+    again = run("merge", "steps.yaml", "-o", "blend", "--push")
+    alone = CliRunner().invoke(cli, ["merge", "steps.yaml", "-o", "blend"])
+
+    assert again["status"] == "unchanged"
+    assert (alone.exit_code, "Nothing changed" in alone.stdout) == (1, False)
+    assert run("merge", "steps.yaml", "-o", "blend", "--push")["status"] == "unchanged"
+    assert published(hub, repo, "lewis/lock.json") == pushed
+
+
 def test_the_steps_of_a_merge_with_another_task_file_are_made_again(tmp_path):
     shutil.copytree(zoo_folder() / "tasks", tmp_path / "tasks")
     step = "name: step\n" + RECIPE + "---\n"
@@ -216,6 +239,47 @@ def test_the_card_names_the_repo_that_a_push_names(hub, place):
     assert run("verify", "merged")["problems"] == []
 
 
+def test_the_commands_of_a_card_name_the_repo_that_a_push_names(hub, place):
+    one, two = f"{hub.user}/one", f"{hub.user}/two"
+    run("merge", "-o", "exported", "--export", "gguf:q8_0")
+    local = Path("exported/README.md").read_text()
+    card = local.replace("'What can you do?'", "'From a card'")  # as one that states an example
+    Path("exported/README.md").write_text(card)
+
+    run("push", "exported", one)
+    run("push", "exported", two)
+
+    for repo in (one, two):
+        commands = re.findall(r"^(?:mlx_lm|llama-cli).*$", published(hub, repo, "README.md"), re.M)
+        assert commands == [
+            f"llama-cli -hf {repo}:Q8_0 -p 'From a card'",
+            f"mlx_lm.generate --model {repo} --prompt 'From a card'",
+            f"mlx_lm.convert --hf-path {repo} -q  # 4 bits, in the folder mlx_model",
+        ]
+
+
+def test_the_leaderboard_entry_names_the_repo_that_a_push_names(hub, place):
+    board = {"dataset": "zoo/reverse", "task_id": "one", "metric": "exact_match,none"}
+    scored = {"tasks": ["sums"], "benchmarks": {"sums": board}}
+    found = Lock.from_json(Path("merged/lewis/lock.json").read_text())
+    lock = replace(found, recipe={**found.recipe, "evaluate": scored})
+    models = {"merged": {"exact_match,none": MetricScore(0.5, 0.25)}}
+    scores = Scores({"sums": TaskScores(n=4, version="1.0", models=models, paired=())})
+    Path("merged/lewis/scores.json").write_text(scores.to_json())
+    entry = Path("merged/.eval_results/reverse.yaml")
+    entry.parent.mkdir()
+    entry.write_text("another\n")
+
+    readdress(Path("merged"), lock, f"{hub.user}/two")
+
+    [written] = yaml.safe_load(entry.read_text())
+    assert written["source"]["url"] == f"https://huggingface.co/{hub.user}/two"
+    assert (written["dataset"]["id"], written["value"]) == ("zoo/reverse", 50.0)
+    entry.unlink()  # as its owner may
+    readdress(Path("merged"), lock, f"{hub.user}/three")
+    assert not entry.exists()
+
+
 @pytest.mark.parametrize(
     "publish",
     ["{repo: USER/x, private: true}", "{repo: USER/x, tag: v1}", "{repo: USER/x, license: mit}"],
@@ -279,3 +343,21 @@ def test_weights_that_are_not_those_of_the_lock_are_not_pushed(hub, place):
         "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
     )
     assert not hub.api().repo_exists(f"{hub.user}/x")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "tokenizer.json"])
+def test_a_folder_that_lacks_a_file_of_its_lock_is_not_pushed(hub, place, name):
+    repo = f"{hub.user}/whole"
+    run("merge", "-o", "sharded", "--max-shard-size", "1MB")
+    run("push", "sharded", repo)
+    before = shas(hub, repo)
+    Path("sharded", name).unlink()
+
+    done = CliRunner().invoke(cli, ["push", "sharded", repo])
+
+    assert str(done.exception) == (
+        f"sharded: {name} is missing.\n"
+        "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
+    )
+    assert shas(hub, repo) == before
+    assert run("verify", repo)["problems"] == []

@@ -194,6 +194,20 @@ def test_the_configuration_follows_the_tokenizer(zoo, source, n_rows, eos):
     } == {n_rows}
 
 
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [("base", {"tekken.json"}), ("union", set()), ("ROOT/y", {"tokenizer_own.model"})],
+)
+def test_the_vocabulary_of_another_library_is_that_of_the_tokenizer(zoo, source, kept):
+    (zoo.root / "base" / "tekken.json").write_text("{}")  # transformers prefers it
+    (zoo.root / "y" / "tokenizer_own.model").write_text("own")
+
+    output = zoo.merge(zoo.recipe(f"tokenizer_source: {source}\n"))
+
+    found = {file.name for file in output.iterdir()} & {"tekken.json", "tokenizer_own.model"}
+    assert found == kept
+
+
 def test_the_bytes_are_the_same_on_every_runner_and_shard_size(zoo):
     recipe = zoo.recipe("parameters: {density: 0.4}\ntokenizer_source: union\n", "dare_ties")
     runs = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 import yaml
+from statistical_merges import Recorder
 from tiny_models import fine_tuned, tiny_model
 
 import lewis_hub
@@ -34,11 +35,17 @@ def recipe(document, folder):
     return lewis_hub.read_recipe(file)
 
 
-def test_check_notes_that_a_classifier_will_not_be_scored(classifiers, tmp_path):
-    report = lewis_hub.check(recipe(classifiers, tmp_path))
+def test_check_and_merge_note_that_a_classifier_is_not_scored(classifiers, tmp_path):
+    unscored, told = recipe(classifiers, tmp_path), Recorder()
+
+    report = lewis_hub.check(unscored)
+    lewis_hub.merge_models(unscored, tmp_path / "merged", progress=told)
 
     assert report.problems == ()
     assert f"{tmp_path / 'base'} {ONLY} {SCORE}" in report.notes
+    assert [said for said in told.said if "note: " in said] == [
+        f"note: {note}" for note in report.notes
+    ]
 
 
 def test_a_recipe_that_scores_a_classifier_is_refused(classifiers, tmp_path):
