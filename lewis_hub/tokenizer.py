@@ -12,10 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.documents import MAX_TABLE_BYTES, SURROGATE, read_json
 from lewis_hub.errors import TokenizerError
+from lewis_hub.files import text_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,8 +34,9 @@ LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain le
 DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
 MAX_UNUSED = 1 << 16  # ids that may be unused beside one for each token
-MAX_GROWTH = 100_000  # how much longer the steps of a tokenizer may make a text
+MAX_GROWTH = 1000  # how much longer the steps of a tokenizer may make a text; NFKC: 33 bytes
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
+STEPS = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -150,9 +153,9 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
+    require_modest(label, document)  # before its steps change its added tokens
     with refused_by_library(label):
         tokenizer = Tokenizer.from_str(json.dumps(document))
-    require_modest(label, document)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -164,11 +167,26 @@ def require_modest(label: str, document: Document) -> None:
     Raises:
         TokenizerError: its steps together may exceed MAX_GROWTH, or MAX_WRITTEN.
     """
-    steps = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
-    for parts, limit in steps.items():
+    for parts, limit in STEPS.items():
         if math.prod(_growth([document.get(part) for part in parts])) > limit:
             problem = f"it may make a text more than {limit:,} times as long"
             raise TokenizerError(f"{label}: tokenizer.json", problem, DAMAGED)
+
+
+def require_modest_file(folder: Path) -> None:
+    """Refuse what `require_modest` does in a folder, before transformers loads it."""
+    with suppress(FileNotFoundError):
+        found = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        if isinstance(found, dict):
+            require_modest(str(folder), found)
+
+
+def require_modest_steps(label: str, tokenizer: Any) -> None:
+    """Refuse the same in a tokenizer of transformers, which may be made of other files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
+    states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
+    require_modest(label, states)
 
 
 def _growth(part: object) -> Iterator[int]:

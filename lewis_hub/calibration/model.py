@@ -21,7 +21,7 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
-from lewis_hub.tokenizer import panics_as_errors
+from lewis_hub.tokenizer import panics_as_errors, require_modest_file, require_modest_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +33,9 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
     auto = transformers.AutoTokenizer
     with refusals(name, "tokenizer"), panics_as_errors():
+        require_modest_file(Path(folder))
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        require_modest_steps(name, loaded)
     limit_templates(loaded)
     return cast("PreTrainedTokenizerBase", loaded)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,12 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.documents import MAX_JSON_BYTES, MAX_TABLE_BYTES, read_json
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
-from lewis_hub.files import text_of
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
-from lewis_hub.tokenizer import panics_as_errors, require_modest
+from lewis_hub.tokenizer import panics_as_errors, require_modest_file, require_modest_steps
 
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),
@@ -82,7 +80,9 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
         with panics_as_errors():
             _require_loadable(folder)
             lm = load(path, settings)
-            limit_templates(getattr(lm, "tokenizer", None))
+            tokenizer = getattr(lm, "tokenizer", None)
+            require_modest_steps(path, tokenizer)
+            limit_templates(tokenizer)
             return lm
     except LewisHubError:
         raise
@@ -104,10 +104,7 @@ def _require_loadable(folder: Path) -> None:
         config = read_json(file.read(MAX_JSON_BYTES + 1))
     if isinstance(config, dict):
         require_buildable(str(folder), config)
-    with suppress(FileNotFoundError):
-        tokenizer = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
-        if isinstance(tokenizer, dict):
-            require_modest(str(folder), tokenizer)
+    require_modest_file(folder)
 
 
 def _transformers(path: str, settings: EvaluationSettings) -> Any:

@@ -29,6 +29,7 @@ from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
+from lewis_hub.tokenizer import require_modest_file
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -93,6 +94,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
         _require_no_code(folder)
+        for file in sorted(folder.rglob("tokenizer.json")):
+            require_modest_file(file.parent)
         kind = getattr(sentence_transformers, _class_of(folder))
         return kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from lewis_hub.errors import (
 )
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.embeddings import load_embedder
 from lewis_hub.evaluate.harness import load
 from lewis_hub.recipe.read import parse_recipe
 
@@ -210,6 +212,56 @@ def test_every_tokenizer_renders_within_limits(tmp_path, monkeypatch):
     ):
         with pytest.raises(TokenizerError, match="it takes more than 0.2 s for one conversation"):
             tokenizer.apply_chat_template(said, tokenize=False)
+
+
+def test_every_tokenizer_of_transformers_is_refused_if_it_makes_texts_very_long(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
+    document = json.loads((base / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "Sequence", "normalizers": [step] * 2}
+    (base / "tokenizer.json").write_text(json.dumps(document))
+
+    loaders = [
+        lambda: load_tokenizer(str(base), "zoo/base"),
+        lambda: load(base, EvaluationSettings()),
+    ]
+    if find_spec("sentence_transformers"):
+        loaders.append(lambda: load_embedder(base, EvaluationSettings()))
+    for loader in loaders:
+        with pytest.raises(TokenizerError, match="a text more than 1,000 times as long"):
+            loader()
+
+
+def test_a_tokenizer_of_another_file_is_refused_if_it_makes_texts_very_long(tmp_path):
+    """transformers takes the newest `tokenizer.VERSION.json` that the configuration lists."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    listed = {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | listed))
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1001}
+    document = json.loads((base / "tokenizer.json").read_text()) | {"normalizer": step}
+    (base / "tokenizer.4.0.0.json").write_text(json.dumps(document))
+
+    for loader in (
+        lambda: load_tokenizer(str(base), "zoo/base"),
+        lambda: load(base, EvaluationSettings()),
+    ):
+        with pytest.raises(TokenizerError, match="a text more than 1,000 times as long"):
+            loader()
+
+
+def test_added_tokens_are_not_made_very_long_while_they_are_read():
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1000}
+    added = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False), "id": 390}
+    document = {
+        **json.loads((zoo_folder() / "base" / "tokenizer.json").read_text()),
+        "added_tokens": [{**added, "content": "e", "normalized": True}],
+        "normalizer": {"type": "Sequence", "normalizers": [step] * 4},
+    }
+    with limits():
+        found = failure(read_tokenizers, {"a/base: tokenizer.json": document})
+
+    assert found is None
 
 
 def test_only_limited_parsers_read_what_others_wrote():
