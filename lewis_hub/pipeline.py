@@ -272,8 +272,8 @@ def _merge_models(
     if target:
         publishing.require_free_tag(target, api)
     require_by_block(job.statistics, api)
-    gives_way = target is not None and publishing.is_published(output, target, api)
-    with open_workspace(output, replace=job.replaces or gives_way) as work:
+    may_replace = job.replaces or (target and publishing.is_published(output, target, api))
+    with open_workspace(output, replace=bool(may_replace)) as work:
         sink = FolderSink(work, target, api, progress)
         files, scored = run(job, sink, api, progress)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub import errors
 from lewis_hub.display import Progress
+from lewis_hub.documents import MAX_JSON_BYTES
 from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_no_links_among, write_whole
+from lewis_hub.files import require_no_links_among, text_of, write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
@@ -145,10 +147,18 @@ def published_file(
 
 
 def lock_in(folder: Path) -> Lock | None:
-    """Return the lock of a folder; None if it has no valid lock."""
+    """Return the lock of a folder; None if it has no valid lock.
+
+    Raises:
+        PublishError: a link leads out of the folder of a lock, which may have come with a recipe:
+            card and report are read there, and written again.
+    """
+    if not os.path.lexists(folder / LOCK):
+        return None
+    hub_publish.files_of(folder)
     try:
-        return Lock.from_json((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, errors.LewisHubError):
+        return Lock.from_json(text_of(folder / LOCK, MAX_JSON_BYTES))
+    except (OSError, errors.LewisHubError):
         return None
 
 
@@ -264,6 +274,7 @@ def push(
     merge. With `force`, a merge that missed its gate is pushed as usual, and the commit names the
     gate. `sent` are files that are uploaded already. See `pipeline.publish`.
     """
+    hub_publish.files_of(folder)  # before anything of it is read
     _require_licence(folder)
     asked, lock = destination.asked, lock_in(folder)
     if lock:

@@ -115,8 +115,8 @@ def transplant_tokenizer(
     execution.require_usable()
     opened = [open_model(api, resolve_one(one, api)) for one in (model, donor)]
     job = compile_transplant(opened[0], opened[1], settings, execution.max_shard_bytes, api)
-    found = complete_in(output)
-    if found and found.digest == job.planned.digest and not execution.replace:
+    found = None if execution.replace else complete_in(output)
+    if found and found.digest == job.planned.digest:
         return Transplanted("unchanged", output, settings, job.origins)
     runner = execution.means(is_read_next=False).runner
     began = datetime.now(UTC)

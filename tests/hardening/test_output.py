@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from zoo_hub import put_zoo
 
 import lewis_hub
+from hardening.fuzz import limits
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
@@ -240,6 +241,46 @@ def test_a_push_writes_and_deletes_nothing_through_a_link(hub, tmp_path, monkeyp
     assert done.exit_code == 1
     assert "`lewis` is a link to outside of the folder" in str(done.exception)
     assert {path.name: path.read_bytes() for path in (tmp_path / "own").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "lewis/recipe.yaml", "lewis/report.html"])
+def test_nothing_behind_a_link_becomes_a_file_of_a_merge_that_came_with_a_recipe(
+    hub, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    base, repo = zoo_folder() / "base", f"{hub.user}/linked"
+    merged = merge(tmp_path / "clone", base, zoo_folder() / "expert-reverse")
+    recipe, mine = merged.with_name("recipe.yaml"), tmp_path / "mine"
+    recipe.write_text(f"{recipe.read_text()}publish: {{repo: {repo}}}\n")
+    mine.write_text(CANARY)
+    (merged / name).unlink()
+    (merged / name).symlink_to(mine)
+
+    for words in (["merge", str(recipe), "--push"], ["merge", str(recipe)], ["push", str(merged)]):
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 1
+        assert f"`{name}` is a link to outside of the folder" in str(done.exception)
+
+    assert (merged / name).is_symlink()
+    assert not hub.api().repo_exists(repo)
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device"])
+def test_a_lock_that_never_ends_is_refused(hub, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    merged = merge(tmp_path / "clone", zoo_folder() / "base", zoo_folder() / "expert-reverse")
+    lock = merged / "lewis" / "lock.json"
+    lock.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to("/dev/zero")
+
+    with limits():
+        for words in (["merge", str(merged.with_name("recipe.yaml"))], ["push", str(merged)]):
+            done = CliRunner().invoke(cli, words)
+            assert isinstance(done.exception, LewisHubError)
+            assert "`lewis/lock.json` is " in str(done.exception)
 
 
 def test_merges_on_the_way_are_not_written_through_a_link(tmp_path):
