@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.documents import MAX_TABLE_BYTES, SURROGATE, read_json
 from lewis_hub.errors import TokenizerError
-from lewis_hub.files import text_of
+from lewis_hub.text_growth import require_modest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,9 +31,6 @@ LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain le
 DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
 MAX_UNUSED = 1 << 16  # ids that may be unused beside one for each token
-MAX_GROWTH = 1000  # how much longer the steps of a tokenizer may make a text; NFKC: 33 bytes
-MAX_WRITTEN = 100  # how much longer it may make what a model wrote
-STEPS = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -159,59 +153,6 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
-
-
-def require_modest(label: str, document: Document) -> None:
-    """Refuse a `tokenizer.json` that makes texts very long, before or after their tokens.
-
-    Raises:
-        TokenizerError: its steps together may exceed MAX_GROWTH, or MAX_WRITTEN.
-    """
-    for parts, limit in STEPS.items():
-        if math.prod(_growth([document.get(part) for part in parts])) > limit:
-            problem = f"it may make a text more than {limit:,} times as long"
-            raise TokenizerError(f"{label}: tokenizer.json", problem, DAMAGED)
-
-
-def require_modest_file(folder: Path) -> None:
-    """Refuse what `require_modest` does in a folder, before transformers loads it."""
-    with suppress(FileNotFoundError):
-        found = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
-        if isinstance(found, dict):
-            require_modest(str(folder), found)
-
-
-def require_modest_steps(label: str, tokenizer: Any) -> None:
-    """Refuse the same in a tokenizer of transformers, which may be made of other files."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
-    states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
-    require_modest(label, states)
-
-
-def _growth(part: object) -> Iterator[int]:
-    """How much longer each replacement inside a part can make a text."""
-    if isinstance(part, list):
-        for item in part:
-            yield from _growth(item)
-    elif isinstance(part, dict):
-        added = [part.get(key) for key in ("content", "prepend")]
-        yield from (len(text) for text in added if isinstance(text, str) and text)
-        if isinstance(charsmap := part.get("precompiled_charsmap"), str):
-            yield _longest_replacement(charsmap)
-        yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
-
-
-def _longest_replacement(charsmap: str) -> int:
-    """The bytes of the longest text in SentencePiece's map of characters.
-
-    It has the size of a trie, the trie, and then the texts, each with a zero byte at its end.
-    """
-    with suppress(ValueError):  # the library refuses it
-        content = base64.b64decode(charsmap)
-        n_trie = int.from_bytes(content[:4], "little")
-        return max(1, *map(len, content[4 + n_trie :].split(b"\0")))
-    return 1
 
 
 @contextmanager

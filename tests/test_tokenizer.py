@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import time
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lewis_hub.errors import TokenizerError
+from lewis_hub.text_growth import require_modest
 from lewis_hub.tokenizer import (
     disagreement,
     extended_files,
@@ -353,8 +355,59 @@ def test_a_tokenizer_that_makes_a_text_very_long_is_refused():
         "normalizer": {"type": "Sequence", "normalizers": [step] * 5},
     }
 
-    with pytest.raises(TokenizerError, match="it may make a text more than 1,000 times as long"):
+    with pytest.raises(TokenizerError, match="it may make a text more than 2,000 times as long"):
         read_vocabulary("org/model", {"tokenizer.json": json.dumps(document).encode()})
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "n"),
+    [
+        ("normalizer", {"type": "ByteLevel"}, 12),
+        ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "a"}, 12),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "(?=.)"}, "content": "a"}, 12),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "b{2}?"}, "content": "a"}, 12),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "b{,2}"}, "content": "a"}, 12),
+        ("decoder", {"type": "BPEDecoder", "suffix": ""}, 8),
+        ("decoder", {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": 1}, 8),
+    ],
+)
+def test_steps_that_make_a_text_longer_each_time_are_refused(part, step, n):
+    kind = "decoders" if part == "decoder" else f"{part}s"
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        part: {"type": "Sequence", kind: [step] * n},
+    }
+
+    with pytest.raises(TokenizerError, match=r"it may make a text more than [\d,]+ times as long"):
+        load_tokenizer("org/model", document)
+
+
+@pytest.mark.parametrize(
+    "normalizers",
+    [
+        [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}] * 20,
+        [{"type": "Replace", "pattern": {"Regex": r"[ '_]+\s"}, "content": "▁"}] * 20,
+        [{"type": "Replace", "pattern": {"String": "``"}, "content": '"'}] * 20,
+        [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}],
+    ],
+)
+def test_steps_of_usual_tokenizers_are_accepted(normalizers):
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+    }
+
+    assert load_tokenizer("org/model", document).encode("aa").ids == [0, 0]
+
+
+def test_a_million_steps_are_refused_at_once():
+    document = {"normalizer": [{"type": "Replace", "content": "a" * 40}] * 1_000_000}
+
+    began = time.process_time()
+    with pytest.raises(TokenizerError, match="more than 2,000 times"):
+        require_modest("org/model", document)
+    assert time.process_time() - began < 1
 
 
 def test_a_map_of_characters_that_makes_a_text_very_long_is_refused():
@@ -369,7 +422,7 @@ def test_a_map_of_characters_that_makes_a_text_very_long_is_refused():
         return load_tokenizer("org/model", {**document, "normalizer": normalizer})
 
     assert read(1000).encode("aa").ids == 2000 * [0]
-    with pytest.raises(TokenizerError, match="it may make a text more than 1,000 times as long"):
+    with pytest.raises(TokenizerError, match="it may make a text more than 2,000 times as long"):
         read(100_001)
 
 

@@ -21,7 +21,8 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
-from lewis_hub.tokenizer import panics_as_errors, require_modest_file, require_modest_steps
+from lewis_hub.text_growth import require_modest_file, require_modest_steps
+from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

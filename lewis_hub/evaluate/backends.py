@@ -15,7 +15,8 @@ from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
-from lewis_hub.tokenizer import panics_as_errors, require_modest_file, require_modest_steps
+from lewis_hub.text_growth import require_modest_file, require_modest_steps
+from lewis_hub.tokenizer import panics_as_errors
 
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),

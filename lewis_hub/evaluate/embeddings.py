@@ -29,7 +29,7 @@ from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
-from lewis_hub.tokenizer import require_modest_file
+from lewis_hub.text_growth import require_modest_file
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval

@@ -216,7 +216,7 @@ def test_every_tokenizer_renders_within_limits(tmp_path, monkeypatch):
 
 def test_every_tokenizer_of_transformers_is_refused_if_it_makes_texts_very_long(tmp_path):
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
-    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 50}
     document = json.loads((base / "tokenizer.json").read_text())
     document["normalizer"] = {"type": "Sequence", "normalizers": [step] * 2}
     (base / "tokenizer.json").write_text(json.dumps(document))
@@ -228,7 +228,7 @@ def test_every_tokenizer_of_transformers_is_refused_if_it_makes_texts_very_long(
     if find_spec("sentence_transformers"):
         loaders.append(lambda: load_embedder(base, EvaluationSettings()))
     for loader in loaders:
-        with pytest.raises(TokenizerError, match="a text more than 1,000 times as long"):
+        with pytest.raises(TokenizerError, match="a text more than 2,000 times as long"):
             loader()
 
 
@@ -238,7 +238,7 @@ def test_a_tokenizer_of_another_file_is_refused_if_it_makes_texts_very_long(tmp_
     config = json.loads((base / "tokenizer_config.json").read_text())
     listed = {"fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
     (base / "tokenizer_config.json").write_text(json.dumps(config | listed))
-    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 1001}
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 2001}
     document = json.loads((base / "tokenizer.json").read_text()) | {"normalizer": step}
     (base / "tokenizer.4.0.0.json").write_text(json.dumps(document))
 
@@ -246,7 +246,7 @@ def test_a_tokenizer_of_another_file_is_refused_if_it_makes_texts_very_long(tmp_
         lambda: load_tokenizer(str(base), "zoo/base"),
         lambda: load(base, EvaluationSettings()),
     ):
-        with pytest.raises(TokenizerError, match="a text more than 1,000 times as long"):
+        with pytest.raises(TokenizerError, match="a text more than 2,000 times as long"):
             loader()
 
 

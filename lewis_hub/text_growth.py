@@ -1,0 +1,102 @@
+"""How much longer the steps of a tokenizer can make a text: a small file could fill the memory.
+
+The steps of `tokenizer.json` follow one another, so what each can do is multiplied. Of a step that
+occurs twice, such as one that writes each byte as a letter of two bytes, the second finds more.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.errors import TokenizerError
+from lewis_hub.files import text_of
+
+MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
+MAX_WRITTEN = 100  # how much longer it may make what a model wrote
+STEPS = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
+BY_TYPE = {  # letters, or bytes of one, that a step can make of a letter
+    "ByteLevel": 5,  # four bytes, and a space before them
+    **dict.fromkeys(("NFC", "NFD"), 4),
+    **dict.fromkeys(("NFKC", "NFKD"), 18),
+    "BertNormalizer": 12,  # NFD, and a space on both sides
+}
+CUT = ("suffix", "pad_token", "word_delimiter_token")  # what a decoder replaces
+# a regular expression of letters and classes, each once or more often: it matches no empty text
+LETTERS = re.compile(
+    r"(?:(?:[^\\\[\](){}|*?+.^$&]|\\[sSdDwWnrt]|\[[^\\\[\]&]+\])(?:\+|\{[1-9]\d*,\d*\})?)+"
+)
+
+
+def require_modest(label: str, document: Mapping[str, Any]) -> None:
+    """Refuse a `tokenizer.json` that makes texts very long, before or after their tokens.
+
+    Raises:
+        TokenizerError: its steps together may exceed MAX_GROWTH, or MAX_WRITTEN.
+    """
+    for parts, limit in STEPS.items():
+        total = 1
+        for growth in _growth([document.get(part) for part in parts]):
+            total *= growth
+            if total > limit:
+                problem = f"it may make a text more than {limit:,} times as long"
+                remedy = "The file is damaged: use an intact copy."
+                raise TokenizerError(f"{label}: tokenizer.json", problem, remedy)
+
+
+def require_modest_file(folder: Path) -> None:
+    """Refuse what `require_modest` does in a folder, before transformers loads it."""
+    with suppress(FileNotFoundError):
+        found = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        if isinstance(found, dict):
+            require_modest(str(folder), found)
+
+
+def require_modest_steps(label: str, tokenizer: Any) -> None:
+    """Refuse the same in a tokenizer of transformers, which may be made of other files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
+    states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
+    require_modest(label, states)
+
+
+def _growth(part: object) -> Iterator[int]:
+    """How much longer each step inside a part can make a text."""
+    if isinstance(part, list):
+        for item in part:
+            yield from _growth(item)
+    elif isinstance(part, dict):
+        yield BY_TYPE.get(str(part.get("type")), 1)
+        added = part.get("content")
+        if isinstance(added, str):
+            yield max(1, len(added) + ("pattern" in part and _may_be_empty(part["pattern"])))
+        yield len(before) if isinstance(before := part.get("prepend"), str) and before else 1
+        yield 2 ** [part.get(key) for key in CUT].count("")
+        if isinstance(charsmap := part.get("precompiled_charsmap"), str):
+            yield _longest_replacement(charsmap)
+        yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
+
+
+def _may_be_empty(pattern: object) -> bool:
+    """Whether what is replaced may be the place between two letters, which are kept."""
+    if isinstance(pattern, dict) and isinstance(text := pattern.get("String"), str):
+        return not text
+    expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+    return not (isinstance(expression, str) and LETTERS.fullmatch(expression))
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """The bytes of the longest text in SentencePiece's map of characters.
+
+    It has the size of a trie, the trie, and then the texts, each with a zero byte at its end.
+    """
+    with suppress(ValueError):  # the library refuses it
+        content = base64.b64decode(charsmap)
+        n_trie = int.from_bytes(content[:4], "little")
+        return max(1, *map(len, content[4 + n_trie :].split(b"\0")))
+    return 1
