@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.system import resident_bytes
+from lewis_hub.system import limited_memory, resident_bytes
 
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 CHECK_EVERY_S = 0.02
+MAX_BITS = 1 << 20  # of a number that a template computes: larger ones take C code very long
 WATCH = "limit of a chat template"
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
 
@@ -33,10 +35,12 @@ def limit_templates(tokenizer: Any) -> None:
     apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
     if apply is None:  # of a server that is given texts
         return
+    _limit_numbers()
 
     @functools.wraps(apply)
     def apply_within_limits(*args: Any, **options: Any) -> Any:
-        with limited(f"{tokenizer.name_or_path}: chat template"):
+        where = f"{tokenizer.name_or_path}: chat template"
+        with limited_memory(2 * MAX_GROWTH_BYTES), limited(where):
             try:
                 return apply(*args, **options)
             except (ArithmeticError, AssertionError, AttributeError, RuntimeError) as error:
@@ -45,6 +49,35 @@ def limit_templates(tokenizer: Any) -> None:
                 raise TemplateError(f"{type(error).__name__}: {error}") from error
 
     tokenizer.apply_chat_template = apply_within_limits
+
+
+def _limit_numbers() -> None:
+    """Let Jinja's sandbox refuse very large numbers: nothing stops C code that computes with them.
+
+    transformers makes the environment itself, so the class is changed.
+    """
+    from jinja2.sandbox import SandboxedEnvironment as Sandbox
+
+    operators = {"**": _power, "*": _product}
+    Sandbox.default_binop_table = {**Sandbox.default_binop_table, **operators}
+    Sandbox.intercepted_binops |= operators.keys()
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int):
+        _require_bits(base.bit_length() * exponent)
+    return operator.pow(base, exponent)
+
+
+def _product(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _require_bits(left.bit_length() + right.bit_length())
+    return operator.mul(left, right)
+
+
+def _require_bits(n_bits: int) -> None:
+    if n_bits > MAX_BITS:
+        raise OverflowError(f"a number has more than {MAX_BITS:,} bits")
 
 
 @contextmanager

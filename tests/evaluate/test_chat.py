@@ -1,5 +1,6 @@
 """Chat templates of others that never end, or fill the memory."""
 
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lewis_hub.errors import TokenizerError
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.chat import limit_templates, limited
+from lewis_hub.system import resident_bytes
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}"
 ENDS = "{% endfor %}{% endfor %}"
@@ -78,6 +80,35 @@ def test_an_error_of_python_code_is_one_of_the_template(template, monkeypatch):
     """Scoring, which comes after the merge, expects no other errors of a template."""
     with pytest.raises(TemplateError, match="^(ZeroDivision|Recursion)Error: "):
         rendered(template, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 10 ** (10 ** 10) > 3 }}",
+        "{% set n = messages | length + 9 %}{{ n ** (n ** 9) > 3 }}",
+        "{% set n = namespace(x=10) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+        "{% endfor %}",
+    ],
+)
+def test_a_number_that_takes_c_code_very_long_is_an_error(template, monkeypatch):
+    with pytest.raises(TemplateError, match="^OverflowError: a number has more than 1,048,576 b"):
+        rendered(template, monkeypatch)
+
+
+def test_a_template_may_compute(monkeypatch):
+    template = "{{ 2 ** 10 }} {{ 3 * 4 }} {{ 2.0 ** -1 }} {{ 'ab' * 2 }} {{ ('-' * 3) ~ 10 ** -1 }}"
+
+    assert rendered(template, monkeypatch) == "1024 12 0.5 abab ---0.1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize("text", ["'x'.center(10 ** 9)", "'%999999999d' % 1"])
+def test_one_call_takes_no_more_memory_than_all(text, monkeypatch):
+    before = resident_bytes()
+    with pytest.raises(TokenizerError, match="takes too much memory"):
+        rendered(f"{{{{ {text} }}}}", monkeypatch, MAX_GROWTH_BYTES=100_000_000)
+    assert resident_bytes() - before < 300_000_000
 
 
 def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch):
