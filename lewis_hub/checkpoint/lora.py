@@ -217,6 +217,15 @@ def adapt(
     return Checkpoint(label, {**base.tensors, **changed}, base.label)
 
 
+def adapted_module(factor: TensorHeader) -> str:
+    """The module that a factor belongs to, as PEFT calls it: a base's file may leave out a prefix.
+
+    `factor` is one of those in a `LowRank`.
+    """
+    name = factor.name.removeprefix(PREFIX)
+    return next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
+
+
 def own_tensors(adapter: Checkpoint) -> tuple[TensorHeader, ...]:
     """The tensors that an adapter's own file contains."""
     adapted = (tensor.adapted for tensor in adapter.tensors.values())

@@ -263,6 +263,18 @@ def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int
     return max(1, min(MAX_BATCH_SIZE, memory_bytes // (n_tokens * n_vocabulary * 8)))
 
 
+def logits_bytes(config: Mapping[str, Any]) -> int:
+    """Bound the logits in memory while a model with this configuration is scored on a CPU.
+
+    Those of a batch stay until the next batch has its own, so they are there one and a half times.
+    """
+    text = config.get("text_config") or config
+    names = (("max_position_embeddings", "n_positions"), ("vocab_size",))
+    found = [[n for key in keys if isinstance(n := text.get(key), int)] for keys in names]
+    largest = math.prod(numbers[0] for numbers in found) * MAX_BATCH_SIZE * 8 if all(found) else 0
+    return 3 * min(CPU_BYTES, largest or CPU_BYTES) // 2
+
+
 def _check_length(name: str, task: Any, lm: Any) -> None:
     """Refuse a task whose longest answer leaves no space for a prompt; lm-eval only asserts it."""
     if task.get_config("output_type") != "generate_until":

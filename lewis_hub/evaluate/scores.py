@@ -166,7 +166,9 @@ class MetricScore:
 
     @property
     def merit(self) -> float:
-        """The value with the sign that gives the better model the higher number."""
+        """The value with the sign that gives the better model the higher number; NaN is worst."""
+        if math.isnan(self.value):  # also an overflown perplexity, which was written as null
+            return -math.inf
         return self.value if self.higher_is_better else -self.value
 
     def __str__(self) -> str:

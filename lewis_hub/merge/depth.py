@@ -1,8 +1,11 @@
-"""The headers of a model whose blocks are put in the places of those of a model of another depth.
+"""The blocks of a model in the places of those of a model of another depth.
 
 A place without a block of the model gets an identity block: the reference's block, with zeros in
 the matrices that write into the residual stream. So a model in the places of a deeper one has the
 outputs that it had. In those of a shallower one, the blocks without a place are left out.
+
+This is the first of two steps. The tensors keep the width of the model; `in_widths` puts them into
+that of the reference, which may be the same.
 
 The paper (arXiv:2501.00061) merges into the deeper model. In its code, for convolutions, all
 weights of an identity block are zero, but those of a shortcut. With the reference's weights, the

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import write_tensors
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import LowRank, TensorHeader, torch_dtypes
+from lewis_hub.checkpoint.lora import EMBEDDING, adapted_module
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.checkpoint.writer import OutputTensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MERGE, MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
-from lewis_hub.merge.adapter_settings import is_embedding
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fitted, stored_factors
 from lewis_hub.methods import registry
@@ -42,9 +41,11 @@ class MergedUpdate:
     """
 
     tensor: str  # of the base
+    module: str  # as PEFT calls it
     left: Tensor
     right: Tensor
     error: float  # Frobenius norm of what was cut off, as a share of the merged update's
+    is_embedding: bool  # whether PEFT has factors of an embedding for the module
     is_transposed: bool  # whether a Linear's weight is stored as (in, out)
 
 
@@ -140,10 +141,12 @@ def _merged(
     else:
         merged = _by_entries(shard, tensor, factors)
         left, right, error = _cut(merged, most, cut.error, tensor.output.name)
-    if is_embedding(tensor.inputs[0]):
-        return MergedUpdate(tensor.output.name, right.T, left.T, error, is_transposed=False)
-    transposed = _is_transposed(tensor)
-    return MergedUpdate(tensor.output.name, left, right, error, is_transposed=transposed)
+    factor = next(update.a for header in tensor.inputs if (update := _update(header)))
+    embeds, flips = factor.name.endswith(EMBEDDING[0]), _is_transposed(tensor)
+    if embeds:
+        left, right, flips = right.T, left.T, False
+    of = (tensor.output.name, adapted_module(factor))
+    return MergedUpdate(*of, left, right, error, is_embedding=embeds, is_transposed=flips)
 
 
 def _is_transposed(tensor: TensorPlan) -> bool:
@@ -235,13 +238,12 @@ def write_adapter(
     is_transposed = False
     kind = torch_dtypes()[dtype]
     for update in updates:
-        module, tensor = names.module(update.tensor), base.tensors[update.tensor]
         left, right = update.left.to(kind), update.right.to(kind)
         if not (left.isfinite().all() and right.isfinite().all()):
             remedy = f"It does not fit into {dtype}: choose another `dtype`, or lower the weights."
             raise NonFiniteError(update.tensor, MERGE, remedy)
-        held |= stored_factors(module, left, right, of=tensor)
-        fits[module] = Fit(left.shape[1], update.error)
+        held |= stored_factors(update.module, left, right, embeds=update.is_embedding)
+        fits[update.module] = Fit(left.shape[1], update.error)
         is_transposed = is_transposed or update.is_transposed
     if not held:
         raise MergeError("models", "no adapter changes a module", "Use intact adapters.")

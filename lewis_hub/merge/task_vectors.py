@@ -20,7 +20,7 @@ import numpy as np
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
-from lewis_hub.checkpoint.lora import EMBEDDING, LINEAR, PREFIX
+from lewis_hub.checkpoint.lora import BASE_LAYER, EMBEDDING, LINEAR, PREFIX
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
@@ -142,7 +142,8 @@ def extract(
                 most = settings.most or min(change.shape)
                 of = (name, expert[0].label)
                 found = fitted(change, most, settings.error, factor_dtypes[dtype], of)
-                held |= stored_factors(module, found.left, found.right, of=header)
+                embeds = is_embedding(header)
+                held |= stored_factors(module, found.left, found.right, embeds=embeds)
                 fits[module] = Fit(found.rank, found.error)
             elif form == "whole":
                 held[f"{PREFIX}{name}"] = theirs.to(whole_dtypes[dtype])
@@ -157,6 +158,7 @@ def extract(
     if not held:
         problem = "it is equal to the base, so there is nothing to extract"
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
+    held = _with_bias_of_base_layer(held, fits)
     configuration, weights = ADAPTERS
     config = adapter_config(base[0], fits, whole)
     embeddings = [name for name in whole if is_embedding(base[0].tensors[name])]
@@ -175,20 +177,26 @@ def extract(
     return Extracted(fits, tuple(whole), n_bytes, left_out=tuple(left_out))
 
 
+def _with_bias_of_base_layer(
+    held: Mapping[str, Tensor], adapted: Collection[str]
+) -> dict[str, Tensor]:
+    """Name the biases of adapted modules as PEFT does, which looks for them nowhere else."""
+    moved = {f"{PREFIX}{one}{BIAS}": f"{PREFIX}{one}{BASE_LAYER}bias" for one in adapted}
+    return {moved.get(name, name): tensor for name, tensor in held.items()}
+
+
 def _form(tensor: TensorHeader, base: Checkpoint, settings: LoraSettings) -> Form:
     if settings.form(tensor, is_matrix=False) == "left out":
         return "left out"  # also if PEFT could not store it
     return settings.form(tensor, is_matrix=_is_update(tensor, base))
 
 
-def stored_factors(
-    module: str, left: Tensor, right: Tensor, *, of: TensorHeader
-) -> dict[str, Tensor]:
+def stored_factors(module: str, left: Tensor, right: Tensor, *, embeds: bool) -> dict[str, Tensor]:
     """The tensors of an adapter's file for the update `left @ right` of a module's weight.
 
     PEFT stores the factors of an embedding as those of the transposed table.
     """
-    if is_embedding(of):
+    if embeds:
         a, b = left.T.contiguous(), right.T.contiguous()
         return {f"{PREFIX}{module}.{EMBEDDING[0]}": a, f"{PREFIX}{module}.{EMBEDDING[1]}": b}
     a, b = right.contiguous(), left.contiguous()

@@ -13,6 +13,8 @@ of each norm of the residual stream are multiplied by the mean over tokens of
 
 with x the d' units of the model, and y the d units of the reference.
 
+A model of another depth too has zeros in its identity blocks, in the rows of its own units only.
+
 The paper (arXiv:2501.00061) merges the most similar units, also of one model, until as many remain
 as the wider model has. In its code, scales and biases of norms are averaged as any weights.
 """

@@ -63,6 +63,11 @@ class Align(Part):
     )
 
     @property
+    def matches_units(self) -> bool:
+        """Whether units are matched, of one width or two; otherwise blocks alone are."""
+        return self.method is not None or self.width is not None
+
+    @property
     def needs_texts(self) -> bool:
         """Whether the models are run on texts."""
         return self.weight_similarity < 1 or self.always_runs
@@ -74,11 +79,11 @@ class Align(Part):
         Before units are matched, blocks are compared on texts alone. For another width, the scales
         of norms are measured.
         """
-        return self.width is not None or (self.method is not None and self.depth is not None)
+        return self.width is not None or (self.matches_units and self.depth is not None)
 
     @model_validator(mode="after")
     def _is_one_of_the_kinds(self) -> Align:
-        if not (self.method or self.depth or self.width) or (self.method and self.width):
+        if not (self.matches_units or self.depth) or (self.method and self.width):
             raise ValueError(EXPECTED)
         return self
 

@@ -210,7 +210,7 @@ class ModelEntry(Part):
         description="`dual_space`: match its units with those of the base or of the first model, "
         "for models that were trained from different starts. `segment_wise`: match its blocks, for "
         "models of different depth. `neuron_matching`, `neuron_zipping`: match its units, for "
-        "models of different width.",
+        "models of different width. `{depth: segment_wise, width: neuron_matching}`: both.",
     )
 
     @model_validator(mode="before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -77,12 +78,9 @@ def _plain(value: Any) -> str:
 def _inputs(
     before: Sequence[LockedInput | LockedData], after: Sequence[LockedInput | LockedData]
 ) -> Iterator[str]:
-    old, new = (
-        {(getattr(each, "role", "calibration"), each.name): each for each in side}
-        for side in (before, after)
-    )
+    old, new = _by_place(before), _by_place(after)
     for place in dict.fromkeys((*old, *new)):
-        role, name = place
+        role, name, _ = place
         if place not in new:
             yield f"{role} {name}: no longer used"
         elif place not in old:
@@ -93,6 +91,20 @@ def _inputs(
             rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             files = f" ({', '.join(changed[:3])}{rest})"
             yield f"{role} {name}: {moved}{files if changed else UNCHANGED}"
+
+
+def _by_place(
+    inputs: Sequence[LockedInput | LockedData],
+) -> dict[tuple[str, str, int], LockedInput | LockedData]:
+    """Inputs by role, name and number: a merge may have several revisions of one model."""
+    commits: defaultdict[tuple[str, str], dict[str, LockedInput | LockedData]] = defaultdict(dict)
+    for one in inputs:  # several experts may be measured on one dataset
+        commits[getattr(one, "role", "calibration"), one.name].setdefault(one.commit_sha, one)
+    return {
+        (*place, number): one
+        for place, found in commits.items()
+        for number, one in enumerate(found.values())
+    }
 
 
 def _exchanged(before: Lock, after: Lock) -> Iterator[str]:

@@ -100,19 +100,19 @@ def _against(
     merged, other = task.models[MERGED][metric], task.models[label][metric]
     tests = (t for t in task.paired if t.metric == metric and t.against == label)
     test = next(tests, None)
-    margin = merged.merit - other.merit
+    is_better, is_equal = merged.merit > other.merit, merged.merit == other.merit
     is_noise = test is not None and test.p_holm >= SIGNIFICANT
     numbers = f"{number(merged.value)} against {number(other.value)}"
     if test:
         difference = _difference(test.difference, test.ci95)
         numbers += f" ({difference}, adjusted p {_p(test.p_holm)})"
-    if label == UNIFORM and (margin == 0 or is_noise):
+    if label == UNIFORM and (is_equal or is_noise):
         worse = "is not significantly better than"
         yield False, f"{where} the merged model {worse} {rival}: {numbers}."
-    elif margin:
-        word = "better" if margin > 0 else "worse"
+    elif not is_equal:
+        word = "better" if is_better else "worse"
         noise = "; the difference is not significant" if is_noise else ""
-        yield margin > 0, f"{where} the merged model is {word} than {rival}: {numbers}{noise}."
+        yield is_better, f"{where} the merged model is {word} than {rival}: {numbers}{noise}."
 
 
 def _difference(value: float, ci95: tuple[float, float]) -> str:

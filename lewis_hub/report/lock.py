@@ -145,12 +145,17 @@ class Lock:
             if document["version"] != VERSION:
                 problem = f"it has version {document['version']}, expected {VERSION}."
                 raise OutputError(file, problem, "Use the version of lewis-hub that wrote it.")
-            _, digest, _ = (document.pop(key) for key in ("version", "digest", "seal"))
+            sealed = {key: part for key, part in document.items() if key != "seal"}
+            _, digest, seal = (document.pop(key) for key in ("version", "digest", "seal"))
             lock = TypeAdapter(cls).validate_python(document)
             written = lock.to_json()
         except (ValueError, TypeError, KeyError) as error:
             problem = f"it is not the lock of a merge ({_reason(error)})."
             raise OutputError(file, problem, "Use the file that the merge wrote.") from None
+        if digest != lock.digest and seal == _sha256(sealed):
+            problem = "it is whole, but its digest is by the rules of another version of lewis-hub."
+            by = lock.software.get("lewis_hub", "unknown")
+            raise OutputError(file, problem, f"Use that version ({by}), or merge again.")
         if digest != lock.digest:
             problem = f"it states the digest {digest}, but its contents have {lock.digest}."
             raise OutputError(file, problem, CHANGED)

@@ -80,9 +80,7 @@ def alignment_problems(
     if settings is None:
         return []
     problems = []
-    if find_spec("scipy") is None and any(
-        one and (one.method or one.width) for one in settings.asked
-    ):
+    if find_spec("scipy") is None and any(one and one.matches_units for one in settings.asked):
         problems.append(str(ExtraMissingError("`align`", "align")))
     reference = settings.reference
     for expert, asked in zip(settings.experts, settings.asked, strict=True):
@@ -238,12 +236,12 @@ def _match(
     found = AlignedModel(*names_of_both, asked.weight_similarity, calibration, {}, {}, {})
     units = reference.units
     if asked.depth:  # weights cannot be compared before units are matched
-        weight = 0.0 if asked.method or asked.width else asked.weight_similarity
-        compared: Seen = "updates" if asked.method or asked.width else "outputs"
+        weight = 0.0 if asked.matches_units else asked.weight_similarity
+        compared: Seen = "updates" if asked.matches_units else "outputs"
         blocks = _match_blocks(pair, weight, compared, loader)
         units, expert = units.without(blocks.identity), replace(expert, blocks=blocks.numbers)
         found = replace(found, blocks=blocks)
-    if asked.method or asked.width:
+    if asked.matches_units:
         matched = _match_units(reference, expert, units, asked.weight_similarity, loader)
         orders, before, after = matched.orders, matched.unmatched, matched.similarity
         found = replace(found, orders=orders, before=before, after=after)

@@ -60,7 +60,7 @@ def _n_kept(n_tokens: int) -> int:
 
 def kept_sites(asked: Align, units: Units) -> Iterable[str]:
     """Return the sites of a model whose activations are kept until it is matched."""
-    return units.sites if asked.method or asked.width else units.streams[1:]
+    return units.sites if asked.matches_units else units.streams[1:]
 
 
 def _comparing_bytes(asked: Align, pair: Sequence[Units], n_kept: int) -> int:
@@ -71,7 +71,7 @@ def _comparing_bytes(asked: Align, pair: Sequence[Units], n_kept: int) -> int:
     of_blocks = of_units = 0
     if asked.depth:
         of_blocks = WIDTH * n_kept**2 * sum(units.n_blocks for units in pair)
-    if asked.method or asked.width:
+    if asked.matches_units:
         pairs = (size * theirs.sizes.get(group, 0) for group, size in ours.sizes.items())
         of_units = min(HELD_BYTES, WIDTH * sum(pairs)) + 2 * sum(map(_largest_bytes, pair))
     return TORCH_BYTES + max(of_blocks, of_units)

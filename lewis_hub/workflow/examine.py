@@ -14,6 +14,7 @@ from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError, MergeError, PublishError
+from lewis_hub.evaluate.harness import logits_bytes
 from lewis_hub.evaluate.scorable import only, require_scorable, scored_elsewhere, unscorable
 from lewis_hub.evaluate.tasks import LibraryName, TaskSelection
 from lewis_hub.guides import registry as guides
@@ -360,6 +361,8 @@ def workload_of(
     if recipe.mixed and recipe.gate_mode not in WITHOUT_PROMPTS:
         measured = (sources.donor,)
     rivals = rivals_of(recipe.evaluate, sources).values() if recipe.evaluate else ()
+    by_transformers = recipe.evaluate and recipe.evaluate.backend in (None, "hf")
+    on_cpu = by_transformers and execution.loading.device == "cpu"
     return Workload(
         sources=sources,
         output=output,
@@ -373,6 +376,7 @@ def workload_of(
         measurement=measurement,
         loading=execution.loading,
         scores=recipe.evaluate is not None,
+        logits_bytes=logits_bytes(sources.donor.config) if on_cpu else 0,
         n_twins=uniform + (plain_twin(recipe) is not None),
         uniform_twin=uniform,
         loaded=frozenset(source.pinned for source in (*measured, *rivals)),

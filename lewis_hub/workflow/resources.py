@@ -322,6 +322,7 @@ class Workload:
     measurement: Measurement
     loading: Loading
     scores: bool  # whether models are scored
+    logits_bytes: int  # of the batches that are scored at a time
     n_twins: int  # number of twins that are made to be scored beside the merge
     uniform_twin: bool  # whether one of them has uniform densities
     loaded: Collection[str]  # pinned sources that transformers loads as whole models
@@ -393,11 +394,11 @@ class Workload:
         return TORCH_BYTES + held_bytes + narrow_bytes
 
     def _scoring_bytes(self, n_pickled: int) -> int:
-        """Estimate the memory of scoring: one model, in float32 on a CPU."""
+        """Estimate the memory of scoring: one model, in float32 on a CPU, and its logits."""
         if not self.scores:
             return 0
         sizes = map(_n_elements, (self.output, *self.sources.checkpoints))
-        return TORCH_BYTES + WIDTH * max(*sizes, n_pickled)
+        return TORCH_BYTES + WIDTH * max(*sizes, n_pickled) + self.logits_bytes
 
     def _writing_bytes(self) -> int:
         """Estimate the memory of an expert that writes texts, without its keys and values."""

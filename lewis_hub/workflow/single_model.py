@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.profile import ImportanceProfile, Measure
 from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.documents import MAX_TABLE_BYTES
@@ -190,7 +193,8 @@ def extract_lora(
         ]
         tensors = headers[0].tensors.values()
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
-        pairs = list(zip(headers, readers, strict=True))
+        named = (_as_loaded(one, opened_base.config) for one in headers)
+        pairs = list(zip(named, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
             is_tied = has_tied_head(opened_base.config, headers[0])
             found = extract(
@@ -203,6 +207,26 @@ def extract_lora(
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
+
+
+def _as_loaded(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """Name tensors as the language model does: PEFT needs a prefix that its file may lack."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
+
+    kind, named = KINDS.get(config.get("model_type", "")), config.get("architectures")
+    is_named = isinstance(named, list) and kind in named
+    if not isinstance(kind, str) or not is_named or config.get("text_config"):
+        return checkpoint
+    prefix = f"{getattr(transformers, kind).base_model_prefix}."
+    if any(name.startswith(prefix) for name in checkpoint.tensors):
+        return checkpoint
+    tensors = {
+        name if names.is_head(name) else prefix + name: tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    renamed = {name: replace(tensor, name=name) for name, tensor in tensors.items()}
+    return replace(checkpoint, tensors=renamed)
 
 
 def _fitting(sources: MergeSources) -> list[Checkpoint]:

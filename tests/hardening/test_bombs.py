@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lewis_hub
 from hardening.fuzz import failure, limits
 from hardening.targets import (
     FILE,
@@ -137,7 +138,7 @@ def test_a_configuration_of_other_types_is_one_message(key, value, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {key: value}))
 
     with pytest.raises(CheckFailedError, match=r"base: `\w+` of its config.json is no "):
-        pipeline.transplant_tokenizer(base, base, tmp_path / "out")
+        lewis_hub.transplant_tokenizer(base, base, tmp_path / "out")
 
 
 def test_the_number_of_layers_is_told(tmp_path):

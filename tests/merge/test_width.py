@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
 from lewis_hub.errors import AlignmentError
+from lewis_hub.merge.depth import in_places
 from lewis_hub.merge.matching import ComparedModel, best_order, match, match_heads, nearest_units
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.quantised import read_floats
@@ -24,6 +25,7 @@ COMMON = {"vocab_size": 37, "num_hidden_layers": 2, "max_position_embeddings": 6
 ONE = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4}
 TWO = {"hidden_size": 18, "intermediate_size": 26, "num_attention_heads": 6}
 NORMS = ("input", "post_attention")
+WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 KINDS = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
@@ -115,6 +117,39 @@ def test_entries_are_read_as_the_definition_says(kind, tmp_path):
                 expected = by_definition(base, stored, units.axes[name], places)
                 found = read_tensor(reader, header)
                 assert header.shape == one.tensors[name].shape
+                assert (found - expected).abs().max() < 1e-6, name
+                piece = read_floats(reader, header, 1, header.n_elements - 3)
+                assert np.array_equal(piece, found.flatten()[1:-2].numpy()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_identity_block_adds_nothing_to_the_units_of_a_model_of_another_width(kind, tmp_path):
+    """Block 1 of the model is in place 1; place 0 is the reference's block but for those rows."""
+    (one, units), (two, others) = models(kind, tmp_path)
+    generator = np.random.default_rng(0)
+    places = {
+        group: generator.integers(-1, units.sizes[group], size)
+        for group, size in others.sizes.items()
+        if not group.startswith("0.")
+    }
+    places["residual"] = np.where(np.arange(18) < 15, np.arange(18), -1)
+
+    moved = in_places(one, two, (None, 1), units)
+    fitted = in_widths(one, moved, units, places, {})
+
+    assert {n for n in moved.tensors if ".0." in n} == {f"model.layers.0.{n}" for n in WRITERS}
+    with TensorReader(tmp_path / "one", "one") as ours, TensorReader(tmp_path / "two", "t") as own:
+        files = {"one": ours, "two": own}
+        with open_source("two", fitted.base, lambda label: nullcontext(files[label])) as reader:
+            for name, header in fitted.tensors.items():
+                base = read_tensor(ours, one.tensors[name])
+                if ".0." in name:
+                    expected = base.clone()
+                    expected[: 15 if name.endswith(WRITERS) else 0] = 0
+                else:
+                    stored = read_tensor(own, two.tensors[name]).double()
+                    expected = by_definition(base.double(), stored, units.axes[name], places)
+                found = read_tensor(reader, header)
                 assert (found - expected).abs().max() < 1e-6, name
                 piece = read_floats(reader, header, 1, header.n_elements - 3)
                 assert np.array_equal(piece, found.flatten()[1:-2].numpy()), name

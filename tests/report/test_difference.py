@@ -51,6 +51,22 @@ def test_a_commit_that_changed_only_a_readme_says_so():
     )
 
 
+def test_each_revision_of_a_model_and_each_dataset_is_told_once():
+    base, first, second = *LOCK.inputs, locked("a/code", "expert", "5", config="z")
+    of_both = (*LOCK.calibration, *LOCK.calibration)
+    both = replace(LOCK, inputs=(base, first, second), calibration=of_both)
+    moved = locked("a/code", "expert", "4", config="other")
+
+    assert differences(both, replace(both, inputs=(base, moved, second))) == (
+        "expert a/code: 222222222222 → 444444444444 (config.json)",
+    )
+    assert differences(both, replace(both, calibration=LOCK.calibration)) == ()
+    data = replace(LOCK.calibration[0], commit_sha="6" * 40, files={"train": "y"})
+    assert differences(both, replace(both, calibration=(data, data))) == (
+        "calibration a/data: 333333333333 → 666666666666 (train)",
+    )
+
+
 def test_inputs_come_and_go():
     other = replace(LOCK, inputs=(LOCK.inputs[0], locked("a/maths", "expert", "5")), calibration=())
 

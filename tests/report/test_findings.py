@@ -65,6 +65,24 @@ def test_guidance_that_hurts_is_a_limit(make_scores):
     assert "is worse than its uniform twin: 0.400 against 0.600" in limits[1]
 
 
+def test_no_number_is_worse_than_any():
+    """As an overflown perplexity, which is written as null."""
+    gains, limits = findings(one_task("ppl", higher=False, base=30.0, twin=math.nan, merged=21.0))
+    assert gains == [
+        "On `sums` (ppl) the merged model is better than its uniform twin: 21.000 against nan."
+    ]
+    assert limits == []
+    overflown = one_task("ppl", higher=False, base=30.0, math=20.0, merged=math.nan)
+    assert findings(overflown) == (
+        [],
+        [
+            "On `sums` (ppl) the merged model is worse than its best expert, `zoo/math`: nan "
+            "against 20.000.",
+            "On `sums` (ppl) the merged model is worse than the base: nan against 30.000.",
+        ],
+    )
+
+
 def test_a_gain_over_the_twin_without_statistics_is_told():
     models = {
         label: {"acc": MetricScore(value, None)}

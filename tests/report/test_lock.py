@@ -311,6 +311,20 @@ def test_what_no_digest_fixes_is_sealed():
     )
 
 
+def test_a_lock_with_the_digest_of_another_version_is_not_called_changed():
+    document = {**json.loads(LOCK.to_json()), "digest": f"sha256:{'0' * 64}"}
+    del document["seal"]
+    document["seal"] = "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
+
+    with pytest.raises(OutputError) as refused:
+        Lock.from_json(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+    assert str(refused.value) == (
+        "lewis/lock.json: it is whole, but its digest is by the rules of another version of "
+        "lewis-hub.\nUse that version (0.1.0), or merge again."
+    )
+
+
 def test_a_lock_is_what_its_schema_says():
     validator = Draft202012Validator(json.loads(schema()))
     document = json.loads(LOCK.to_json())

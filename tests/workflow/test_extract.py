@@ -85,6 +85,76 @@ def test_tied_embeddings_are_stored_as_the_head_too_because_peft_unties_them(mod
     assert config["ensure_weight_tying"]
 
 
+def test_names_have_the_prefix_that_a_file_leaves_out_and_peft_knows(model, tmp_path):
+    def bare(tensors):
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+    base, expert = model("base", bare), model("expert", lambda tensors: bare(tuned(tensors)))
+    whole, plain = (model(name, change) for name, change in (("a", dict), ("b", tuned)))
+
+    told = extract(expert, "--base", base, "--rank", 3, "-o", tmp_path / "adapter")
+    extract(plain, "--base", whole, "--rank", 3, "-o", tmp_path / "wanted")
+
+    found, wanted = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "wanted")
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    configs = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())
+        | {"base_model_name_or_path": None}
+        for name in ("adapter", "wanted")
+    ]
+    assert configs[0] == configs[1]
+    assert "model.norm.weight" in told["whole"]
+    text = f"{{base_model: {base}, models: [{tmp_path / 'adapter'}], merge_method: linear}}"
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(
+        merged["norm.weight"], load_file(expert / "model.safetensors")["norm.weight"]
+    )
+
+
+def test_a_model_that_is_no_language_model_has_the_names_of_its_file(model, tmp_path):
+    def bare(tensors):
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+    base, expert = model("base", bare), model("expert", lambda tensors: bare(tuned(tensors)))
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (base / "config.json").write_text(json.dumps(config))
+
+    extract(expert, "--base", base, "--rank", 3, "-o", tmp_path / "adapter")
+
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.norm.weight" in found
+
+
+def test_the_bias_of_an_adapted_module_is_where_peft_looks_for_it(model, tmp_path):
+    adapted, other = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.v_proj.bias"
+
+    def biased(tensors, value):
+        return tensors | {
+            name: torch.full((len(tensors[name[:-4] + "weight"]),), value)
+            for name in (adapted, other)
+        }
+
+    base = model("base", lambda tensors: biased(tensors, 0.5))
+    expert = model("expert", lambda tensors: biased(tuned(tensors), 0.75))
+    adapter = tmp_path / "adapter"
+
+    told = extract(expert, "--base", base, "--rank", 3, "-o", adapter)
+
+    held = load_file(adapter / "adapter_model.safetensors")
+    biases = {name.removeprefix("base_model.model.") for name in held if name.endswith("bias")}
+    assert biases == {"model.layers.0.self_attn.q_proj.base_layer.bias", other}
+    assert {adapted, other} <= {*told["whole"]}
+    assert json.loads((adapter / "adapter_config.json").read_text())["bias"] == "all"
+    text = f"{{base_model: {base}, models: [{adapter}], merge_method: linear}}"
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {*merged[adapted].tolist(), *merged[other].tolist()} == {0.75}
+
+
 @pytest.mark.parametrize("option", ["--exclude", "--include"])
 def test_a_tied_head_is_not_stored_without_embeddings(model, tmp_path, option):
     pattern = "embed_tokens" if option == "--exclude" else "q_proj"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lewis_hub
 from lewis_hub.checkpoint.lora import PREFIX
@@ -112,6 +113,34 @@ def test_the_adapter_on_its_base_is_the_merge_of_the_adapters(adapters, method):
     merged = on_base(adapters / "again", adapters / "out")
     for name, tensor in dense.items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", ["", "transformer."])
+def test_the_factors_are_named_as_those_of_the_adapters(tmp_path, cut):
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=12)
+    ).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    stored = {name.removeprefix(cut): one for name, one in load_file(file).items()}
+    save_file(stored, file, {"format": "pt"})  # as GPT-2 was published, without its prefix
+    module = f"{PREFIX}transformer.wpe"
+    tensors = {
+        f"{module}.lora_embedding_A": torch.arange(24.0).view(2, 12),
+        f"{module}.lora_embedding_B": torch.arange(16.0).view(8, 2),
+    }
+    (tmp_path / "one").mkdir()
+    save_file(tensors, tmp_path / "one" / "adapter_model.safetensors")
+    told = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    (tmp_path / "one" / "adapter_config.json").write_text(told)
+    text = f"{{base_model: {tmp_path}/base, models: [{tmp_path}/one], merge_method: linear}}"
+
+    lewis_hub.merge_loras(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+
+    held = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["transformer.wpe" if cut else "wpe"]
 
 
 def test_a_rank_or_an_error_cuts_the_update_down(adapters):

@@ -148,7 +148,7 @@ def test_card_lock_and_rebuild_know_depth_and_width(folder, monkeypatch):
     card = (output / "README.md").read_text(encoding="utf-8")
     assert (
         "`one` has 2 blocks and `big` has 4. Its blocks were first put in the places of those that "
-        "they resemble most, in their order. Places 1, 3 got identity blocks, which add nothing"
+        "they resemble most, in their order. Places 1, 3 got identity blocks, which add nothing.\n"
     ) in card
     assert (
         "Similarity (100 % CKA of what they add) of the blocks of big (rows) and one (columns)."
