@@ -227,18 +227,16 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     return model, loading
 
 
-def build_empty(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
+def build_empty(folder: Path, label: str) -> PreTrainedModel:
     """Build the model that a configuration describes, with all its values on the meta device.
 
-    A CalibrationModelError says that transformers cannot build it, that it names no architecture,
-    or that it has more blocks than the checkpoint has tensors.
+    A CalibrationModelError says that transformers cannot build it, or that it names no architecture.
     """
-    with refusals(checkpoint.label, "model"), quiet():
+    with refusals(label, "model"), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        n_blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if not config.architectures or n_blocks > len(checkpoint.tensors):
-            problem = f"its config.json does not describe its files: {n_blocks} blocks"
-            raise CalibrationModelError(checkpoint.label, problem, "Use an intact copy.")
+        if not config.architectures:
+            problem = "its config.json names no architecture"
+            raise CalibrationModelError(label, problem, "Use an intact copy.")
         kind = model_class(folder)
         build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
         with no_init_weights(), torch.device("meta"):

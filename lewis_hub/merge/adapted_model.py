@@ -12,7 +12,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError
 
 HEAD = "lm_head.weight"  # the name in transformers of a head that is tied
-FUSED = "is fused or split when transformers loads the model"
+FUSED = "is fused, split or reshaped when transformers loads the model"
 ALSO, UNCHANGED = "is also", "which PEFT would not change with it"
 WEIGHT = ".weight"
 TRANSPOSED = "lies as (in, out), as GPT-2's do"
@@ -54,7 +54,7 @@ def adapted_model(
     from lewis_hub.calibration.model import linears
 
     try:
-        model = build_empty(folder, checkpoint)
+        model = build_empty(folder, checkpoint.label)
     except CalibrationModelError:
         tables = filter(names.is_token_embedding, checkpoint.tensors)
         heads = dict.fromkeys(tables, HEAD) if has_tied_head else {}

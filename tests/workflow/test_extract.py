@@ -420,7 +420,7 @@ def test_an_embedding_in_a_block_is_stored_whole(tmp_path):
                 architectures=["MixtralForCausalLM"],
             ),
             (),
-            "fused or split when transformers loads the model",
+            "fused, split or reshaped when transformers loads the model",
         ),
         (
             transformers.GPT2Config(
