@@ -230,7 +230,7 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
 def build_empty(folder: Path, label: str) -> PreTrainedModel:
     """Build the model that a configuration describes, with all its values on the meta device.
 
-    A CalibrationModelError says that transformers cannot build it, or that it names no architecture.
+    A CalibrationModelError says that transformers cannot build it, or that it names none.
     """
     with refusals(label, "model"), quiet():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
