@@ -40,6 +40,20 @@ def stack(name: str) -> str | None:
     return name[: found.start()] if found else None
 
 
+def prefixes(own: Collection[str], others: Collection[str]) -> tuple[str, str]:
+    """The different prefixes of the same tensors in two files: (`transformer.`, ``) for GPT-2.
+
+    Both are empty if the names agree, or if a model has several block lists.
+    """
+    ours, theirs = ({stack(name) for name in found} - {None} for found in (own, others))
+    if len(ours) != 1 or len(theirs) != 1:
+        return "", ""
+    first, second = str(*ours), str(*theirs)
+    if first.endswith(f".{second}"):
+        return first.removesuffix(second), ""
+    return "", second.removesuffix(first) if second.endswith(f".{first}") else ""
+
+
 def renumbered(name: str, number: int) -> str:
     """The same tensor of block `number`; outside the blocks the name is unchanged."""
     found = BLOCK.search(name)

@@ -40,6 +40,7 @@ UNSUPPORTED = {
 MAX_BYTES = 256 << 10  # of a recipe: some thousand slices
 MAX_DOCUMENTS = 100  # of a recipe
 MAX_SHOWN = 50  # problems after the first
+MERGED = "tag:yaml.org,2002:merge"  # the key `<<`, of a mapping whose keys are used
 Rules = Callable[[Recipe], Iterable[Complaint]]
 
 
@@ -52,6 +53,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGED:
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(

@@ -51,6 +51,7 @@ from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, nee
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
 from lewis_hub.workflow.size import in_size, size_notes, size_problems
 from lewis_hub.workflow.statistics import uncompensated_notes
+from lewis_hub.workflow.tensor_names import with_common_names
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
 
 
@@ -111,6 +112,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
+        sources = with_common_names(sources)
         if not recipe.mixed:  # a mixture has the embeddings and head of one model
             sources = heads.without_copies(sources)
             heads.require_copies(api, sources.distinct, heads.FIRST_BYTES)

@@ -293,12 +293,15 @@ def push(
 
 
 def _unlisted(previous: PreviousMerge | None) -> frozenset[str]:
-    """Return what a merge may have beside its card and the files that its lock lists."""
+    """Return what a merge may have beside its card and the files that its lock lists.
+
+    Of a merge whose lock cannot be read, such as that of another version, the changelog stays.
+    """
+    described = {LOCK, locks.PROVENANCE_FILE, FILE, cost.FILE, page.FILE}
     if previous is None:
-        return frozenset()
+        return frozenset(described)
     boards = benchmarks_in(previous.lock.recipe)
-    described = {LOCK, locks.PROVENANCE_FILE, FILE, difference.FILE, cost.FILE, page.FILE}
-    return frozenset({*described, *eval_result_paths(boards).values()})
+    return frozenset({*described, difference.FILE, *eval_result_paths(boards).values()})
 
 
 def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:

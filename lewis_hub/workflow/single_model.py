@@ -62,6 +62,7 @@ from lewis_hub.workflow.open import (
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.snapshot import snapshot
+from lewis_hub.workflow.tensor_names import with_common_names
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def extract_lora(
     settings = settings or LoraSettings()
     sources = [resolve_one(base, api), resolve_one(model, api)]
     opened_base = open_model(api, sources[0], "base")
-    opened = heads.without_copies(MergeSources(opened_base, (open_model(api, sources[1]),)))
+    opened = with_common_names(MergeSources(opened_base, (open_model(api, sources[1]),)))
+    opened = heads.without_copies(opened)
     headers = _fitting(opened)
     heads.require_copies(api, opened.models, heads.FIRST_BYTES)
     if settings.embeddings == "low-rank" and ties(opened_base.config):

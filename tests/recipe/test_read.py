@@ -401,6 +401,17 @@ def test_a_broken_recipe_gets_one_message_that_says_where_and_what_to_do(text):
     assert str(caught.value) == BROKEN[text]
 
 
+def test_the_keys_of_another_mapping_are_used_unless_they_are_overridden():
+    settings = "&settings {weight: 1.0, density: 0.5}"
+    other = "\n  - {model: a/d, parameters: {<<: *settings, weight: 0.3}}"
+    text = GOOD.replace("{weight: 1.0}", settings + other)
+
+    first, second = parse_recipe(text, "r.yaml").models
+
+    assert first.parameters == {"weight": 1.0, "density": 0.5}
+    assert second.parameters == {"weight": 0.3, "density": 0.5}
+
+
 def test_yaml_that_does_not_parse_names_its_line():
     with pytest.raises(RecipeError, match=r"^r\.yaml:2: not valid YAML: "):
         parse_recipe("models:\n  - {model: a/b", "r.yaml")

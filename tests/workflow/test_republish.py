@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationAdd, ModelCard
 from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
@@ -360,4 +360,19 @@ def test_a_folder_that_lacks_a_file_of_its_lock_is_not_pushed(hub, place, name):
         "Merge again. Or delete lewis/lock.json and lewis/gate.json, to push it as another model."
     )
     assert shas(hub, repo) == before
+    assert run("verify", repo)["problems"] == []
+
+
+def test_the_verdict_on_a_merge_whose_lock_cannot_be_read_does_not_stay(hub, place):
+    repo = f"{hub.user}/old"
+    run("push", "merged", repo)
+    files = {"lewis/lock.json": b"{}", "lewis/gate.json": b"{}", "lewis/changelog.json": b"{}"}
+    added = [CommitOperationAdd(path, content) for path, content in files.items()]
+    hub.api().create_commit(repo, added, commit_message="As another version wrote it")
+
+    run("push", "merged", repo)
+
+    listed = hub.api().list_repo_files(repo)
+    assert "lewis/gate.json" not in listed
+    assert "lewis/changelog.json" in listed
     assert run("verify", repo)["problems"] == []
