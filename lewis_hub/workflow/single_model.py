@@ -182,7 +182,8 @@ def extract_lora(
     opened = heads.without_copies(opened)
     headers = _fitting(opened)
     heads.require_copies(api, opened.models, heads.FIRST_BYTES)
-    if settings.embeddings == "low-rank" and ties(opened_base.config):
+    is_tied = has_tied_head(opened_base.config, headers[0])
+    if settings.embeddings == "low-rank" and (is_tied or ties(opened_base.config)):
         raise ExtractionError((f"{sources[0].pinned}{TIED}",))
     with open_workspace(output, replace=False) as work, ExitStack() as stack:
         folders = fetch.download(api, sources, progress)
@@ -193,7 +194,6 @@ def extract_lora(
         ]
         tensors = headers[0].tensors.values()
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
-        is_tied = has_tied_head(opened_base.config, headers[0])
         folder = folders[sources[0].pinned]
         adapted = adapted_model(folder, opened_base.config, headers[0], has_tied_head=is_tied)
         named = map(adapted.renamed, headers)

@@ -299,6 +299,17 @@ def test_low_rank_embeddings_of_a_tied_base_and_bad_patterns_are_refused(tmp_pat
     assert "They are searched in names such as model." in said
 
 
+def test_low_rank_embeddings_are_refused_if_only_the_architecture_ties_them(model, tmp_path):
+    base, expert = model("base", lambda tensors: tensors), model("expert", tuned)
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+
+    said = refusal(expert, "--base", base, "-o", tmp_path / "out", "--embeddings", "low-rank")
+
+    assert "ties head and embeddings" in said
+
+
 def refusal(*words):
     with pytest.raises(LewisHubError) as raised:
         extract(*words)
