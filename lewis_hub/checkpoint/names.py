@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 
 BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.")
 EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
@@ -115,10 +116,12 @@ def find(name: str, tensors: Collection[str]) -> list[str]:
         if shorter in tensors and block(shorter) == block(name):
             return [shorter]
     found = [tensor for tensor in tensors if tensor.endswith(f".{name}")]
-    return found or [tensor for tensor in tensors if _unwrapped(tensor) == _unwrapped(name)]
+    unwrapped = _unwrapped(name)
+    return found or [tensor for tensor in tensors if _unwrapped(tensor) == unwrapped]
 
 
-def _unwrapped(name: str) -> list[str]:
-    """The words of a name without wrappers, and with one name for all heads."""
+@lru_cache(maxsize=1 << 18)  # an adapter asks for all tensors of the base many times
+def _unwrapped(name: str) -> str:
+    """A name without wrappers, and with one name for all heads."""
     words = ("lm_head" if word == "embed_out" else word for word in name.split("."))
-    return [word for word in words if word not in WRAPPERS]
+    return ".".join(word for word in words if word not in WRAPPERS)
