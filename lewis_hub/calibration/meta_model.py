@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -224,6 +225,33 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
         weight_mapping=cast("Any", get_model_conversion_mapping(model)),
     )
     return model, loading
+
+
+def build_empty(folder: Path, label: str) -> PreTrainedModel:
+    """Build the model that a configuration describes, with all its values on the meta device.
+
+    A CalibrationModelError says that transformers cannot build it, or that it names none.
+    """
+    with refusals(label, "model"), quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not config.architectures:
+            problem = "its config.json names no architecture"
+            raise CalibrationModelError(label, problem, "Use an intact copy.")
+        kind = model_class(folder)
+        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        with no_init_weights(), torch.device("meta"):
+            return cast("PreTrainedModel", build(config, dtype=torch.float32))
+
+
+def parameter_names(
+    model: PreTrainedModel, tensors: Mapping[str, TensorHeader]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """The parameters or buffers that tensors of files become unchanged, and all other tensors."""
+    mapping = cast("Any", get_model_conversion_mapping(model))
+    loading = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+    floats = {name: replace(tensor, dtype="F32") for name, tensor in tensors.items()}
+    targets, plain = _load_targets(model, floats, loading)
+    return {name: targets[name] for name in plain}, frozenset(targets.keys() - plain)
 
 
 def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
@@ -52,6 +52,8 @@ SUFFIXES = {  # of a key -> part of its module's update
     ".lora_magnitude_vector": MAGNITUDE,
     ".lora_magnitude_vector.weight": MAGNITUDE,
 }
+
+CLASSIFIERS = frozenset({"classifier", "score"})  # PEFT names both, whichever a model has
 
 # a name as a pattern: maybe anchored, with its dots escaped or not
 PLAIN_NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
@@ -312,10 +314,17 @@ def _by_module(
 
 def _require_saved(file: _AdapterFile, saved: Mapping[str, TensorHeader]) -> None:
     for module in file.config.modules_to_save:
-        if not any(f".{names.module(name)}".endswith(f".{module}") for name in saved):
+        if module in CLASSIFIERS and not _is_among(module, file.base.tensors):
+            continue
+        if not _is_among(module, saved):
             problem = f"its configuration says that `{module}` was trained whole (modules_to_save),"
             problem += " but the file does not contain it"
             raise file.error(problem, "Save the adapter again, or use an intact copy.")
+
+
+def _is_among(module: str, tensors: Iterable[str]) -> bool:
+    """Whether a tensor belongs to a module with such an end of its name."""
+    return any(f".{names.module(name)}".endswith(f".{module}") for name in tensors)
 
 
 def _twin(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> TensorHeader | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 
 BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.")
 EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
 NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
+WRAPPERS = frozenset({"model", "language_model", "vision_model"})
 TIED = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 
 
@@ -104,11 +106,22 @@ def find(name: str, tensors: Collection[str]) -> list[str]:
     """The checkpoint's tensors that `name` of a loaded model can stand for; one if it is unique.
 
     The model may have a prefix that its file lacks (`transformer.h.0` for `h.0`), or the file a
-    prefix that the model lacks; the rest of the name must agree.
+    prefix that the model lacks; the rest of the name must agree. Else the words count, without
+    those that wrap a model of texts or images, in which versions of transformers and files differ
+    (`model.language_model.layers.0` for `language_model.model.layers.0`).
     """
     parts = name.split(".")
     for start in range(len(parts) - 1):
         shorter = ".".join(parts[start:])
         if shorter in tensors and block(shorter) == block(name):
             return [shorter]
-    return [tensor for tensor in tensors if tensor.endswith(f".{name}")]
+    found = [tensor for tensor in tensors if tensor.endswith(f".{name}")]
+    unwrapped = _unwrapped(name)
+    return found or [tensor for tensor in tensors if _unwrapped(tensor) == unwrapped]
+
+
+@lru_cache(maxsize=1 << 18)  # an adapter asks for all tensors of the base many times
+def _unwrapped(name: str) -> str:
+    """A name without wrappers, and with one name for all heads."""
+    words = ("lm_head" if word == "embed_out" else word for word in name.split("."))
+    return ".".join(word for word in words if word not in WRAPPERS)

@@ -223,9 +223,13 @@ def _cut(merged: Tensor, most: int, error: float, name: str) -> tuple[Tensor, Te
 
 
 def write_adapter(
-    updates: Iterable[MergedUpdate], base: Checkpoint, dtype: str, folder: Path
+    updates: Iterable[MergedUpdate],
+    base: Checkpoint,
+    dtype: str,
+    folder: Path,
+    task: str | None,
 ) -> Extracted:
-    """Write updates of a base as an adapter in PEFT's format.
+    """Write updates of a base, which does the `task`, as an adapter in PEFT's format.
 
     `dtype` is as safetensors writes it. Rounding to it is not part of the errors.
 
@@ -249,7 +253,7 @@ def write_adapter(
         raise MergeError("models", "no adapter changes a module", "Use intact adapters.")
     settings, weights = ADAPTERS
     write_tensors(held, folder / weights)
-    config = adapter_config(base, fits, ()) | {"fan_in_fan_out": is_transposed}
+    config = adapter_config(base, fits, (), task) | {"fan_in_fan_out": is_transposed}
     (folder / settings).write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
     )

@@ -26,6 +26,7 @@ from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.kernels.calls import Floats
+from lewis_hub.merge.adapted_model import HEAD, AdaptedModel
 from lewis_hub.merge.adapter_settings import Form, LoraSettings, is_embedding
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 18  # elements that are read together
 WEIGHT, BIAS = ".weight", ".bias"
-HEAD = "lm_head"  # the name in transformers of a head that is tied
 OVERSAMPLED = 10  # directions that are iterated in addition to those that are kept
 N_ROUNDS = 6  # of the iteration; each sharpens the gap between singular values
 SEED = 0
@@ -108,13 +108,13 @@ def extract(
     settings: LoraSettings,
     output: Path,
     advance: Advance,
-    *,
-    has_tied_head: bool,
+    model: AdaptedModel,
 ) -> Extracted:
     """Write `adapter_model.safetensors` and `adapter_config.json` into a folder; imports torch.
 
-    `advance` is called with the number of elements done. With a tied head, embeddings that are
-    stored whole are stored as the head too: PEFT would change the embeddings alone.
+    Both checkpoints have the names of the loaded `model`. `advance` is called with the number of
+    elements done. Embeddings that are stored whole are stored as their tied head too: PEFT would
+    change the embeddings alone.
 
     Raises:
         MergeError: the models are equal, or an adapter cannot store their difference.
@@ -137,7 +137,7 @@ def extract(
             if not change.isfinite().all():
                 remedy = "That model is broken: use another revision of it."
                 raise NonFiniteError(name, expert[0].label, remedy)
-            form = _form(header, base[0], settings) if change.any() else None
+            form = _form(header, base[0], settings, model) if change.any() else None
             if form == "low-rank":
                 most = settings.most or min(change.shape)
                 of = (name, expert[0].label)
@@ -160,15 +160,11 @@ def extract(
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
     held = _with_bias_of_base_layer(held, fits)
     configuration, weights = ADAPTERS
-    config = adapter_config(base[0], fits, whole)
-    embeddings = [name for name in whole if is_embedding(base[0].tensors[name])]
-    if embeddings:
-        table, head = held[f"{PREFIX}{embeddings[0]}"], f"{PREFIX}{HEAD}{WEIGHT}"
-        if has_tied_head:
-            held[head] = table.clone()
-        if head in held and held[head].equal(table):
-            saved = sorted({*config["modules_to_save"], HEAD})
-            config |= {"modules_to_save": saved, "ensure_weight_tying": True}
+    heads = {model.heads[name]: name for name in whole if name in model.heads}
+    held |= {f"{PREFIX}{head}": held[f"{PREFIX}{name}"].clone() for head, name in heads.items()}
+    config = adapter_config(base[0], fits, [*whole, *heads], model.task)
+    if _is_tied(held, whole):
+        config["ensure_weight_tying"] = True
     save_file(held, output / weights, {"format": "pt"})
     (output / configuration).write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
@@ -185,10 +181,22 @@ def _with_bias_of_base_layer(
     return {moved.get(name, name): tensor for name, tensor in held.items()}
 
 
-def _form(tensor: TensorHeader, base: Checkpoint, settings: LoraSettings) -> Form:
+def _form(
+    tensor: TensorHeader, base: Checkpoint, settings: LoraSettings, model: AdaptedModel
+) -> Form:
     if settings.form(tensor, is_matrix=False) == "left out":
         return "left out"  # also if PEFT could not store it
-    return settings.form(tensor, is_matrix=_is_update(tensor, base))
+    if problem := model.unfit.get(tensor.name):
+        remedy = f"Leave it out: `exclude` {names.kind(tensor.name)}."
+        raise MergeError(base.label, f"{tensor.name} {problem}", remedy)
+    is_linear = model.linears is None or names.module(tensor.name) in model.linears
+    return settings.form(tensor, is_matrix=_is_update(tensor, base) and is_linear)
+
+
+def _is_tied(held: Mapping[str, Tensor], whole: Sequence[str]) -> bool:
+    """Whether a head that is stored whole is equal to embeddings that are."""
+    head, tables = held.get(f"{PREFIX}{HEAD}"), filter(names.is_token_embedding, whole)
+    return head is not None and any(head.equal(held[f"{PREFIX}{name}"]) for name in tables)
 
 
 def stored_factors(module: str, left: Tensor, right: Tensor, *, embeds: bool) -> dict[str, Tensor]:
@@ -227,7 +235,7 @@ def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
 
 
 def adapter_config(
-    base: Checkpoint, fits: Mapping[str, Fit], whole: Sequence[str]
+    base: Checkpoint, fits: Mapping[str, Fit], whole: Sequence[str], task: str | None
 ) -> dict[str, Any]:
     """PEFT's configuration. Alpha equals the rank everywhere, so that no factor is scaled."""
     highest = max((fit.rank for fit in fits.values()), default=1)
@@ -236,7 +244,7 @@ def adapter_config(
     name, _, revision = base.label.partition("@")
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": name,
         "revision": revision or None,
         "r": highest,

@@ -60,6 +60,7 @@ def merge_loras(
         >>> {fit.rank for fit in merged.fits.values()}
         {8}
     """
+    from lewis_hub.merge.adapted_model import task_type
     from lewis_hub.merge.low_rank import Truncation, merge_updates, require_low_rank, write_adapter
 
     output, progress, api = Path(output), shown(progress), hub_api()
@@ -79,7 +80,8 @@ def merge_loras(
         with progress.stage("Merging adapters", n_tensors, "items") as advance:
             updates = merge_updates(plan, open_adapter, Truncation(rank, error), advance)
             dtype = DTYPES[recipe.output_dtype or "float32"]
-            found = write_adapter(updates, _base(job), dtype, work.folder)
+            task = task_type(job.sources.donor.config)
+            found = write_adapter(updates, _base(job), dtype, work.folder, task)
         card = _card(job, work.folder, found)
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))

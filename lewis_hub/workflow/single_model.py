@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.profile import ImportanceProfile, Measure
 from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
-from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.documents import MAX_TABLE_BYTES
@@ -173,6 +170,7 @@ def extract_lora(
         >>> {fit.rank for fit in adapter.fits.values()}
         {4}
     """
+    from lewis_hub.merge.adapted_model import adapted_model
     from lewis_hub.merge.quantised import ScaledReader
     from lewis_hub.merge.task_vectors import extract
 
@@ -184,7 +182,8 @@ def extract_lora(
     opened = heads.without_copies(opened)
     headers = _fitting(opened)
     heads.require_copies(api, opened.models, heads.FIRST_BYTES)
-    if settings.embeddings == "low-rank" and ties(opened_base.config):
+    is_tied = has_tied_head(opened_base.config, headers[0])
+    if settings.embeddings == "low-rank" and (is_tied or ties(opened_base.config)):
         raise ExtractionError((f"{sources[0].pinned}{TIED}",))
     with open_workspace(output, replace=False) as work, ExitStack() as stack:
         folders = fetch.download(api, sources, progress)
@@ -195,13 +194,12 @@ def extract_lora(
         ]
         tensors = headers[0].tensors.values()
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
-        named = (_as_loaded(one, opened_base.config) for one in headers)
+        folder = folders[sources[0].pinned]
+        adapted = adapted_model(folder, opened_base.config, headers[0], has_tied_head=is_tied)
+        named = map(adapted.renamed, headers)
         pairs = list(zip(named, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
-            is_tied = has_tied_head(opened_base.config, headers[0])
-            found = extract(
-                pairs[0], pairs[1], settings, work.folder, advance, has_tied_head=is_tied
-            )
+            found = extract(pairs[0], pairs[1], settings, work.folder, advance, adapted)
         facts = model_facts(api, sources[1])
         identifier = facts.licence.identifier if facts.licence else None
         task = usage_of(folders[opened_base.pinned], opened_base.config, [facts]).task
@@ -209,26 +207,6 @@ def extract_lora(
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
-
-
-def _as_loaded(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """Name tensors as the language model does: PEFT needs a prefix that its file may lack."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
-
-    kind, named = KINDS.get(config.get("model_type", "")), config.get("architectures")
-    is_named = isinstance(named, list) and kind in named
-    if not isinstance(kind, str) or not is_named or config.get("text_config"):
-        return checkpoint
-    prefix = f"{getattr(transformers, kind).base_model_prefix}."
-    if any(name.startswith(prefix) for name in checkpoint.tensors):
-        return checkpoint
-    tensors = {
-        name if names.is_head(name) else prefix + name: tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
-    renamed = {name: replace(tensor, name=name) for name, tensor in tensors.items()}
-    return replace(checkpoint, tensors=renamed)
 
 
 def _fitting(sources: MergeSources) -> list[Checkpoint]:

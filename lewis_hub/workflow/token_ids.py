@@ -14,6 +14,13 @@ ID = re.compile(r"\w+_token_(?:id|index)")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OF_ROLES = tuple(f"{role}_token_id" for role in ROLES)
 
+# values of `model_type` whose positions are counted from the id of the padding
+COUNTED_FROM_PADDING = frozenset(
+    {"bridgetower", "camembert", "data2vec-text", "esm", "fsmt", "ibert", "layoutlmv3", "lilt"}
+    | {"longformer", "luke", "m2m_100", "markuplm", "mpnet", "nllb-moe", "roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -66,7 +73,22 @@ def new_ids(
                 written[name] = [_moved(model, donor, f"{place}: {name}", i, ours) for i in value]
             else:
                 written[name] = _moved(model, donor, f"{place}: {name}", value, ours)
+    require_same_positions(model.label, model.config, config)
     return NewIds(config, generation)
+
+
+def require_same_positions(label: str, config: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
+    """Refuse `ids` with another padding for a model that counts its positions from it.
+
+    Raises:
+        TokenizerError: texts would get the embeddings of other positions.
+    """
+    before, after = config.get("pad_token_id"), ids.get("pad_token_id")
+    is_other = None not in (before, after) and before != after
+    if is_other and config.get("model_type") in COUNTED_FROM_PADDING:
+        problem = f"it counts positions from the id of its padding, {before}, which would be "
+        remedy = "Choose a tokenizer whose padding has the same id."
+        raise TokenizerError(label, f"{problem}{after}", remedy)
 
 
 def _others(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

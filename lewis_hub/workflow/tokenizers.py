@@ -19,10 +19,10 @@ from lewis_hub.recipe.schema import CHAT_TEMPLATES
 from lewis_hub.recipe.tokens import ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import CONFIG, Translation, Vocabulary, disagreement, translation
 from lewis_hub.workflow.open import MergeSources, OpenedSource
+from lewis_hub.workflow.token_ids import SPECIAL, require_same_positions
 
 FAST = "tokenizer.json"
 
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 N_SHOWN = 3
 
 
@@ -196,6 +196,7 @@ def _with_ids(
     inner = named.config.get("text_config") or {}
     own = {key: named.config.get(key, inner.get(key)) for key in SPECIAL}
     ids = {key: generation.get(key, own[key]) for key in SPECIAL}
+    require_same_positions(sources.base.name, sources.base.config, own)
     return replace(carried, config=config | own, generation=ids)
 
 

@@ -356,6 +356,17 @@ def test_a_head_of_its_own_for_a_base_without_one_is_refused(put, tensors, is_ti
         put(tensors, modules_to_save=["lm_head"], ensure_weight_tying=is_tied)
 
 
+def test_peft_names_two_classifiers_of_which_a_model_has_one(put):
+    base = BASE | {"score.weight": torch.zeros(3, 4)}
+    saved = FITTING | {"base_model.model.score.weight": torch.zeros(3, 4)}
+
+    adapter = put(saved, base, modules_to_save=["classifier", "score"])
+
+    assert adapter.tensors["score.weight"].adapted.saved.name == "base_model.model.score.weight"
+    with pytest.raises(AdapterError, match="says that `score` was trained whole"):
+        put(FITTING, base, modules_to_save=["classifier", "score"])
+
+
 def test_an_adapter_without_tensors_is_refused(put):
     with pytest.raises(AdapterError) as caught:
         put({})

@@ -101,3 +101,40 @@ def test_token_embeddings_are_told_by_their_names():
 def test_routed_experts_of_a_model_are_of_one_kind(name, kind):
     assert names.kind(name) == kind
     assert names.is_routed(name) == ("*" in kind)
+
+
+TOWERS = {
+    "language_model.lm_head.weight",
+    "language_model.model.layers.0.self_attn.q_proj.weight",
+    "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    "gpt_neox.embed_in.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        (
+            "model.language_model.layers.0.self_attn.q_proj.weight",
+            "language_model.model.layers.0.self_attn.q_proj.weight",
+        ),
+        (
+            "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight",
+            "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        ),
+    ],
+)
+def test_wrappers_may_stand_elsewhere_in_a_file(name, tensor):
+    assert names.find(name, TOWERS) == [tensor]
+
+
+def test_the_head_of_a_file_may_have_its_old_name():
+    assert names.find("lm_head.weight", {"embed_out.weight", "gpt_neox.embed_in.weight"}) == [
+        "embed_out.weight"
+    ]
+
+
+def test_another_block_or_component_is_not_found():
+    assert names.find("model.language_model.layers.1.self_attn.q_proj.weight", TOWERS) == []
+    assert names.find("model.language_model.layers.0.self_attn.k_proj.weight", TOWERS) == []

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -298,6 +299,17 @@ def test_low_rank_embeddings_of_a_tied_base_and_bad_patterns_are_refused(tmp_pat
     assert "They are searched in names such as model." in said
 
 
+def test_low_rank_embeddings_are_refused_if_only_the_architecture_ties_them(model, tmp_path):
+    base, expert = model("base", lambda tensors: tensors), model("expert", tuned)
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+
+    said = refusal(expert, "--base", base, "-o", tmp_path / "out", "--embeddings", "low-rank")
+
+    assert "ties head and embeddings" in said
+
+
 def refusal(*words):
     with pytest.raises(LewisHubError) as raised:
         extract(*words)
@@ -346,3 +358,105 @@ def test_a_task_vector_whose_squares_exceed_float32_is_one_message(model, tmp_pa
         f"{huge}: the values of {name} are too large for a low-rank update.\n"
         "It is broken: use another revision of it."
     )
+
+
+def tiny(tmp_path, config):
+    """A base, and an expert that differs in all tensors, as transformers saves them."""
+    kind = getattr(transformers, config.architectures[0])
+    torch.manual_seed(0)
+    model = kind(config)
+    for name in ("base", "expert"):
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    return tmp_path / "base", tmp_path / "expert"
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_a_head_has_the_name_of_the_loaded_model_and_is_merged_back(tmp_path):
+    config = transformers.GPTNeoXConfig(
+        **SMALL, intermediate_size=24, architectures=["GPTNeoXForCausalLM"]
+    )
+    base, expert = tiny(tmp_path, config)
+
+    extract(expert, "--base", base, "--rank", 16, "-o", tmp_path / "adapter")
+
+    wanted = load_file(expert / "model.safetensors")
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(held["base_model.model.lm_head.weight"], wanted["embed_out.weight"])
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "lm_head" in settings["modules_to_save"]
+    text = f"{{base_model: {base}, models: [{tmp_path / 'adapter'}], merge_method: linear}}"
+    lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
+
+
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+
+
+def test_an_embedding_in_a_block_is_stored_whole(tmp_path):
+    config = transformers.T5Config(
+        **T5, tie_word_embeddings=True, architectures=["T5ForConditionalGeneration"]
+    )
+    base, expert = tiny(tmp_path, config)
+
+    told = extract(expert, "--base", base, "--exclude", "shared", "-o", tmp_path / "adapter")
+
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert bias in told["whole"]
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    wanted = load_file(expert / "model.safetensors")
+    assert torch.equal(held[f"base_model.model.{bias}"], wanted[bias])
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_2_SEQ_LM"
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "says"),
+    [
+        (
+            transformers.T5Config(**T5, architectures=["T5ForConditionalGeneration"]),
+            (),
+            "shared.weight is also decoder.embed_tokens.weight, which PEFT would not change",
+        ),
+        (
+            transformers.MixtralConfig(
+                **SMALL,
+                intermediate_size=24,
+                num_key_value_heads=1,
+                num_local_experts=2,
+                architectures=["MixtralForCausalLM"],
+            ),
+            (),
+            "fused, split or reshaped when transformers loads the model",
+        ),
+        (
+            transformers.GPT2Config(
+                vocab_size=32, n_embd=16, n_layer=1, n_head=2, architectures=["GPT2LMHeadModel"]
+            ),
+            ("--include", "attn.c_proj"),
+            "transformer.h.0.attn.c_proj.weight lies as (in, out)",
+        ),
+    ],
+)
+def test_what_peft_has_no_adapter_for_is_refused(tmp_path, config, words, says):
+    base, expert = tiny(tmp_path, config)
+
+    with pytest.raises(LewisHubError) as refused:
+        extract(expert, "--base", base, *words, "-o", tmp_path / "adapter")
+
+    assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("BertModel", None), ("BertLMHeadModel", "CAUSAL_LM")])
+def test_the_task_is_that_of_the_model(tmp_path, kind, task):
+    config = transformers.BertConfig(**SMALL, intermediate_size=24, architectures=[kind])
+    base, expert = tiny(tmp_path, config)
+
+    extract(expert, "--base", base, "--include", "query", "-o", tmp_path / "adapter")
+
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["task_type"] == task

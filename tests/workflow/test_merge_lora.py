@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import lewis_hub
 from lewis_hub.checkpoint.lora import PREFIX
@@ -141,6 +141,30 @@ def test_the_factors_are_named_as_those_of_the_adapters(tmp_path, cut):
     assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["transformer.wpe" if cut else "wpe"]
+
+
+@pytest.mark.parametrize(("kind", "task"), [("BertModel", None), ("BertLMHeadModel", "CAUSAL_LM")])
+def test_the_task_is_that_of_the_base(tmp_path, kind, task):
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    BertModel(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [kind]}))
+    (tmp_path / "one").mkdir()
+    module = f"{PREFIX}encoder.layer.0.attention.self.query"
+    factors = {
+        f"{module}.lora_A.weight": torch.ones(2, 8),
+        f"{module}.lora_B.weight": torch.ones(8, 2),
+    }
+    save_file(factors, tmp_path / "one" / "adapter_model.safetensors")
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    text = f"{{base_model: {tmp_path}/base, models: [{tmp_path}/one], merge_method: linear}}"
+
+    lewis_hub.merge_loras(parse_recipe(text, "recipe.yaml"), tmp_path / "merged")
+
+    told = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert told["task_type"] == task
 
 
 def test_a_rank_or_an_error_cuts_the_update_down(adapters):

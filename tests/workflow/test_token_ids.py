@@ -75,3 +75,15 @@ def test_a_token_that_the_donor_lacks_is_refused():
         "model: config.json: image_token_id: it is token 8, which the tokenizer of donor lacks.\n"
         "Choose a donor whose tokenizer has it."
     )
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "m2m_100"])
+def test_another_padding_is_refused_where_positions_are_counted_from_it(kind):
+    model = ({"model_type": kind, "pad_token_id": 1}, {})
+
+    with pytest.raises(TokenizerError, match="the id of its padding, 1, which would be 0"):
+        ids(model, ({"pad_token_id": 0}, {}))
+
+    assert ids(model, ({"pad_token_id": 1}, {})).config["pad_token_id"] == 1
+    other = ({"model_type": "bert", "pad_token_id": 1}, {})
+    assert ids(other, ({"pad_token_id": 0}, {})).config["pad_token_id"] == 0

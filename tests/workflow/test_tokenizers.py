@@ -194,6 +194,17 @@ def test_the_configuration_follows_the_tokenizer(zoo, source, n_rows, eos):
     } == {n_rows}
 
 
+def test_a_tokenizer_with_another_padding_is_refused_if_positions_are_counted_from_it(zoo):
+    for name, padding in (("base", 1), ("x", 1), ("y", 2)):
+        file = zoo.root / name / "config.json"
+        told = {"model_type": "roberta", "pad_token_id": padding}
+        file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+    found = lewis_hub.check(zoo.recipe("tokenizer_source: ROOT/y\n")).problems
+
+    assert any("the id of its padding, 1, which would be 2" in one for one in found)
+
+
 @pytest.mark.parametrize(
     ("source", "kept"),
     [("base", {"tekken.json"}), ("union", set()), ("ROOT/y", {"tokenizer_own.model"})],
