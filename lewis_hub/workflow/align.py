@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lewis_hub.merge.segments import Similarity
 
 FOLDER = "aligned"  # in the scratch folder
+ACTIVATIONS = ".activations"  # ending of the folder of two models' activations
 WIDTH = 4  # bytes of a float32
 PIECE = 1 << 16  # entries of a matrix that are compared at a time, of all blocks
 ONE_SIZE = "Merge models of one architecture and size."
@@ -156,7 +157,9 @@ def _align_one(
     if known := _known(kept):  # the same models may have had other names
         return replace(known, source=expert.pinned, reference=reference.pinned)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    work = kept.with_suffix(".activations")
+    for left in kept.parent.glob(f"*{ACTIVATIONS}"):  # of a run that was killed
+        shutil.rmtree(left)
+    work = kept.with_suffix(ACTIVATIONS)
     try:
         ours, theirs = (
             _run(source, asked, texts, work / str(number), loader)

@@ -268,6 +268,21 @@ def test_units_of_an_interrupted_merge_are_taken_up_if_nothing_else_is_asked(fol
     assert interrupted("neuron_zipping", "Merging") == stages
 
 
+def test_activations_that_a_killed_merge_left_are_no_obstacle(folder, monkeypatch):
+    wider_pair(folder)
+    asked = recipe(folder, "one", "wide", align="neuron_matching")
+    with monkeypatch.context() as patched:
+        patched.setattr("lewis_hub.workflow.align.shutil.rmtree", lambda *_args, **_options: None)
+        with pytest.raises(KeyboardInterrupt):
+            lewis_hub.merge_models(asked, folder / "out", progress=Recorder("Aligning wide"))
+    left = folder / "out.partial/.scratch/aligned"
+    assert [len([*one.iterdir()]) for one in left.glob("*.activations")] == [2]
+
+    with pytest.raises(KeyboardInterrupt):
+        lewis_hub.merge_models(asked, folder / "out", progress=Recorder("Merging"))
+    assert [*left.glob("*.activations")] == []
+
+
 def test_check_says_which_units_are_lost(folder):
     write_model(folder / "one", 2, kind=sized(**SIZES))
     write_model(folder / "two", 2, seed=1, kind=sized(**SIZES | {"mlp": 60}))
