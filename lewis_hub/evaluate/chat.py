@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import operator
 import threading
@@ -17,6 +18,8 @@ from lewis_hub.system import limited_memory, resident_bytes
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 CHECK_EVERY_S = 0.02
+LAST_S = 30.0  # C code that no error stops, as it compares nested lists, ends with the process
+STDERR = 2  # sys.stderr may be none of the system's files
 MAX_BITS = 1 << 20  # of a number that a template computes: larger ones take C code very long
 WATCH = "limit of a chat template"
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
@@ -84,16 +87,21 @@ def _require_bits(n_bits: int) -> None:
 def limited(where: str) -> Iterator[None]:
     """Stop Python code of this thread, such as loops of a template, that takes too much.
 
+    C code that keeps the interpreter for itself cannot be stopped, not by Ctrl-C either: after
+    LAST_S the process ends, with exit code 1, and stderr says where it was.
+
     Raises:
         TokenizerError: it took too much time or memory; it names `where`.
     """
     watch = _Watch(threading.get_ident())
     try:
+        faulthandler.dump_traceback_later(LAST_S, exit=True, file=STDERR)
         threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
         try:
             yield
         finally:
             watch.end()
+            faulthandler.cancel_dump_traceback_later()
     except (_LimitError, MemoryError):
         problem = watch.problem or "it takes too much memory"
         raise TokenizerError(where, problem, REMEDY) from None

@@ -1,5 +1,6 @@
 """Chat templates of others that never end, or fill the memory."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,12 @@ GROWING = {
     "a text that doubles": "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}"
     "{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a product": "{{ 'x' * 10 ** 18 }}",
+}
+
+UNSTOPPABLE = {
+    "nested lists are compared": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
+    "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "a text is searched from its end": "{{ ('a' * 10 ** 7).rfind('ab' + 'a' * 5 * 10 ** 6) }}",
 }
 
 
@@ -94,6 +101,26 @@ def test_an_error_of_python_code_is_one_of_the_template(template, monkeypatch):
 def test_a_number_that_takes_c_code_very_long_is_an_error(template, monkeypatch):
     with pytest.raises(TemplateError, match="^OverflowError: a number has more than 1,048,576 b"):
         rendered(template, monkeypatch)
+
+
+@pytest.mark.parametrize("template", UNSTOPPABLE.values(), ids=UNSTOPPABLE)
+def test_c_code_that_no_error_stops_ends_with_the_process(template):
+    """While it runs, no other thread does: an error in its thread, or Ctrl-C, does not arrive."""
+    program = f"""
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lewis_hub.evaluate import chat
+
+chat.MAX_S, chat.LAST_S = 0.1, 0.5
+with chat.limited("a/b"):
+    ImmutableSandboxedEnvironment().from_string({template!r}).render()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Timeout (0:00:00.500000)!")
+    assert " in render\n" in done.stderr
 
 
 def test_a_template_may_compute(monkeypatch):

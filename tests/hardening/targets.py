@@ -5,6 +5,7 @@ The code may refuse a document by a LewisHubError, and by nothing else.
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import struct
@@ -21,6 +22,7 @@ import yaml
 from hardening.mutation import Document
 from lewis_hub import pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import TensorHeader, read_header
 from lewis_hub.checkpoint.lora import adapt, own_tensors, read_config
 from lewis_hub.checkpoint.quantisation import read_quantisation
@@ -34,9 +36,12 @@ from lewis_hub.evaluate.gate import Check, GateVerdict
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.evaluate.tasks import read_file
+from lewis_hub.export.gguf import plan_gguf
+from lewis_hub.export.vocabulary import FILES as EXPORTED
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import combined_licence, model_facts, quantised_from, states_a_licence
 from lewis_hub.hub.source import Source, SourceFile, digest_like
+from lewis_hub.merge.adapted_model import adapted_model
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report import lock as locks
 from lewis_hub.report.difference import ChangelogEntry
@@ -52,7 +57,8 @@ from lewis_hub.tokenizer import (
     translation,
     unite,
 )
-from lewis_hub.workflow.resolve import hub_api
+from lewis_hub.workflow.open import open_model
+from lewis_hub.workflow.resolve import hub_api, resolve_one
 
 QuickDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 FILE = "model.safetensors"
@@ -136,7 +142,7 @@ HEADERS = Target(
         {"header": {}, "length": 2, "n_data": 0},
     ],
     read_a_header,
-    0.5,
+    0.496,
 )
 
 
@@ -362,6 +368,27 @@ BPE = {
     **{"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
 }
 MORE = {**BPE, "vocab": {**BPE["vocab"], "aba": 3}, "merges": [["a", "b"], ["ab", "a"]]}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "_"}
+CHARSMAP = base64.b64encode(bytes([4, 0, 0, 0, 0, 0, 0, 0]) + b"ab\0").decode()
+STEPS = {
+    "normalizer": {
+        **{"type": "Sequence", "normalizers": [REPLACE, {"type": "Prepend", "prepend": "_"}]},
+    },
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": r"\s+"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "Digits", "individual_digits": True},
+        ],
+    },
+    "decoder": {"type": "Sequence", "decoders": [REPLACE, {"type": "Fuse"}]},
+}
+PIECES = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}
 UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<u>", 0.0], ["a", -1.5]]}
 TOKENIZERS = Target(
     [
@@ -375,6 +402,10 @@ TOKENIZERS = Target(
             f"a/other: {CONFIG}": {"chat_template": "{{ messages }}", "bos_token": "<s>"},
         }
         for one, other in ((BPE, MORE), (UNIGRAM, {**UNIGRAM, "vocab": [["<u>", 0.0], ["b", -2]]}))
+    ]
+    + [
+        {"a/base: tokenizer.json": {**_tokenizer(BPE, _token(4, "<s>")), **steps}}
+        for steps in (STEPS, PIECES)
     ]
     + [
         {
@@ -488,9 +519,14 @@ MIXTURE = {
         {"source_model": "a/d", "positive_prompts": ["z"]},
     ],
 }
-RECIPES = Target(
-    [{"recipe": recipe} for recipe in (ZOO_RECIPE, SLICES, TOKENS, MIXTURE)], read_a_recipe, 0.006
-)
+ALIGN = {"depth": "segment_wise", "width": "neuron_matching", "weight_similarity": 0.5}
+ALIGNED = {
+    **{"base_model": "a/b", "models": [{"model": "a/c", "align": ALIGN}]},
+    **{"merge_method": "linear", "publish": {"repo": "a/d", "tag": "v1"}},
+    **{"export": ["gguf:q8_0"], "calibration": {"dataset": "a/texts", "text": "{text}"}},
+}
+SEEDS = (ZOO_RECIPE, SLICES, TOKENS, MIXTURE, ALIGNED)
+RECIPES = Target([{"recipe": recipe} for recipe in SEEDS], read_a_recipe, 0.006)
 
 
 # -- what a merge wrote, and others may have changed
@@ -646,8 +682,14 @@ def merge_a_folder(document: Document) -> None:
         pipeline.merge_models(parsed, base.with_name("merged"))
 
 
+def name_an_adapter(base: Path) -> None:
+    """Build a model without its weights, as an adapter is extracted from it."""
+    opened = open_model(hub_api(), resolve_one(base, hub_api()))
+    adapted_model(base, opened.config, opened.checkpoint, has_tied_head=True)
+
+
 def run_a_model(document: Document) -> None:
-    """Load a model with hostile files, to calibrate it and to score it."""
+    """Load a model with hostile files, to calibrate it, to score it and to name an adapter's."""
     with hostile_base(document) as (base, recipe):
         data = base.with_name("data.jsonl")
         data.write_text('{"messages": [{"role": "user", "content": "some text"}]}\n' * 2, "utf-8")
@@ -657,15 +699,36 @@ def run_a_model(document: Document) -> None:
             parsed = parse_recipe(json.dumps(recipe), "recipe.yaml")
             pipeline.calibrate(parsed, base.with_name("measured"))
         finally:
-            load(base, EvaluationSettings())
+            try:
+                load(base, EvaluationSettings())
+            finally:
+                name_an_adapter(base)
+
+
+def plan_an_export(document: Document) -> None:
+    """Plan a GGUF file of a model with such headers, configuration and tokenizer."""
+    tensors = {tensor.name: tensor for tensor in stored(document)}
+    config = document.get("config.json")
+    config = config if isinstance(config, dict) else {}
+    require_buildable("a/b", config, len(tensors))  # as where a model is opened
+    files = {name: text_of(one) for name, one in document.items() if name in EXPORTED and one}
+    plan_gguf(Checkpoint("a/b", tensors), config, files)
+
+
+def _zoo_header() -> Document:
+    content = (zoo_folder() / "base" / FILE).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return {"header": json.loads(content[8:end]), "length": None, "n_data": len(content) - end}
 
 
 SMALL = [_small("base"), {**_small("base"), "README.md": "---\nlicense: mit\n---\n"}]
 FOLDERS = Target(SMALL, merge_a_folder, 0.0002)
 MODELS = Target(SMALL, run_a_model, 0.0001)
+EXPORTS = Target([{**_small("base"), **_zoo_header()}], plan_an_export, 0.004)
 
 TARGETS = {
     **{"headers": HEADERS, "indexes": INDEXES, "quantised": QUANTISED, "adapters": ADAPTERS},
     **{"tokenizers": TOKENIZERS, "cards": CARDS, "tasks": TASKS, "recipes": RECIPES},
     **{"locks": LOCKS, "results": RESULTS, "folders": FOLDERS, "models": MODELS},
+    "exports": EXPORTS,
 }

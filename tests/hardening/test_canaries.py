@@ -21,6 +21,7 @@ models: [{model: zoo/expert-reverse, parameters: {weight: 1.0}}]
 merge_method: ties
 parameters: {density: 0.5}
 tokenizer_source: union
+export: ["gguf:q8_0"]
 publish: {repo: lewis/canary, license: apache-2.0}
 """
 PASSWORD, NEIGHBOUR, VARIABLE = "canary-password-1f", "canary-neighbour-2e", "canary-variable-3d"
@@ -101,6 +102,7 @@ def test_a_merge_that_is_pushed_contains_no_secret(hub, place, tmp_path):
     streams = (done.stdout, done.stderr)
     assert found(secrets, streams, work, hub.root / "repos", hub.root / "blobs") == []
     assert found(secrets, (), tmp_path / "home") == []
+    assert (work / "merged" / "model-Q8_0.gguf").is_file()
     assert len(list((work / "merged").rglob("*"))) > 10
     assert hub.api().repo_exists("lewis/canary")
 

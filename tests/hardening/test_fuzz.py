@@ -25,7 +25,7 @@ GROUPS = (
     ("quantised", "cards", "tasks"),
     ("adapters", "tokenizers", "recipes"),
     ("locks", "results", "folders"),
-    ("models",),
+    ("models", "exports"),
 )
 
 

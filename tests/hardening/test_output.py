@@ -28,7 +28,13 @@ tokenizer_source: union
 TOLD = {"README.md", "lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}  # times
 NAMES = (  # of files that a merge carries, reads or loads in other circumstances
     *("LICENSE.txt", "NOTICE", "USE_POLICY.md", "vocab.json", "merges.txt", "vocab.txt"),
-    *("added_tokens.json", "tokenizer.model", "chat_template.json", "processor_config.json"),
+    *(
+        "added_tokens.json",
+        "tokenizer.model",
+        "tekken.json",
+        "chat_template.json",
+        "processor_config.json",
+    ),
     *("preprocessor_config.json", "modules.json", "1_Pooling/config.json", "hf_quant_config.json"),
     *("additional_chat_templates/rag.jinja", "model.py", "modeling_own.py", "custom_generate/g.py"),
     *("pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.safetensors"),
@@ -127,7 +133,7 @@ def test_other_files_beside_local_models_change_no_byte(tmp_path):
 CARRIED_KINDS = (
     *("LICENSE.txt", "NOTICE", "USE_POLICY.md", ".jinja", "tokenizer.model", "modules.json"),
     *("_config.json", "1_Pooling/config.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("added_tokens.json", "chat_template.json", ".safetensors"),
+    *("added_tokens.json", "tekken.json", "chat_template.json", ".safetensors"),
 )
 
 
