@@ -16,7 +16,7 @@ from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.text_growth import require_modest_file, require_modest_steps
-from lewis_hub.tokenizer import panics_as_errors
+from lewis_hub.tokenizer import apply_all_merges, panics_as_errors
 
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),
@@ -83,6 +83,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
             lm = load(path, settings)
             tokenizer = getattr(lm, "tokenizer", None)
             require_modest_steps(path, tokenizer)
+            apply_all_merges(tokenizer)
             limit_templates(tokenizer)
             return lm
     except LewisHubError:
