@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import operator
 import threading
@@ -17,6 +18,8 @@ from lewis_hub.system import limited_memory, resident_bytes
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 CHECK_EVERY_S = 0.02
+MORE_S = 20.0  # before the process ends: one call of C code runs, and no error reaches it
+STDERR = 2  # its number: in a notebook sys.stderr has none
 MAX_BITS = 1 << 20  # of a number that a template computes: larger ones take C code very long
 WATCH = "limit of a chat template"
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
@@ -84,15 +87,20 @@ def _require_bits(n_bits: int) -> None:
 def limited(where: str) -> Iterator[None]:
     """Stop Python code of this thread, such as loops of a template, that takes too much.
 
+    C code, such as a comparison of long lists of long texts, can be stopped only with the process,
+    which ends with exit code 1 and tells where it was.
+
     Raises:
         TokenizerError: it took too much time or memory; it names `where`.
     """
     watch = _Watch(threading.get_ident())
     try:
         threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
+        faulthandler.dump_traceback_later(MAX_S + MORE_S, exit=True, file=STDERR)
         try:
             yield
         finally:
+            faulthandler.cancel_dump_traceback_later()
             watch.end()
     except (_LimitError, MemoryError):
         problem = watch.problem or "it takes too much memory"

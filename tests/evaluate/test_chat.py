@@ -1,5 +1,6 @@
 """Chat templates of others that never end, or fill the memory."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -109,6 +110,24 @@ def test_one_call_takes_no_more_memory_than_all(text, monkeypatch):
     with pytest.raises(TokenizerError, match="takes too much memory"):
         rendered(f"{{{{ {text} }}}}", monkeypatch, MAX_GROWTH_BYTES=100_000_000)
     assert resident_bytes() - before < 300_000_000
+
+
+def test_a_process_ends_if_one_call_of_a_template_does_not():
+    """Neither an error nor Ctrl-C reaches C code, which compared for hours here."""
+    template = "{{ ('a' * 10 ** 7 ~ 'b') in ['a' * 10 ** 7 ~ 'c'] * 10 ** 7 }}"
+    program = f"""
+from jinja2.sandbox import SandboxedEnvironment
+from lewis_hub.evaluate import chat
+chat.MAX_S = chat.MORE_S = 1.0
+with chat.limited("a"):
+    SandboxedEnvironment().from_string({template!r}).render()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Timeout (0:00:02)!\n")
 
 
 def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch):
