@@ -239,8 +239,9 @@ def build_empty(folder: Path, label: str) -> PreTrainedModel:
             raise CalibrationModelError(label, problem, "Use an intact copy.")
         kind = model_class(folder)
         build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+        plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
         with no_init_weights(), torch.device("meta"):
-            return cast("PreTrainedModel", build(config, dtype=torch.float32))
+            return cast("PreTrainedModel", build(config, **plain))
 
 
 def parameter_names(

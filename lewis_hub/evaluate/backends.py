@@ -48,6 +48,7 @@ class EvaluationSettings:
         # where a server is does not change its answers
         args = {name: value for name, value in self.backend_args.items() if name != ADDRESS}
         known = {
+            "chat_template": self.chat_template or None,
             "backend": self.backend if self.backend != "hf" else None,
             "backend_args": args,
             "num_fewshot": self.num_fewshot,

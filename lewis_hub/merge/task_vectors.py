@@ -10,7 +10,7 @@ import json
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from math import sqrt
 from pathlib import Path
@@ -123,42 +123,27 @@ def extract(
     import torch
     from safetensors.torch import save_file
 
-    held: dict[str, Tensor] = {}
-    fits: dict[str, Fit] = {}
-    whole: list[str] = []
-    left_out: list[str] = []
     whole_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32, F16=torch.float16)
     factor_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32)  # float16 overflows
+    found = _Updates()
     for name, header in base[0].tensors.items():
         if header.dtype in MERGEABLE:
-            dtype, module = expert[0].tensors[name].dtype, names.module(name)
-            theirs = read_tensor(expert[1], expert[0].tensors[name])
-            change = theirs - read_tensor(base[1], header)
-            if not change.isfinite().all():
-                remedy = "That model is broken: use another revision of it."
-                raise NonFiniteError(name, expert[0].label, remedy)
+            change, theirs = _change(name, base, expert)
             form = _form(header, base[0], settings, model) if change.any() else None
             if form == "low-rank":
                 most = settings.most or min(change.shape)
                 of = (name, expert[0].label)
-                found = fitted(change, most, settings.error, factor_dtypes[dtype], of)
-                embeds = is_embedding(header)
-                held |= stored_factors(module, found.left, found.right, embeds=embeds)
-                fits[module] = Fit(found.rank, found.error)
+                dtype = factor_dtypes[expert[0].tensors[name].dtype]
+                found.add_factors(header, fitted(change, most, settings.error, dtype, of))
             elif form == "whole":
-                held[f"{PREFIX}{name}"] = theirs.to(whole_dtypes[dtype])
-                whole.append(name)
+                dtype = whole_dtypes[expert[0].tensors[name].dtype]
+                found.held[f"{PREFIX}{name}"] = theirs.to(dtype)
+                found.whole.append(name)
             elif form:
-                left_out.append(name)
+                found.left_out.append(name)
             advance(header.n_elements)
-    if left_out and not held:
-        problem = f"`include` and `exclude` leave out all {len(left_out)} tensors that differ"
-        remedy = f"They are searched in names such as {names.module(left_out[0])}."
-        raise MergeError(expert[0].label, problem, remedy)
-    if not held:
-        problem = "it is equal to the base, so there is nothing to extract"
-        raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
-    held = _with_bias_of_base_layer(held, fits)
+    found.require_any(expert[0].label)
+    held, fits, whole = _with_bias_of_base_layer(found.held, found.fits), found.fits, found.whole
     configuration, weights = ADAPTERS
     heads = {model.heads[name]: name for name in whole if name in model.heads}
     held |= {f"{PREFIX}{head}": held[f"{PREFIX}{name}"].clone() for head, name in heads.items()}
@@ -170,7 +155,46 @@ def extract(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
     )
     n_bytes = (output / weights).stat().st_size
-    return Extracted(fits, tuple(whole), n_bytes, left_out=tuple(left_out))
+    return Extracted(fits, tuple(whole), n_bytes, left_out=tuple(found.left_out))
+
+
+@dataclass
+class _Updates:
+    """What an adapter stores, by the names of its file, and how."""
+
+    held: dict[str, Tensor] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)  # of modules
+    whole: list[str] = field(default_factory=list)  # tensors
+    left_out: list[str] = field(default_factory=list)  # tensors that differ
+
+    def add_factors(self, header: TensorHeader, found: LowRankFactors) -> None:
+        """Add the low-rank update of a matrix."""
+        module = names.module(header.name)
+        self.held |= stored_factors(module, found.left, found.right, embeds=is_embedding(header))
+        self.fits[module] = Fit(found.rank, found.error)
+
+    def require_any(self, label: str) -> None:
+        """Refuse an empty adapter."""
+        if self.held:
+            return
+        if self.left_out:
+            problem = f"`include` and `exclude` leave out all {len(self.left_out)} tensors that "
+            remedy = f"They are searched in names such as {names.module(self.left_out[0])}."
+            raise MergeError(label, f"{problem}differ", remedy)
+        problem = "it is equal to the base, so there is nothing to extract"
+        raise MergeError(label, problem, "Name the fine-tuned model and its base.")
+
+
+def _change(
+    name: str, base: tuple[Checkpoint, Reader], expert: tuple[Checkpoint, Reader]
+) -> tuple[Tensor, Tensor]:
+    """The task vector of a tensor, and the expert's values, in float32."""
+    theirs = read_tensor(expert[1], expert[0].tensors[name])
+    change = theirs - read_tensor(base[1], base[0].tensors[name])
+    if not change.isfinite().all():
+        remedy = "That model is broken: use another revision of it."
+        raise NonFiniteError(name, expert[0].label, remedy)
+    return change, theirs
 
 
 def _with_bias_of_base_layer(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lewis_hub.display import size
-from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores, settings_words
+from lewis_hub.evaluate.scores import MERGED, Scores, settings_words
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import HUB, Licence, ModelFacts
@@ -400,7 +400,7 @@ def eval_results(
         scored = scores.tasks.get(task)
         score = scored.models.get(MERGED, {}).get(benchmark.metric) if scored else None
         if scored and score and isfinite(score.value):
-            entry = _entry(task, scored, benchmark, facts)
+            entry = _entry(task, scores, benchmark, facts)
             by_dataset.setdefault(benchmark.dataset, []).append(entry)
     paths = eval_result_paths(benchmarks)
     return {
@@ -420,24 +420,24 @@ def eval_result_paths(benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
     return dict(zip(datasets, names, strict=True))
 
 
-def _entry(
-    task: str, scored: TaskScores, benchmark: Benchmark, facts: CardFacts
-) -> EvalResultEntry:
+def _entry(task: str, scores: Scores, benchmark: Benchmark, facts: CardFacts) -> EvalResultEntry:
     from huggingface_hub import EvalResultEntry
 
     url = markdown.web_address(f"{HUB}/{facts.repo}") if facts.repo else None
-    score, error = scored.models[MERGED][benchmark.metric], ""
+    scored, error = scores.tasks[task], ""
+    score = scored.models[MERGED][benchmark.metric]
+    how = f", {settings_words(scores.settings)}" if scores.settings else ""
     if score.stderr is not None:
         error = f", standard error {findings.number(score.stderr * benchmark.scale)}"
     name = "mteb" if _library(facts) == "mteb" else "lm-eval"
-    notes = f"{name} {task}, version {scored.version}, {benchmark.metric}, n = {scored.n}{error}"
+    notes = f"{name} {task}, version {scored.version}, {benchmark.metric}, n = {scored.n}"
     return EvalResultEntry(
         dataset_id=benchmark.dataset,
         task_id=benchmark.task_id,
         value=round(float(score.value * benchmark.scale), DIGITS),
         source_url=url,
         source_name="Model card" if url else None,
-        notes=markdown.visible(notes),
+        notes=markdown.visible(notes + error + how),
     )
 
 

@@ -192,18 +192,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     if mixture:
         mixed = mixture_facts(recipe, mixture, inputs)
         reporting = replace(reporting, facts=replace(reporting.facts, mixture=mixed))
-    statistics = None
-    if measurement.moments:
-        reader = tokens.carried.source if tokens.carried else sources.donor.pinned
-        statistics = StatisticsSettings(
-            method=recipe.merge_method,
-            moments=measurement.moments,
-            sources=in_size(resolve.merged_entries(recipe), sources),
-            reader=next(one for one in sources.models if one.pinned == reader),
-            plan=plan,
-            sidecars=sidecars,
-            digest=reporting.planned.digest,
-        )
+    digest = reporting.planned.digest
+    moments = measurement.moments
     evaluation, held_out = recipe.evaluate, recipe.evaluate or execution.held_out
     return MergeJob(
         report=examined.report,
@@ -213,7 +203,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
             beside=_beside(recipe, execution, "importance", "."),
         ),
         guide=_guide_settings(recipe, execution, sources, measurement, plan),
-        statistics=statistics,
+        statistics=_statistics(recipe, examined, moments, plan, sidecars, digest)
+        if moments
+        else None,
         alignment=alignment_settings(resolve.merged_entries(recipe), sources)
         if sources.are_read
         else None,
@@ -236,6 +228,28 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
 def _beside(recipe: Recipe, execution: Execution, *names: str) -> tuple[Path, ...]:
     """Return folders beside the recipe, in which measurements of an earlier run may be."""
     return () if execution.measures_again else tuple(Path(recipe.locate(one)) for one in names)
+
+
+def _statistics(
+    recipe: Recipe,
+    examined: Examined,
+    moments: resources.MomentSettings,
+    plan: PlanSettings,
+    sidecars: SidecarSettings,
+    digest: str,
+) -> StatisticsSettings:
+    """Return the settings of second moments; the texts are in tokens of the merge's tokenizer."""
+    sources, carried = examined.sources, examined.tokens.carried
+    reader = carried.source if carried else sources.donor.pinned
+    return StatisticsSettings(
+        method=recipe.merge_method,
+        moments=moments,
+        sources=in_size(resolve.merged_entries(recipe), sources),
+        reader=next(one for one in sources.models if one.pinned == reader),
+        plan=plan,
+        sidecars=sidecars,
+        digest=digest,
+    )
 
 
 def _guide_settings(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.merge.token_matches import ROLES, Spelled, TokenMatches
+from lewis_hub.merge.token_matches import ROLES
 
 ID = re.compile(r"\w+_token_(?:id|index)")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -20,6 +20,8 @@ COUNTED_FROM_PADDING = frozenset(
     | {"longformer", "luke", "m2m_100", "markuplm", "mpnet", "nllb-moe", "roberta"}
     | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 )
+
+Moved = Callable[[int], int | None]  # the new id of a token; None if there is none
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,15 @@ class NewIds:
 
 
 def new_ids(
-    model: Configuration, donor: Configuration, tokens: Spelled, matches: TokenMatches
+    model: Configuration, donor: Configuration, roles: Mapping[str, int], moved: Moved
 ) -> NewIds:
     """Return the donor's ids of begin, end and padding, and the new ids of all other tokens.
 
-    `tokens` are those of the donor.
+    `roles` are the ids of the donor's special tokens.
 
     Raises:
         TokenizerError: the configuration names a token that the donor lacks.
     """
-    roles = tokens.roles
     config: dict[str, Any] = {}
     generation: dict[str, Any] = {}
     for name in SPECIAL:
@@ -63,21 +64,20 @@ def new_ids(
         by_role = roles.get(name.removesuffix("_token_id"))
         generation[name] = by_role if used is None else used
         config[name] = generation[name] if own is None or not model.generation else own
-    ours = {row: token_id for token_id, row in sorted(matches.rows.items(), reverse=True)}
     for place, written in (("config.json", config), ("generation_config.json", generation)):
         document = model.config if place == "config.json" else model.generation
         for name, value in dict(_others(document)).items():
             if name in OF_ROLES:
                 written[name] = roles.get(name.removesuffix("_token_id"))
             elif isinstance(value, list):
-                written[name] = [_moved(model, donor, f"{place}: {name}", i, ours) for i in value]
+                written[name] = [_moved(model, donor, f"{place}: {name}", i, moved) for i in value]
             else:
-                written[name] = _moved(model, donor, f"{place}: {name}", value, ours)
-    require_same_positions(model.label, model.config, config)
+                written[name] = _moved(model, donor, f"{place}: {name}", value, moved)
+    _require_same_positions(model.label, model.config, config)
     return NewIds(config, generation)
 
 
-def require_same_positions(label: str, config: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
+def _require_same_positions(label: str, config: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
     """Refuse `ids` with another padding for a model that counts its positions from it.
 
     Raises:
@@ -102,11 +102,10 @@ def _others(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield name, value
 
 
-def _moved(
-    model: Configuration, donor: Configuration, where: str, value: int, ours: Mapping[int, int]
-) -> int:
-    if value not in ours:
+def _moved(model: Configuration, donor: Configuration, where: str, value: int, moved: Moved) -> int:
+    found = moved(value)
+    if found is None:
         problem = f"it is token {value}, which the tokenizer of {donor.label} lacks"
         remedy = "Choose a donor whose tokenizer has it."
         raise TokenizerError(f"{model.label}: {where}", problem, remedy)
-    return ours[value]
+    return found

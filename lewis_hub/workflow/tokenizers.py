@@ -15,13 +15,14 @@ from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
 from lewis_hub.merge.sidecars import TokenizerFiles
+from lewis_hub.merge.token_matches import ROLE_FILES, read_roles
 from lewis_hub.recipe.schema import CHAT_TEMPLATES
 from lewis_hub.recipe.tokens import ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import CONFIG, Translation, Vocabulary, disagreement, translation
 from lewis_hub.workflow.open import MergeSources, OpenedSource
-from lewis_hub.workflow.token_ids import SPECIAL, require_same_positions
+from lewis_hub.workflow.token_ids import Configuration, Moved, new_ids
 
-FAST = "tokenizer.json"
+FAST, GENERATION = "tokenizer.json", "generation_config.json"
 
 N_SHOWN = 3
 
@@ -98,7 +99,8 @@ def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
     carried = TokenizerFiles(named.pinned)
     changes = asked.tokens or asked.pad_to_multiple_of
     if not changes and all(map(sources.is_alike, sources.models)):
-        return Tokens(carried if named.pinned != base.pinned else None)
+        same = named.pinned == base.pinned
+        return Tokens(None if same else _with_ids(carried, sources, named, lambda i: i))
     if not sources.tensors:
         problem = "none of its tensors has as many rows as its config.json has tokens"
         remedy = "Remove `tokenizer_source`: its embeddings cannot be aligned by token."
@@ -129,7 +131,10 @@ def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
         for source in sources.models
         if disagreement(ours, vocabularies[source.pinned]) or sources.rows(source) < ours.n_rows
     }
-    carried = _with_ids(carried, sources, named, n_rows)
+    if n_rows != sources.rows(base):
+        carried = replace(carried, config={"vocab_size": n_rows})
+    if named.pinned != base.pinned:
+        carried = _with_ids(carried, sources, named, _moved(ours, merged))
     return Tokens(carried, replace(alignment, overrides=overrides), translations)
 
 
@@ -183,21 +188,34 @@ def _override(
     return Override(source.pinned, row, one.force)
 
 
+def _moved(ours: Vocabulary, merged: Vocabulary) -> Moved:
+    """Return a function from an id of the base's tokenizer to that of the same token."""
+    tokens = {token_id: token for token, token_id in ours.ids.items()}
+    used = frozenset(merged.ids.values())
+
+    def moved(token_id: int) -> int | None:
+        if token_id in tokens:
+            return merged.ids.get(tokens[token_id])
+        return None if token_id in used else token_id  # a row of padding in both
+
+    return moved
+
+
 def _with_ids(
-    carried: TokenizerFiles, sources: TokenizerRequest, named: OpenedSource, n_rows: int
+    carried: TokenizerFiles, sources: TokenizerRequest, named: OpenedSource, moved: Moved
 ) -> TokenizerFiles:
-    """Set vocabulary size and special token ids in the configurations."""
-    config: dict[str, Any] = {}
-    if n_rows != sources.rows(sources.base):
-        config["vocab_size"] = n_rows
-    if named.pinned == sources.base.pinned:
-        return replace(carried, config=config)
-    generation = sources.read_json(named, "generation_config.json")
-    inner = named.config.get("text_config") or {}
-    own = {key: named.config.get(key, inner.get(key)) for key in SPECIAL}
-    ids = {key: generation.get(key, own[key]) for key in SPECIAL}
-    require_same_positions(sources.base.name, sources.base.config, own)
-    return replace(carried, config=config | own, generation=ids)
+    """Set the ids of special tokens for the tokenizer of another model than the base."""
+    vocabulary = sources.vocabulary(named)
+    texts = read_roles(named.name, sources.read(named, *ROLE_FILES))
+    ids = vocabulary.ids if vocabulary else {}
+    roles = {role: ids[token] for role, token in texts.items() if token in ids}
+    model, donor = (
+        Configuration(one.name, one.config, sources.read_json(one, GENERATION))
+        for one in (sources.base, named)
+    )
+    new = new_ids(model, donor, roles, moved)
+    config = {**carried.config, **new.config}
+    return replace(carried, config=config, generation=new.generation)
 
 
 def compare_tokenizers(request: TokenizerRequest) -> Tokens:

@@ -182,7 +182,9 @@ def _carried(
     files = TokenizerFiles(donor.opened.pinned)
     if model.opened.pinned == donor.opened.pinned:
         return files
-    ids = new_ids(model.configuration, donor.configuration, donor.spelled, matches)
+    moved = {row: token_id for token_id, row in sorted(matches.rows.items(), reverse=True)}
+    roles = donor.spelled.roles
+    ids = new_ids(model.configuration, donor.configuration, roles, moved.get)
     config = dict(ids.config)
     if n_rows != model.tables.n_rows:
         config["vocab_size"] = n_rows

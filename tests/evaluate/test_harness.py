@@ -285,6 +285,7 @@ def test_prompts_go_through_the_chat_template_where_that_is_asked_for(own_tasks)
 
     assert chat.tasks["after"].documents == plain.documents
     assert not set(chat.tasks["after"].prompts) & set(plain.prompts)
+    assert chat.settings == {"chat_template": True}  # a reader of the scores is told
 
 
 def test_a_model_without_a_chat_template_is_named(own_tasks, good_model):

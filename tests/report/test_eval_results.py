@@ -44,6 +44,16 @@ def test_a_merge_without_a_repo_names_no_source_and_a_scale_is_followed(make_fac
     )
 
 
+def test_an_entry_names_the_settings_of_the_evaluation(make_facts):
+    facts = make_facts()
+    scores = replace(facts.scores, settings={"chat_template": True, "num_fewshot": 5})
+
+    (text,) = eval_results(scores, {"sums": GSM8K}, facts).values()
+
+    (entry,) = yaml.safe_load(text)
+    assert entry["notes"].endswith("standard error 2.600, chat_template true, num_fewshot 5")
+
+
 def test_tasks_of_one_dataset_share_a_file_and_equal_names_do_not(make_facts):
     facts = make_facts()
     sums = facts.scores.tasks["sums"]

@@ -394,6 +394,22 @@ def test_a_head_has_the_name_of_the_loaded_model_and_is_merged_back(tmp_path):
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_that_asks_for_an_attention_of_another_package_is_named_as_loaded(tmp_path):
+    config = transformers.GPTNeoXConfig(
+        **SMALL, intermediate_size=24, architectures=["GPTNeoXForCausalLM"]
+    )
+    base, expert = tiny(tmp_path, config)
+    asked = json.loads((base / "config.json").read_text())
+    asked["attn_implementation"] = "flash_attention_3"
+    (base / "config.json").write_text(json.dumps(asked))
+
+    extract(expert, "--base", base, "--rank", 16, "-o", tmp_path / "adapter")
+
+    wanted = load_file(expert / "model.safetensors")["embed_out.weight"]
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(held["base_model.model.lm_head.weight"], wanted)
+
+
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 
 

@@ -3,20 +3,14 @@
 import pytest
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.merge.token_matches import TokenMatches, spell
-from lewis_hub.tokenizer import Vocabulary
 from lewis_hub.workflow.token_ids import Configuration, new_ids
 
-TOKENS = spell(
-    Vocabulary("donor", {"<s>": 5, "</s>": 6, "<mask>": 7, "a": 0}, {}, None),
-    {"bos": "<s>", "eos": "</s>", "mask": "<mask>"},
-    8,
-)
-NONE = TokenMatches({}, ())
+ROLES = {"bos": 5, "eos": 6, "mask": 7}
 
 
-def ids(model, donor, matches=NONE):
-    return new_ids(Configuration("model", *model), Configuration("donor", *donor), TOKENS, matches)
+def ids(model, donor, moved=None):
+    told = Configuration("model", *model), Configuration("donor", *donor)
+    return new_ids(*told, ROLES, (moved or {}).get)
 
 
 def test_the_donors_configuration_counts_then_its_tokenizer():
@@ -55,7 +49,7 @@ def test_other_ids_follow_their_tokens():
         "token_id": 1,
     }
     generation = {"forced_bos_token_id": [8, 9]}
-    found = ids((config, generation), ({}, {}), TokenMatches({0: 9, 7: 9, 2: 8}, ()))
+    found = ids((config, generation), ({}, {}), {9: 0, 8: 2})
 
     special = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": None}
     assert found.config == special | {

@@ -194,6 +194,56 @@ def test_the_configuration_follows_the_tokenizer(zoo, source, n_rows, eos):
     } == {n_rows}
 
 
+def told(zoo, name, file, **values):
+    path = zoo.root / name / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_end_of_a_text_is_that_of_the_tokenizer_s_model_though_all_tokens_are_the_same(zoo):
+    zoo.write(
+        "chat", tokenizer("base"), N_ROWS["base"]
+    )  # as an Instruct model has its base's tokens
+    chat = zoo.tokenizers["chat"]
+    end, start = chat.convert_tokens_to_ids(["<|end|>", "<s>"])
+    told(zoo, "chat", "tokenizer_config.json", eos_token="<s>")
+    told(zoo, "chat", "config.json", eos_token_id=start)
+    told(zoo, "chat", "generation_config.json", eos_token_id=[start, end])
+
+    output = zoo.merge(zoo.recipe("tokenizer_source: ROOT/chat\n", names=("chat",)))
+
+    config = json.loads((output / "config.json").read_text())
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(output).eos_token_id == start
+    assert (config["eos_token_id"], generation["eos_token_id"]) == (start, [start, end])
+    assert config["vocab_size"] == N_ROWS["base"]
+
+
+def test_other_ids_of_the_configuration_follow_their_tokens(zoo):
+    ids = {name: made.get_vocab() for name, made in zoo.tokenizers.items()}
+    for name in ("base", "y"):
+        told(zoo, name, "config.json", image_token_id=ids["base"]["a"])
+    told(zoo, "base", "generation_config.json", forced_eos_token_id=[ids["base"]["b"]])
+
+    output = zoo.merge(zoo.recipe("tokenizer_source: ROOT/y\n"))
+
+    config = json.loads((output / "config.json").read_text())
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert ids["y"]["a"] != ids["base"]["a"]
+    assert config["image_token_id"] == ids["y"]["a"]
+    assert generation["forced_eos_token_id"] == [ids["y"]["b"]]
+
+
+def test_a_tokenizer_without_a_token_of_the_configuration_is_refused(zoo):
+    lacking = set(zoo.tokenizers["base"].get_vocab()) - set(zoo.tokenizers["y"].get_vocab())
+    token = min(lacking)
+    number = zoo.tokenizers["base"].get_vocab()[token]
+    told(zoo, "base", "config.json", image_token_id=number)
+
+    (found,) = lewis_hub.check(zoo.recipe("tokenizer_source: ROOT/y\n")).problems
+
+    assert f"image_token_id: it is token {number}, which the tokenizer of" in found
+
+
 def test_a_tokenizer_with_another_padding_is_refused_if_positions_are_counted_from_it(zoo):
     for name, padding in (("base", 1), ("x", 1), ("y", 2)):
         file = zoo.root / name / "config.json"
