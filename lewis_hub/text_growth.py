@@ -1,13 +1,15 @@
 """How much longer the steps of a tokenizer can make a text: a small file could fill the memory.
 
 The steps of `tokenizer.json` follow one another, so what each can do is multiplied. Of a step that
-occurs twice, such as one that writes each byte as a letter of two bytes, the second finds more.
+occurs twice, such as one that writes each byte as a letter of two bytes, the second finds more. The
+last step adds special tokens, and a template of it may repeat them and the text.
 """
 
 from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +21,18 @@ from lewis_hub.files import text_of
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
-STEPS = {("normalizer", "pre_tokenizer"): MAX_GROWTH, ("decoder",): MAX_WRITTEN}
-BY_TYPE = {  # letters, or bytes of one, that a step can make of a letter
+MAX_TOKENS = 1000  # that it may make of one
+STEPS = {
+    ("normalizer", "pre_tokenizer"): MAX_GROWTH,
+    ("post_processor",): MAX_TOKENS,
+    ("decoder",): MAX_WRITTEN,
+}
+BY_TYPE = {  # letters, or bytes of one, that a step can make of a letter, or tokens of a token
     "ByteLevel": 5,  # four bytes, and a space before them
     **dict.fromkeys(("NFC", "NFD"), 4),
     **dict.fromkeys(("NFKC", "NFKD"), 18),
     "BertNormalizer": 12,  # NFD, and a space on both sides
+    **dict.fromkeys(("BertProcessing", "RobertaProcessing"), 3),
 }
 CUT = ("suffix", "pad_token", "word_delimiter_token")  # what a decoder replaces
 # a regular expression of letters and classes, each once or more often: it matches no empty text
@@ -34,10 +42,10 @@ LETTERS = re.compile(
 
 
 def require_modest(label: str, document: Mapping[str, Any]) -> None:
-    """Refuse a `tokenizer.json` that makes texts very long, before or after their tokens.
+    """Refuse a `tokenizer.json` that makes texts very long: before, as or after their tokens.
 
     Raises:
-        TokenizerError: its steps together may exceed MAX_GROWTH, or MAX_WRITTEN.
+        TokenizerError: its steps together may exceed MAX_GROWTH, MAX_TOKENS or MAX_WRITTEN.
     """
     for parts, limit in STEPS.items():
         total = 1
@@ -77,9 +85,30 @@ def _growth(part: object) -> Iterator[int]:
             yield max(1, len(added) + ("pattern" in part and _may_be_empty(part["pattern"])))
         yield len(before) if isinstance(before := part.get("prepend"), str) and before else 1
         yield 2 ** [part.get(key) for key in CUT].count("")
+        yield max(_tokens_of(part, "single"), _tokens_of(part, "pair"))
         if isinstance(charsmap := part.get("precompiled_charsmap"), str):
             yield _longest_replacement(charsmap)
         yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
+
+
+def _tokens_of(part: Mapping[str, Any], key: str) -> int:
+    """How many tokens a template makes of one: those of its special tokens, and each text again."""
+    pieces, special = part.get(key), part.get("special_tokens")
+    if not (isinstance(pieces, list) and isinstance(special, dict)):
+        return 1
+    ids = {name: one.get("ids") for name, one in special.items() if isinstance(one, dict)}
+    named = Counter(_special_token(piece) for piece in pieces)
+    return sum(n * _length(ids.get(name)) for name, n in named.items())
+
+
+def _special_token(piece: object) -> str | None:
+    token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+    name = token.get("id") if isinstance(token, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _length(ids: object) -> int:
+    return len(ids) if isinstance(ids, list) else 1
 
 
 def _may_be_empty(pattern: object) -> bool:

@@ -152,7 +152,19 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    apply_all_merges(tokenizer)
     return tokenizer
+
+
+def apply_all_merges(tokenizer: Any) -> None:
+    """Let BPE apply all its merges, also if its file has a `dropout`, which is for training.
+
+    Each run would have other tokens by chance, and so other weights and scores. The tokenizer is
+    one of the tokenizers library, or of transformers, where only fast ones have a dropout.
+    """
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", tokenizer), "model", None)
+    if getattr(model, "dropout", None) is not None:
+        model.dropout = None
 
 
 @contextmanager

@@ -426,6 +426,41 @@ def test_a_map_of_characters_that_makes_a_text_very_long_is_refused():
         read(100_001)
 
 
+def tokens_from_template(piece, n_pieces, n_ids, n_steps=1):
+    """The tokens of `b` after steps that each add pieces before a text; token 0 has `n_ids`."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*[{piece: {"id": "A", "type_id": 0}}] * n_pieces, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"A": {"id": "A", "ids": [0] * n_ids, "tokens": ["a"] * n_ids}},
+    }
+    document = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+        "post_processor": {"type": "Sequence", "processors": [template] * n_steps},
+    }
+    return load_tokenizer("org/model", document).encode("b").ids
+
+
+@pytest.mark.parametrize(
+    ("piece", "n_pieces", "n_ids", "n_steps"),
+    [
+        ("SpecialToken", 1, 1001, 1),
+        ("SpecialToken", 600, 600, 1),
+        ("SpecialToken", 1, 1, 10),
+        ("Sequence", 1000, 1, 1),
+    ],
+)
+def test_a_template_that_makes_very_many_tokens_is_refused(piece, n_pieces, n_ids, n_steps):
+    """300 kB of JSON made 100 million tokens of one letter."""
+    with pytest.raises(TokenizerError, match="it may make a text more than 1,000 times as long"):
+        tokens_from_template(piece, n_pieces, n_ids, n_steps)
+
+
+def test_a_template_may_add_special_tokens():
+    assert tokens_from_template("SpecialToken", 2, 400) == 800 * [0] + [1]
+
+
 def test_a_tokenizer_that_makes_what_a_model_wrote_very_long_is_refused():
     step = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 1000}
     document = {

@@ -16,8 +16,9 @@ from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.text_growth import require_modest_file, require_modest_steps
-from lewis_hub.tokenizer import panics_as_errors
+from lewis_hub.tokenizer import apply_all_merges, panics_as_errors
 
+MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),
     "local-completions": ("tenacity", "api"),
@@ -84,6 +85,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
             lm = load(path, settings)
             tokenizer = getattr(lm, "tokenizer", None)
             require_modest_steps(path, tokenizer)
+            apply_all_merges(tokenizer)
             limit_templates(tokenizer)
             return lm
     except LewisHubError:
@@ -140,6 +142,10 @@ def _whole(automatic: Any, path: str, **options: Any) -> Any:
         problem = f"its files lack {absent[0]} (and {others})"
         remedy = "The config does not describe these files: check the source, or take another."
         raise EvaluationError(path, problem, remedy)
+    settings = getattr(model, "generation_config", None)  # an encoder has none
+    if (getattr(settings, "num_beams", None) or 1) > MAX_BEAMS:
+        problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"
+        raise EvaluationError(path, problem, "Each beam takes memory: set fewer in a copy of it.")
     return model
 
 

@@ -100,8 +100,8 @@ def limited(where: str) -> Iterator[None]:
         try:
             yield
         finally:
-            watch.end()
             faulthandler.cancel_dump_traceback_later()
+            watch.end()
     except (_LimitError, MemoryError):
         problem = watch.problem or "it takes too much memory"
         raise TokenizerError(where, problem, REMEDY) from None

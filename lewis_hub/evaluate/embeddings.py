@@ -30,6 +30,7 @@ from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
 from lewis_hub.text_growth import require_modest_file
+from lewis_hub.tokenizer import apply_all_merges
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -97,11 +98,13 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         for file in sorted(folder.rglob("tokenizer.json")):
             require_modest_file(file.parent)
         kind = getattr(sentence_transformers, _class_of(folder))
-        return kind(str(folder.resolve()), **own, **settings.backend_args)
+        model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
         remedy = "Expected: a folder that sentence-transformers can load."
         raise EvaluationError(str(folder), problem, remedy) from error
+    apply_all_merges(getattr(model, "tokenizer", None))
+    return model
 
 
 def _require_no_code(folder: Path) -> None:

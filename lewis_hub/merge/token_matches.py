@@ -48,6 +48,8 @@ document, *texts = (bytes.fromhex(line).decode() for line in sys.stdin)
 tokenizer = Tokenizer.from_str(document)
 tokenizer.no_padding()
 tokenizer.no_truncation()
+if getattr(tokenizer.model, "dropout", None) is not None:
+    tokenizer.model.dropout = None
 for first in range(0, len(texts), 4096):
     encoded = tokenizer.encode_batch(texts[first : first + 4096], add_special_tokens=False)
     print(json.dumps([one.ids for one in encoded]))

@@ -32,6 +32,7 @@ GROWING = {
 UNSTOPPABLE = {
     "nested lists are compared": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
     "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "a long list is searched": "{{ ('a' * 10 ** 7 ~ 'b') in ['a' * 10 ** 7 ~ 'c'] * 10 ** 7 }}",
     "a text is searched from its end": "{{ ('a' * 10 ** 7).rfind('ab' + 'a' * 5 * 10 ** 6) }}",
 }
 

@@ -31,6 +31,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import (
     BrokenCheckpointError,
     CheckFailedError,
+    EvaluationError,
     SourceError,
     TokenizerError,
 )
@@ -154,6 +155,20 @@ def test_the_number_of_layers_is_told(tmp_path):
     assert str(caught.value) == (
         f"{base}: `num_hidden_layers` of its config.json is above the limit of 1,000.\n"
         "The file is damaged: use an intact copy of the model."
+    )
+
+
+def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
+    """With 20,000 a model of 2 MB took 2 GB, for one short answer."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"num_beams": 101}))
+
+    with pytest.raises(EvaluationError) as caught:
+        load(base, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{base}: `num_beams` of its generation_config.json is above the limit of 100.\n"
+        "Each beam takes memory: set fewer in a copy of it."
     )
 
 
