@@ -111,7 +111,7 @@ def test_c_code_that_no_error_stops_ends_with_the_process(template):
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lewis_hub.evaluate import chat
 
-chat.MAX_S, chat.LAST_S = 0.1, 0.5
+chat.MAX_S, chat.LAST_S = 1.0, 2.0
 with chat.limited("a/b"):
     ImmutableSandboxedEnvironment().from_string({template!r}).render()
 """
@@ -120,8 +120,8 @@ with chat.limited("a/b"):
     )
 
     assert done.returncode == 1
-    assert done.stderr.startswith("Timeout (0:00:00.500000)!")
-    assert " in render\n" in done.stderr
+    assert done.stderr.startswith("Timeout (0:00:02)!")
+    assert "jinja2" in done.stderr
 
 
 def test_a_template_may_compute(monkeypatch):
