@@ -141,7 +141,8 @@ def tune_recipe(
             keep_unless_written(output / SOURCES, states, partial(_discard, output))
             tuner = _fetch(prepared, space, execution, output, Path(scratch))
             _measure(tuner, prepared.corners)
-            tried, n_begun = _search(tuner, output / STUDY, asked)
+            name = _name(tuner, prepared.digests)
+            tried, n_begun = _search(tuner, output / STUDY, name, asked)
             tuner.model.release()
             judged = _judge(tuner, tried, prepared)
         (output / SOURCES).unlink(missing_ok=True)
@@ -179,6 +180,7 @@ class Prepared:
     api: HfApi
     progress: Progress
     corners: Sequence[Recipe]  # one recipe for each combination of method and guide
+    digests: tuple[str, ...]  # of what they make, with versions, data and task files
     examined: Examined
     job: MergeJob  # of the first corner that reads calibration texts, or of the first
     tasks: ScoredTasks | None
@@ -204,7 +206,8 @@ def _prepare(
         material = held_out_texts(search, tasks, api, progress)
     else:
         material = items_of_tasks(job, asked, tasks)
-    return Prepared(api, progress, corners, examined, job, tasks, material)
+    digests = tuple(one.reporting.planned.digest for one in jobs)
+    return Prepared(api, progress, corners, digests, examined, job, tasks, material)
 
 
 def _fetch(
@@ -292,17 +295,15 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
         tuner.gather(compiled(one), None, tuner.progress)
 
 
-def _name(tuner: Tuner) -> str:
+def _name(tuner: Tuner, digests: Sequence[str]) -> str:
     """Return the name of the study: of recipe, items, sources, and all that decides a merge."""
-    corners = search_space.corners(tuner.space)
-    jobs = [compile_job(one, tuner.execution, tuner.examined, tuner.api) for one in corners]
     facts = [
         search_space.written(tuner.space.recipe),
         tuner.space.methods,
         tuner.space.guides,
         tuner.objective.digest,
         [source.digest for source in tuner.examined.sources.models],
-        [job.reporting.planned.digest for job in jobs],  # with versions, data and task files
+        digests,
         [
             sorted(axis.__dict__.items())
             for values in search_space.combinations(tuner.space)
@@ -312,10 +313,10 @@ def _name(tuner: Tuner) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...], int]:
+def _search(tuner: Tuner, file: Path, name: str, asked: Search) -> tuple[tuple[Trial, ...], int]:
     """Run trials until their number or the budget is reached; return all, and how many are new."""
     lower, seed = tuner.objective.lower_is_better, tuner.space.recipe.seed
-    opened = study.open_study(file, _name(tuner), lower_is_better=lower, seed=seed)
+    opened = study.open_study(file, name, lower_is_better=lower, seed=seed)
     study.enqueue(opened, search_space.warm_starts(tuner.space))
     began, n_begun = time.monotonic(), 0
     n_left = max(0, asked.n_trials - len(_tried(tuner.space, opened)))

@@ -124,6 +124,19 @@ def merge(folder, *args, **options):
     return lewis_hub.merge_models(asked, folder / "merged", progress=False).output
 
 
+def merged_by(method, folder, base, entry):
+    """Merge one model onto the base by a method that measures both; return the output."""
+    text = f"""base_model: {base}
+models:
+  - model: {entry}
+{method}
+calibration: {{dataset: texts.jsonl, text: "{{text}}", samples: 6}}
+"""
+    asked = parse_recipe(text, "recipe.yaml").placed_in(folder)
+    output = folder / f"merged-{len([*folder.glob('merged-*')])}"
+    return lewis_hub.merge_models(asked, output, progress=False).output
+
+
 def numbers(output):
     [one] = json.loads((output / "lewis/alignment.json").read_text(encoding="utf-8"))["models"]
     return one["blocks"]["numbers"]
@@ -257,22 +270,13 @@ def test_what_measures_models_reads_the_model_in_its_places(method, folder):
     deepened(folder / "expert", folder / "deeper", [0, 0, 1])
     mixed = weights(folder / "deeper") | {n: t for n, t in read(folder / "deep") if ".1." in n}
     write_weights(folder / "deeper", mixed)
-    text = """base_model: deep
-models:
-  - model: NAME
-METHOD
-calibration: {dataset: texts.jsonl, text: "{text}", samples: 6}
-""".replace("METHOD", method)
+    entries = ("deeper", "expert\n    align: segment_wise")
 
-    found = []
-    for name in ("deeper", "expert\n    align: segment_wise"):
-        asked = parse_recipe(text.replace("NAME", name), "recipe.yaml").placed_in(folder)
-        output = folder / f"merged-{len(found)}"
-        lewis_hub.merge_models(asked, output, progress=False)
-        found.append(weights(output))
+    found = [merged_by(method, folder, "deep", entry) for entry in entries]
 
-    assert numbers(output) == [0, None, 1]
-    assert all(found[0][name].equal(found[1][name]) for name in mixed)
+    assert numbers(found[1]) == [0, None, 1]
+    placed, aligned = map(weights, found)
+    assert all(placed[name].equal(aligned[name]) for name in mixed)
 
 
 def test_the_deeper_model_loses_blocks_beside_a_shallower_one_and_check_says_so(folder):

@@ -19,6 +19,7 @@ from tests.workflow.test_depth import (
     folder,
     logits,
     merge,
+    merged_by,
     numbers,
     recipe,
     weights,
@@ -215,19 +216,9 @@ def test_an_interrupted_merge_takes_up_what_was_matched(folder):
 def test_what_measures_models_reads_the_model_in_its_places(method, folder):
     """The merge is that with the small expert, which the large one was made from."""
     base_and_grown_expert(folder)
-    text = """base_model: one
-models:
-  - model: NAME
-METHOD
-calibration: {dataset: texts.jsonl, text: "{text}", samples: 6}
-""".replace("METHOD", method)
+    entries = ("expert", f"big\n    align: {BOTH}")
 
-    found = []
-    for name in ("expert", f"big\n    align: {BOTH}"):
-        asked = parse_recipe(text.replace("NAME", name), "recipe.yaml").placed_in(folder)
-        output = folder / f"merged-{len(found)}"
-        lewis_hub.merge_models(asked, output, progress=False)
-        found.append(weights(output))
+    found = [weights(merged_by(method, folder, "one", entry)) for entry in entries]
 
     apart = {name: (found[0][name] - tensor).abs() for name, tensor in found[1].items()}
     assert max(float(one.median()) for one in apart.values()) < 1e-5
