@@ -125,12 +125,14 @@ def parts_folder(output: Path) -> Path:
 
 
 @contextmanager
-def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
+def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]:
     """Open the workspace of `output`. After an error its files are kept, if there are any.
 
+    `replace` is None for a command that never replaces an output.
+
     Raises:
-        OutputError: the output exists and `replace` is false, another run works on it, the folder
-            cannot be written, or it is a link or has one in it.
+        OutputError: the output exists and `replace` is not true, another run works on it, the
+            folder cannot be written, or it is a link or has one in it.
     """
     if output.is_symlink():
         problem = f"it is a link to {os.path.realpath(output)}"
@@ -154,11 +156,14 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
             raise
 
 
-def _require_free(output: Path, *, replace: bool) -> None:
-    if output.exists() and not replace:
+def _require_free(output: Path, *, replace: bool | None) -> None:
+    if replace or not output.exists():
+        return
+    problem, other = "it exists already.", "delete it."
+    if replace is not None:
         problem = "it exists and holds something else than this merge."
-        remedy = "Name another folder with -o, or replace it with --force."
-        raise OutputError(str(output), problem, remedy)
+        other = "replace it with --force."
+    raise OutputError(str(output), problem, f"Name another folder with -o, or {other}")
 
 
 @contextmanager
