@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import OutputError
@@ -16,6 +17,7 @@ from lewis_hub.files import require_no_links, text_of, unwritable, write_whole
 from lewis_hub.system import create_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
+SCRATCH = ".lewis-hub-scratch-"
 STATES = "sources.json"  # in the scratch folder
 
 
@@ -117,6 +119,15 @@ def beside(output: Path, ending: str) -> Path:
 def unfinished(output: Path) -> Path:
     """The folder in which runs for this output work."""
     return beside(output, ".partial")
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for one run, which is alone at `folder`; first, delete those of killed runs."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as made:
+        yield Path(made)
 
 
 def parts_folder(output: Path) -> Path:
