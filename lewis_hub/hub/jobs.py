@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
 
 BUCKET = "jobs-artifacts"  # the bucket in which huggingface_hub uploads files of Jobs
 MOUNT = "/recipe"
-PYTHON = "3.12"
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+UV, PYTHON = ("uv", "run"), ("--python", "3.12")
 COMPLETED = "COMPLETED"
 EXIT_CODE = re.compile(r"exit code:? (\d+)")
 
@@ -69,23 +69,22 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
         PublishError: no token, no right to run Jobs there, or the Hub failed.
     """
     hub_repo = _namespace(api, request.namespace)
-    options = {
-        "script_args": list(request.words),
-        "dependencies": [request.package],
-        "python": PYTHON,
+    options: dict[str, Any] = {
+        # huggingface_hub's own functions for uv replace words that are files in this folder
+        "command": [*UV, "--with", request.package, *PYTHON, "lewis-hub", *request.words],
+        "image": IMAGE,
+        "name": "lewis-hub",
         "flavor": request.flavor,
         "timeout": request.timeout,
         "secrets": {"HF_TOKEN": hub_repo.token},
         "volumes": [_upload_files(hub_repo, request.files)],
         "namespace": hub_repo.name,
     }
-    with hub_failures(hub_repo), warnings.catch_warnings():
-        # huggingface_hub says so of its functions for uv, and no user can act on it.
-        warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
+    with hub_failures(hub_repo):
         if cron is None:
-            job = api.run_uv_job("lewis-hub", **options)
+            job = api.run_job(**options)
             return SubmittedJob(job.id, hub_repo.name, without_credentials(job.url))
-        made = api.create_scheduled_uv_job("lewis-hub", schedule=cron, **options)
+        made = api.create_scheduled_job(schedule=cron, **options)
     return SubmittedJob(made.id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
 
 
