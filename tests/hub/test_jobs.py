@@ -227,6 +227,24 @@ def test_no_file_of_the_working_folder_replaces_a_word_of_the_command(
     assert capsys.readouterr().out == ""
 
 
+def test_no_file_is_uploaded_to_a_bucket_that_everybody_can_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    files = {"recipe.yaml": tmp_path / "recipe.yaml"}
+    with serve(tmp_path / "hub", jobs=True) as hub:
+        api = hub.api()
+        api.create_bucket(f"{ME}/jobs-artifacts")
+
+        with pytest.raises(PublishError) as caught:
+            jobs.submit(api, JobRequest(["merge"], files, "lewis-hub", None, None, ME))
+
+        assert list(api.list_jobs(namespace=ME)) == []
+    assert str(caught.value) == (
+        f"lewis: everybody can read the bucket lewis/jobs-artifacts.\nMake it private in {hub.url}"
+        "/buckets/lewis/jobs-artifacts/settings, then run the same command again."
+    )
+    assert not [path for path in (tmp_path / "hub/buckets").rglob("*") if path.is_file()]
+
+
 def test_a_schedule_is_made_listed_triggered_and_deleted(api, tmp_path):
     pytest.importorskip("hf_xet")
     (tmp_path / "recipe.yaml").write_text("")
