@@ -208,6 +208,8 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
     if n_bytes < 8:
         raise file.broken(f"it has {n_bytes} bytes, too few for a safetensors header")
     begin = read(path, 0, min(n_bytes, FIRST_READ_BYTES))
+    if len(begin) < 8:
+        raise file.broken("another process truncated it while it was read")
     (length,) = struct.unpack("<Q", begin[:8])
     if length > MAX_TABLE_BYTES:
         problem = f"its header claims {length:,} bytes; at most {MAX_TABLE_BYTES:,} are read"

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 N_AT_RANDOM = 6  # random trials before the sampler uses results, including warm starts
 N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is pruned
 SECONDS, ERROR = "seconds", "error"
+# of Optuna for a file that is no journal, or lines of other types
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 State = Literal["complete", "pruned", "failed"]
 STATES: Mapping[str, State] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -109,7 +111,7 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
             pruner=optuna.pruners.MedianPruner(N_BEFORE_PRUNING, n_warmup_steps=0),
             load_if_exists=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         problem = f"the study cannot be read: {type(error).__name__}: {error}"
         raise TuningError(str(file), problem, "Delete the file to start again.") from error
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):

@@ -160,6 +160,11 @@ def test_shards_without_an_index_are_refused():
     assert "found: 1.safetensors, 2.safetensors" in message
 
 
+def test_a_file_that_is_empty_when_it_is_read_is_told():
+    with pytest.raises(BrokenCheckpointError, match="another process truncated it while it was re"):
+        read_headers(LABEL, {"model.safetensors": 100}, lambda *_: b"", None)
+
+
 def test_a_long_header_takes_a_second_request():
     asked = []
     content = file({"__metadata__": {"note": "a" * 70_000}, "a": A}, 8)

@@ -143,8 +143,9 @@ def test_without_a_complete_trial_there_is_no_best():
         best_of((failed,), lower_is_better=True)
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path):
-    (tmp_path / "study.journal").write_text("not a journal\n" * 3)
+@pytest.mark.parametrize("line", ["not a journal", "[]", '{"op_code": 0, "worker_id": []}', "5"])
+def test_a_file_that_is_no_study_is_refused(line, tmp_path):
+    (tmp_path / "study.journal").write_text(f"{line}\n" * 3)
 
     with pytest.raises(TuningError, match="the study cannot be read"):
         opened(tmp_path)
