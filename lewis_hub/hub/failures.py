@@ -48,7 +48,7 @@ CUT = "Consistency check failed"  # huggingface_hub's error if a file has not it
 AGAIN = "run the same command again: finished work is kept"
 # errors of huggingface_hub in an answer that has another shape than a Hub's
 MISREAD = (
-    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError),
+    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError),
     httpx2.InvalidURL,  # of a redirection
 )
 

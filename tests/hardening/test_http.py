@@ -1,4 +1,4 @@
-"""Every call of resolve, fetch, byte ranges and push, answered wrongly in fourteen ways.
+"""Every call of resolve, fetch, byte ranges and push, answered wrongly in fifteen ways.
 
 What is asked for is done, or one message says why not; the repo and the cache are as before or
 complete; it takes a bounded time; and without the fault the same call completes.
@@ -215,7 +215,9 @@ def test_a_slow_answer_to_a_lookup_is_given_up(hub, behind, pauses_s):
     assert str(raised.value).startswith(told)
 
 
-@pytest.mark.parametrize("fault", ["a page", "not compressed", "nothing", "too long", "cut"])
+@pytest.mark.parametrize(
+    "fault", ["a page", "not compressed", "nothing", "too deep", "too long", "cut"]
+)
 def test_after_an_unreadable_answer_the_commit_is_found_on_the_hub(
     hub, behind, pauses_s, tmp_path, fault
 ):

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from zoo_hub import put_zoo
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
+from lewis_hub.merge.workspace import alone_with
 from lewis_hub.report.lock import Lock
 
 RECIPE = (
@@ -101,6 +103,45 @@ def test_the_command_adds_a_file_to_a_merge_and_its_lock_and_card(place):
     run("export", "merged")
     assert lock("merged")["recipe"]["export"] == ["gguf:f16", "gguf:q8_0"]
     assert run("verify", "merged")["problems"] == []
+
+
+def test_a_merge_is_not_changed_while_it_is_published(hub, place):
+    repo, told = f"{hub.user}/whole", []
+    run("merge", "--push", "--repo", f"{hub.user}/first")
+
+    class Exporting(Silent):
+        @contextmanager
+        def stage(self, title, total, unit):
+            for words in (["export", "merged", "--to", "gguf:q8_0"], ["push", "merged", repo]):
+                told.append(str(CliRunner().invoke(cli, words).exception))
+            with super().stage(title, total, unit) as advance:
+                yield advance
+
+    lewis_hub.publish("merged", lewis_hub.open_target(lewis_hub.Publishing(repo=repo)), Exporting())
+
+    assert len(told) == 2
+    for message in told:
+        assert "merged: another run is working on it.\nWait until it ends" in message
+    assert run("verify", repo)["problems"] == []
+    assert FILE not in lock("merged")["outputs"]
+    assert not list(place.glob(".merged*"))
+    run("export", "merged", "--to", "gguf:q8_0")
+    assert FILE in lock("merged")["outputs"]
+
+
+@pytest.mark.parametrize("work", ["add the file", "rewrite the card"])
+def test_a_merge_that_is_published_is_not_changed_by_a_merge_of_its_recipe(hub, place, work):
+    run("merge")
+    changed = RECIPE + f"publish: {{repo: {hub.user}/other}}\n"
+    Path("recipe.yaml").write_text(RECIPE + "export: gguf\n" if work == "add the file" else changed)
+    before = lock("merged")
+
+    with alone_with(Path("merged")), pytest.raises(OutputError, match="another run is working"):
+        run("merge")
+
+    assert lock("merged") == before
+    run("merge")
+    assert lock("merged") != before
 
 
 @pytest.mark.parametrize("changes", [{"publish": "a/b"}, {"publish": {"repo": 5}}, {"export": 7}])
