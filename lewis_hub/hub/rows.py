@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import LewisHubError, SourceError
+from lewis_hub.files import is_hidden, require_inside
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -177,6 +179,8 @@ def _limit_readers() -> None:
             raise ValueError(problem)
         for source in sources:
             _require_at_commit(source, self.config.data_files or {})
+        if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
+            _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
             prepare(self, *args, **options)
         self.info.features = _undecoded(self.info.features)
@@ -250,6 +254,15 @@ def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) 
     for address in chain.from_iterable(data_files.values()):
         if address.startswith(repo) and address not in listed:
             raise HubRepo.of(HfApi(), source).another_file(address.removeprefix(repo))
+
+
+def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
+    """Refuse files of a folder that are not pinned: hidden ones, and what leads out of it."""
+    for path in map(Path, chain.from_iterable(data_files.values())):
+        if not path.is_relative_to(folder) or is_hidden(path.relative_to(folder)):
+            problem = f"its card names {path}, which is hidden or not in the folder"
+            raise SourceError(str(folder), problem, "Name visible files in its card.")
+        require_inside(folder, path, SourceError)
 
 
 @dataclass(frozen=True)

@@ -561,3 +561,35 @@ def test_what_a_task_wants_to_stream_is_read_whole(tmp_path):
 
     with rows.only_tables(), pytest.raises(ValueError, match="they would be read while they come"):
         datasets.load_dataset(str(tmp_path), split="test", streaming=True)
+
+
+CARD = """---
+configs: [{config_name: default, data_files: [{split: train, path: %s}]}]
+---
+"""
+
+
+@pytest.mark.parametrize("named", [".kept/rows.txt", ".kept/*.txt", "rows.txt"])
+def test_a_folder_gives_only_the_files_that_are_pinned(named, tmp_path, api):
+    """Rows were read from any file, through a link in a hidden folder or beside a task."""
+    secret, folder = tmp_path / "secret.txt", tmp_path / "data"
+    secret.write_text("hunter2")
+    (folder / ".kept").mkdir(parents=True)
+    (folder / named.replace("*", "rows")).symlink_to(secret)
+    (folder / "README.md").write_text(CARD % named)
+
+    with at_commits({}), pytest.raises(SourceError):
+        datasets.load_dataset(str(folder), split="train")
+    assert "hidden" in message(api, folder) or "outside of the folder" in message(api, folder)
+
+
+@pytest.mark.parametrize("name", ["runs[12].jsonl", "runs[12]/train.jsonl", "run*/train.jsonl"])
+def test_a_path_that_is_a_pattern_of_others_is_refused(name, tmp_path, api):
+    """`runs1.jsonl` was read, and the digest of `runs[12].jsonl` was in the lock."""
+    other = name.replace("[12]", "1").replace("*", "1")
+    for one, content in ((name, ROWS), (other, ROWS[:1])):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_bytes(lines(content))
+
+    asked = tmp_path / name.partition("/")[0]
+    assert "which `datasets` takes for a pattern" in message(api, asked)
