@@ -232,6 +232,27 @@ def test_after_an_unreadable_answer_the_commit_is_found_on_the_hub(
     assert behind.n_struck == 1
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("name", "revision", "target"),
+    [
+        ("tests/model", "none", "/api/models/tests/model/refs"),
+        ("tests/none", None, "/api/datasets/tests/none"),
+    ],
+)
+def test_a_refusal_is_one_message_whatever_the_hub_answers_about_it(
+    hub, behind, pauses_s, fault, name, revision, target
+):
+    put(hub, "tests/model", FILES)
+    behind.reset((("GET", target, 0), fault, True))
+
+    with pytest.raises(SourceError) as raised:
+        resolve_model(HfApi(endpoint=behind.url, token=False), name, revision)
+
+    assert behind.n_struck
+    assert len(str(raised.value).splitlines()) == 2
+
+
 @pytest.mark.parametrize("way", ["with the model", "alone"])
 def test_ten_bytes_an_answer_end_a_download_of_a_small_file_too(hub, behind, pauses_s, way):
     operation = Fetch(hub)
