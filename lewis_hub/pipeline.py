@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from huggingface_hub import HfApi
@@ -29,7 +28,7 @@ from lewis_hub.hub.publish import Published
 from lewis_hub.hub.resolve import local_states
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
-from lewis_hub.merge.workspace import alone_with, open_workspace
+from lewis_hub.merge.workspace import alone_with, open_workspace, scratch_folder
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.parts import parts_of, used
@@ -184,9 +183,9 @@ def calibrate(
     files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
     with (
         measurements(output, files.sources.values()) as folder,
-        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+        scratch_folder(output) as scratch,
     ):
-        loader = job.loader(files, Path(scratch), progress)
+        loader = job.loader(files, scratch, progress)
         sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
         job, _ = _align(job, sets, loader, Costs())
         assert job.guide  # as above

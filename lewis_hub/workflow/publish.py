@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -151,16 +151,23 @@ def lock_in(folder: Path) -> Lock | None:
     """Return the lock of a folder; None if it has no valid lock.
 
     Raises:
+        OSError: the system cannot read it.
         PublishError: a link leads out of the folder of a lock, which may have come with a recipe:
             card and report are read there, and written again.
     """
-    if not os.path.lexists(folder / LOCK):
+    try:
+        (folder / LOCK).lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     hub_publish.files_of(folder)
     try:
         return Lock.from_json(text_of(folder / LOCK, MAX_JSON_BYTES))
-    except (OSError, errors.LewisHubError):
+    except errors.LewisHubError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EFBIG):  # no file, or larger than any lock
+            return None
+        raise  # it may be a valid lock, which the disk cannot read now
 
 
 def complete_in(folder: Path) -> Lock | None:
@@ -326,6 +333,7 @@ def judge_folder(folder: Path, repo: str, api: HfApi) -> GateVerdict | None:
     repo than the recipe's changes no verdict.
 
     Raises:
+        OSError: the system cannot read it.
         PublishError: a link leads out of the folder, which is written to before it is pushed.
     """
     hub_publish.files_of(folder)  # before anything is written or deleted

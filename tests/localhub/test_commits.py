@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def test_a_path_outside_the_repository_is_refused(hub, api, path):
 
 
 HEADER = '{"key": "header", "value": {"summary": "x"}}'
+LONGEST = "1,000 characters, and 50 folders in each other"
 
 
 def put(path: str, content: str) -> str:
@@ -128,6 +130,8 @@ def put(path: str, content: str) -> str:
         ([HEADER, put("b.txt", "*")], "b.txt: content is not base64"),
         ([HEADER, put("a.txt/b", "eA==")], "a.txt/b and a.txt cannot both be files"),
         ([HEADER, put("old", "eA==")], "old and old/b.txt cannot both be files"),
+        ([HEADER, put("é" * 1001, "eA==")], f"A path has at most {LONGEST}: {'é' * 1000}"),
+        ([HEADER, put("a/" * 50 + "b", "eA==")], f"A path has at most {LONGEST}: {'a/' * 50}b"),
     ],
 )
 def test_a_malformed_commit_is_refused_and_changes_nothing(hub, api, push, lines, problem):
@@ -306,6 +310,31 @@ def test_everything_is_there_after_a_restart(tmp_path):
         assert [len(httpx_get(again, path)) for path in paths] == [8, 1]
         assert len(list(again.get_repo_discussions("acme/base"))) == 1
         assert hub.api("hf_other").whoami()["name"] == "other"
+
+
+def test_a_hub_restarts_whatever_its_namespaces_are_called(tmp_path):
+    with serve(tmp_path) as hub:
+        hub.api().create_repo("acme.json/base.json")
+
+    with serve(tmp_path) as hub:
+        assert hub.api().model_info("acme.json/base.json").id == "acme.json/base.json"
+
+
+def test_many_files_in_deep_folders_are_committed_and_listed_soon(hub, api):
+    api.create_repo("acme/base")
+    lines = "\n".join([HEADER, *(put(f"{n}/{'f/' * 48}x", "eA==") for n in range(2000))])
+    address, own = f"{hub.url}/api/models/acme/base", {"Authorization": f"Bearer {hub.write_token}"}
+
+    began = time.process_time()
+    for _ in range(2):
+        made = httpx.post(f"{address}/commit/main", content=lines, headers=own, timeout=60)
+        assert made.status_code == 200
+    listed = httpx.get(f"{address}/tree/main?recursive=1", timeout=60).json()
+
+    assert time.process_time() - began < 8
+    assert len(listed) == 1 + 2000 * 50
+    (folder,) = httpx.get(f"{address}/tree/main/7").json()
+    assert (folder["type"], folder["path"]) == ("directory", "7/f")
 
 
 def httpx_get(api: HfApi, path: str) -> bytes:

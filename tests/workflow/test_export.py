@@ -1,14 +1,16 @@
 """A merge with GGUF files: in its lock, its card and its repo, and added later."""
 
+import errno
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 from click.testing import CliRunner
+from file_calls import failing, recorded
 from zoo_hub import put_zoo
 
 import lewis_hub
@@ -158,6 +160,21 @@ def test_a_lock_of_others_is_one_message_before_the_export_or_has_no_effect(plac
     for words in (["push", "merged"], ["push", "merged", "me/other"]):
         with pytest.raises(OutputError, match="`publish` cannot be read"):
             CliRunner().invoke(cli, words, catch_exceptions=False)
+
+
+def test_a_lock_that_the_system_cannot_read_now_is_an_error_and_not_no_lock(place):
+    """The file was written, and neither lock nor card named it."""
+    run("merge")
+    shutil.copytree("merged", "read")
+    file = str(Path("read/lewis/lock.json").resolve())
+    calls = recorded([file], lambda: lewis_hub.export_model("read", "gguf:f16", progress=False))
+
+    for call in calls:
+        shutil.rmtree("read")
+        shutil.copytree("merged", "read")
+        with failing([file], call, errno.EIO), suppress(OSError):
+            lewis_hub.export_model("read", "gguf:f16", progress=False)
+            assert lock("read")["recipe"].get("export") == ["gguf:f16"], call
 
 
 def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):
