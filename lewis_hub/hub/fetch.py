@@ -66,6 +66,12 @@ SIDECAR_FILES = (
     *MODULES,
     *LICENCES,
 )
+# small files that transformers, tokenizers and sentence-transformers read whole where a model is
+READ_WHOLE = (
+    *("*config.json", "config_*.json", "*.index.json", "modules.json", "[0-9]_*/config.json"),
+    *("*token*.json", "tekken.json", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken"),
+    *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "README.md"),
+)
 CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 N_DOWNLOADS = 4
@@ -102,9 +108,11 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
 
     Raises:
         OutputError: the disk is too full.
-        SourceError: a download failed, or a file does not have the digest that the Hub lists.
-            A later call resumes behind the bytes received.
+        SourceError: a file that is read whole is too large, a download failed, or a file does not
+            have the digest that the Hub lists. A later call resumes behind the bytes received.
     """
+    for file in source.matching(READ_WHOLE):
+        require_small(source, file)
     if source.local_folder:
         return source.local_folder
     received = ByteCounter(bytes_to_download(source, only), advance)
