@@ -410,3 +410,18 @@ def test_a_model_with_a_small_file_that_is_large_is_not_loaded(tmp_path, api, pu
             f"{large.pinned}: `{name}` has more than 100,000,000 bytes, so it is not read.\n"
             "Use an intact copy of the repo or folder."
         )
+
+
+def test_a_model_with_a_small_file_of_very_many_values_is_not_loaded(tmp_path, api):
+    """transformers reads them without a limit, and copies them: 15 MB took over 1 GB."""
+    (tmp_path / "model.safetensors").write_bytes(SHARD)
+    (tmp_path / "generation_config.json").write_bytes(b'{"a": [' + b"[]," * 2_000_000 + b"1]}")
+    source = resolve_model(api, str(tmp_path))
+
+    with pytest.raises(SourceError) as caught:
+        fetch(api, source, lambda _: None)
+
+    assert str(caught.value) == (
+        f"{tmp_path}: `generation_config.json` has 4,000,003 values, the limit is 4,000,000.\n"
+        "Use an intact copy of the repo or folder."
+    )
