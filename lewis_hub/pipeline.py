@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from huggingface_hub import HfApi
@@ -29,7 +28,7 @@ from lewis_hub.hub.publish import Published
 from lewis_hub.hub.resolve import local_states
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
-from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.merge.workspace import alone_with, open_workspace, scratch_folder
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.parts import parts_of, used
@@ -129,9 +128,8 @@ def check(
         except (CalibrationError, ExportError) as error:
             problems = (" ".join(str(error).split("\n")),)
     try:
-        made_bytes = result.disk_bytes - result.states_bytes
-        work = Path(recipe.locate("merged.partial"))
-        fetch.require_disk(work, result.download_bytes, made_bytes)
+        place = Path(recipe.locate("merged.partial"))
+        fetch.require_disk(place, result.download_bytes, result.disk_bytes - result.states_bytes)
     except OutputError as error:
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
         notes.append(f"{error.where}: {error.problem}. {remedy}")
@@ -185,9 +183,9 @@ def calibrate(
     files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
     with (
         measurements(output, files.sources.values()) as folder,
-        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+        scratch_folder(output) as scratch,
     ):
-        loader = job.loader(files, Path(scratch), progress)
+        loader = job.loader(files, scratch, progress)
         sets = write_texts(job.texts, asked, sets, loader, stores, tasks).sets
         job, _ = _align(job, sets, loader, Costs())
         assert job.guide  # as above
@@ -287,9 +285,7 @@ def _made_before(
     planned = asked.reporting.planned
     published = publishing.published_already(target, planned, api) if target else None
     if target and published:
-        previous = None if published.pull_request_url else target.previous
-        scores = publishing.published_scores(previous, api)
-        verdict = publishing.published_verdict(previous, api)
+        scores, verdict = publishing.published_results(published, target, api)
         return Merged("unchanged", output, scores, verdict, published)
     found = publishing.complete_in(output)
     if found and publishing.same_model(found, planned):
@@ -474,7 +470,8 @@ def publish(
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(Path(folder), target, hub_api(), shown(progress), force=force)
+    with alone_with(folder := Path(folder)):
+        return publishing.push(folder, target, hub_api(), shown(progress), force=force)
 
 
 @dataclass(frozen=True)

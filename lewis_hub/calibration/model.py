@@ -20,9 +20,9 @@ from transformers.utils import logging as untyped_logging
 
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
-from lewis_hub.evaluate.chat import limit_templates
-from lewis_hub.text_growth import require_modest_file, require_modest_steps
-from lewis_hub.tokenizer import apply_all_merges, panics_as_errors
+from lewis_hub.evaluate.chat import limit_tokenizer
+from lewis_hub.text_growth import require_modest_file
+from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +36,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     with refusals(name, "tokenizer"), panics_as_errors():
         require_modest_file(Path(folder))
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        require_modest_steps(name, loaded)
-    apply_all_merges(loaded)
-    limit_templates(loaded)
+        limit_tokenizer(name, loaded)
     return cast("PreTrainedTokenizerBase", loaded)
 
 

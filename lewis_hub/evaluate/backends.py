@@ -13,10 +13,10 @@ from typing import Any
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
-from lewis_hub.evaluate.chat import limit_templates
+from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
-from lewis_hub.text_growth import require_modest_file, require_modest_steps
-from lewis_hub.tokenizer import apply_all_merges, panics_as_errors
+from lewis_hub.text_growth import require_modest_file
+from lewis_hub.tokenizer import panics_as_errors
 
 MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
 EXTRAS = {  # backend -> package, our extra
@@ -83,10 +83,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
         with panics_as_errors():
             _require_loadable(folder)
             lm = load(path, settings)
-            tokenizer = getattr(lm, "tokenizer", None)
-            require_modest_steps(path, tokenizer)
-            apply_all_merges(tokenizer)
-            limit_templates(tokenizer)
+            limit_tokenizer(path, getattr(lm, "tokenizer", None))
             return lm
     except LewisHubError:
         raise

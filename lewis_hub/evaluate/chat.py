@@ -1,4 +1,7 @@
-"""Chat templates of others, within limits: Jinja's sandbox bounds neither time nor memory."""
+"""Tokenizers and chat templates of others, within limits of time and memory.
+
+Jinja's sandbox bounds neither.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,25 @@ from lewis_hub import limits
 from lewis_hub.errors import TokenizerError
 from lewis_hub.limits import TooMuchError
 from lewis_hub.system import limited_memory
+from lewis_hub.text_growth import require_modest_steps
+from lewis_hub.tokenizer import apply_all_merges
 
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 LAST_S = 30.0  # C code that no error stops, as it compares nested lists, ends with the process
 MAX_BITS = 1 << 20  # of a number that a template computes: larger ones take C code very long
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
+
+
+def limit_tokenizer(label: str, tokenizer: Any) -> None:
+    """Make a loaded tokenizer of transformers safe to use: its steps, merges and chat templates.
+
+    Raises:
+        TokenizerError: its steps may make a text very long.
+    """
+    require_modest_steps(label, tokenizer)
+    apply_all_merges(tokenizer)
+    limit_templates(tokenizer)
 
 
 def limit_templates(tokenizer: Any) -> None:

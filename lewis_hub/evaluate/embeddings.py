@@ -25,12 +25,12 @@ from lewis_hub.display import Advance
 from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
 from lewis_hub.text_growth import require_modest_file
-from lewis_hub.tokenizer import apply_all_merges
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -103,7 +103,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
         remedy = "Expected: a folder that sentence-transformers can load."
         raise EvaluationError(str(folder), problem, remedy) from error
-    apply_all_merges(getattr(model, "tokenizer", None))
+    limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     return model
 
 

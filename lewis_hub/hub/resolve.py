@@ -370,7 +370,7 @@ def _cached_digest(path: Path) -> str:
 
 def _require_weights(api: HfApi, source: Source) -> None:
     names = [file.path for file in source.files if "/" not in file.path]
-    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = [file.path for file in source.matching(("*.safetensors",))]
     if source.is_adapter or [name for name in weights if name not in ADAPTERS]:
         return
     if is_offline_mode() and source.folder is None:

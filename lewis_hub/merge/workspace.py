@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import OutputError
@@ -16,6 +17,7 @@ from lewis_hub.files import require_no_links, text_of, unwritable, write_whole
 from lewis_hub.system import create_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
+SCRATCH = ".lewis-hub-scratch-"
 STATES = "sources.json"  # in the scratch folder
 
 
@@ -119,18 +121,29 @@ def unfinished(output: Path) -> Path:
     return beside(output, ".partial")
 
 
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for one run, which is alone at `folder`; first, delete those of killed runs."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=SCRATCH, dir=folder) as made:
+        yield Path(made)
+
+
 def parts_folder(output: Path) -> Path:
     """The folder of the merges that are made for this output."""
     return beside(output, ".parts")
 
 
 @contextmanager
-def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
+def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]:
     """Open the workspace of `output`. After an error its files are kept, if there are any.
 
+    `replace` is None for a command that never replaces an output.
+
     Raises:
-        OutputError: the output exists and `replace` is false, another run works on it, the folder
-            cannot be written, or it is a link or has one in it.
+        OutputError: the output exists and `replace` is not true, another run works on it, the
+            folder cannot be written, or it is a link or has one in it.
     """
     if output.is_symlink():
         problem = f"it is a link to {os.path.realpath(output)}"
@@ -139,7 +152,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     _require_free(output, replace=replace)
     folder = unfinished(output)
     # The lock is beside the folder: another run could take one in it while `finish` renames it.
-    with alone_at(output.with_name(f".{output.name}{LOCK}"), output):
+    with alone_at(_lock_of(output), output):
         _require_free(output, replace=replace)  # another run may have finished it meanwhile
         require_no_links(folder)
         try:
@@ -154,11 +167,32 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
             raise
 
 
-def _require_free(output: Path, *, replace: bool) -> None:
-    if output.exists() and not replace:
+@contextmanager
+def alone_with(output: Path) -> Iterator[None]:
+    """Inside the block no other run replaces, changes or publishes a finished output.
+
+    Where no file can be made beside it, no run can replace it.
+
+    Raises:
+        OutputError: another run works on it.
+    """
+    lock = _lock_of(output.resolve())
+    with alone_at(lock, output) if os.access(lock.parent, os.W_OK) else nullcontext():
+        yield
+
+
+def _lock_of(output: Path) -> Path:
+    return output.parent / f".{output.name}{LOCK}"
+
+
+def _require_free(output: Path, *, replace: bool | None) -> None:
+    if replace or not output.exists():
+        return
+    problem, other = "it exists already.", "delete it."
+    if replace is not None:
         problem = "it exists and holds something else than this merge."
-        remedy = "Name another folder with -o, or replace it with --force."
-        raise OutputError(str(output), problem, remedy)
+        other = "replace it with --force."
+    raise OutputError(str(output), problem, f"Name another folder with -o, or {other}")
 
 
 @contextmanager

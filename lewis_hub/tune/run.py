@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Progress, TextTable, to_html
@@ -28,7 +27,7 @@ from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_writable
 from lewis_hub.hub.resolve import unchanged
-from lewis_hub.merge.workspace import LOCK, alone_at, keep_unless_written
+from lewis_hub.merge.workspace import LOCK, alone_at, keep_unless_written, scratch_folder
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.tune import space as search_space
@@ -133,13 +132,10 @@ def tune_recipe(
     prepared = _prepare(space, asked, execution, output, progress)
     output.mkdir(parents=True, exist_ok=True)
     sources = [one.source for one in prepared.job.sources.models]
-    with (
-        alone_at(output / LOCK, output),
-        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
-    ):
+    with alone_at(output / LOCK, output), scratch_folder(output) as scratch:
         with unchanged(sources) as states:
             keep_unless_written(output / SOURCES, states, partial(_discard, output))
-            tuner = _fetch(prepared, space, execution, output, Path(scratch))
+            tuner = _fetch(prepared, space, execution, output, scratch)
             _measure(tuner, prepared.corners)
             name = _name(tuner, prepared.digests)
             tried, n_begun = _search(tuner, output / STUDY, name, asked)

@@ -67,6 +67,19 @@ class Trial:
         return self.state != "failed" or self.error is not None
 
 
+class _Alone:
+    """Optuna's lock of a journal, without one: a run is alone at the folder of its study.
+
+    Those of Optuna are files. A killed run leaves one, and a disk that fails makes a traceback.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """There is nothing to release."""
+
+
 def require_optuna() -> None:
     """Refuse to start without Optuna."""
     if find_spec("optuna") is None:
@@ -74,7 +87,7 @@ def require_optuna() -> None:
 
 
 def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> Any:
-    """Open or create the study of this name in a file.
+    """Open or create the study of this name in a file that no other run opens.
 
     Running trials of a killed run count as failed; if their values were queued, they are queued
     again.
@@ -84,12 +97,11 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
     """
     import optuna
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        # Optuna's other lock is a link, which a run that is killed would leave in the output
-        journal = JournalFileBackend(str(file), JournalFileOpenLock(str(file)))
+        journal = JournalFileBackend(str(file), _Alone())
         study = optuna.create_study(
             storage=JournalStorage(journal),
             study_name=name,

@@ -70,7 +70,7 @@ def merge_loras(
     plan = job.plan.plan(None)
     require_low_rank(plan)
     adapters = [one.source for one in job.sources.distinct if one.source.is_adapter]
-    with open_workspace(output, replace=False) as work, ExitStack() as opened:
+    with open_workspace(output, replace=None) as work, ExitStack() as opened:
         folders = fetch.download(api, adapters, progress)
 
         def open_adapter(label: str) -> TensorReader:

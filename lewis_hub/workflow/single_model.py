@@ -185,7 +185,7 @@ def extract_lora(
     is_tied = has_tied_head(opened_base.config, headers[0])
     if settings.embeddings == "low-rank" and (is_tied or ties(opened_base.config)):
         raise ExtractionError((f"{sources[0].pinned}{TIED}",))
-    with open_workspace(output, replace=False) as work, ExitStack() as stack:
+    with open_workspace(output, replace=None) as work, ExitStack() as stack:
         folders = fetch.download(api, sources, progress)
         heads.require_copies(api, opened.models)
         readers = [

@@ -1,4 +1,4 @@
-"""Every call of the system that a merge makes on its files fails once, with six errors.
+"""Every call of the system that a command makes on its files fails once, with six errors.
 
 The run ends with one message and exit code 1, or does not need the call; the output is whole or
 absent, and the same command completes it to the same bytes.
@@ -19,6 +19,7 @@ from hub_models import push_folder, tiny
 from lewis_hub.checkpoint.writer import OutputTensor, ShardWriter, lay_out
 from lewis_hub.cli import main
 from lewis_hub.cli.main import disk_failure
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.files import write_whole
 from lewis_hub.hub.source import cache_root
@@ -31,6 +32,8 @@ models: [{model: EXPERT}]
 merge_method: ties
 parameters: {density: 0.5}
 """
+EXPORTABLE = [zoo_folder() / name for name in ("base", "expert-reverse")]
+EXPORT = "tokenizer_source: base\nexport: [gguf:q8_0]\n"
 LOCK = ".merged.lock"
 DRAWN = 3  # of the calls of a merge, in the gate
 # a run says when it was and what it cost, and so do card and report
@@ -116,9 +119,17 @@ def drawn(calls):
     return pairs(calls if EFFORT > 1 else random.Random(SEED).sample(calls, DRAWN))
 
 
-def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run):
-    text = RECIPE.replace("BASE", str(models[0])).replace("EXPERT", str(models[1]))
-    (tmp_path / "recipe.yaml").write_text(text)
+def recipe_of(models):
+    text = RECIPE
+    for kind, folder in zip(("BASE", "EXPERT"), models, strict=True):
+        text = text.replace(kind, str(folder))
+    return text
+
+
+@pytest.mark.parametrize("more", ["", EXPORT], ids=["weights", "export"])
+def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run, more):
+    used = EXPORTABLE if more else models
+    (tmp_path / "recipe.yaml").write_text(recipe_of(used) + more)
     work = tmp_path / "work"
     assert merge(run, "merged") == (0, "")  # kernels are loaded
     expected = whole(work / "merged")
@@ -158,8 +169,53 @@ def test_each_call_of_a_download_on_the_cache_may_fail_once(
         assert_told_and_completed(run, output, (code, told, call), expected)
 
 
+BASE, EXPERT = map(str, EXPORTABLE)
+COMMANDS = {
+    "export": ("export", "merged", "--to", "gguf:q8_0", "-q"),
+    "export elsewhere": ("export", "merged", "--to", "gguf:q8_0", "-q", "-o", "out"),
+    "transplant": ("transplant-tokenizer", EXPERT, BASE, "-q", "--runner", "inline", "-o", "out"),
+    "extract": ("extract-lora", EXPERT, "--base", BASE, "--rank", "4", "-q", "-o", "out"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_each_call_of_another_command_may_fail_once(tmp_path, run, command, monkeypatch):
+    begin, work = tmp_path / "begin", tmp_path / "work"
+    begin.mkdir()
+    monkeypatch.chdir(begin)
+    (tmp_path / "recipe.yaml").write_text(recipe_of(EXPORTABLE))
+    assert merge(run, "merged") == (0, "")
+
+    def start():
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(begin, work)
+        monkeypatch.chdir(work)
+
+    start()
+    before = whole(work)
+    assert run(*command) == (0, "")
+    expected = whole(work)
+    start()
+    calls = recorded([work], lambda: run(*command))
+    for call, number in drawn(calls):
+        start()
+        with failing([work], call, number):
+            code, told = run(*command)
+        assert told.startswith("lewis-hub: ") if code else told == "", (call, told)
+        found = whole(work)
+        kept = {item for item in found.items() if ".partial/" not in item[0]}
+        assert kept <= set(expected.items()) | set(before.items()), call
+        assert code == 1 or found == expected, call
+        if found != expected:
+            assert run(*command) == (0, ""), call
+            assert whole(work) == expected, call
+
+
 def whole(folder):
-    return {path: content for path, content in below(folder).items() if path not in TOLD}
+    """The files below a folder, but what differs from run to run."""
+    found = below(folder)
+    return {path: found[path] for path in found if not path.endswith((*TOLD, ".lock"))}
 
 
 def assert_told_and_completed(run, output, failed, expected):

@@ -114,6 +114,12 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
     )
     assert (output / "precious").read_text() == "old"
 
+    with pytest.raises(OutputError) as caught, open_workspace(output, replace=None):
+        pass
+    assert str(caught.value) == (
+        f"{output}: it exists already.\nName another folder with -o, or delete it."
+    )
+
     with open_workspace(output, replace=True) as work:
         (work.folder / "new").write_text("new")
         work.finish(["new"])

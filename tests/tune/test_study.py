@@ -2,6 +2,7 @@ import os
 
 import optuna
 import pytest
+from file_calls import recorded
 
 from lewis_hub.errors import TuningError
 from lewis_hub.recipe.read import parse_recipe
@@ -45,6 +46,14 @@ def test_warm_starts_are_tried_first_and_once_whatever_the_number_of_runs(tmp_pa
     assert sum(dict(trial.values) in starts for trial in tried) == 2
     assert len({str(trial.values) for trial in tried}) == 6  # a resumed run draws anew
     assert best_of(tried, lower_is_better=True).value == min(trial.value for trial in tried)
+
+
+def test_nothing_is_made_beside_the_study(tmp_path):
+    """Optuna's lock would be: it raises a RuntimeError if it cannot be renamed, and waits for half
+    a minute if a killed run left it."""
+    calls = recorded([tmp_path], lambda: run(opened(tmp_path), 2))
+
+    assert {call.path for call in calls} == {str(tmp_path / "study.journal")}
 
 
 def test_what_a_killed_run_was_at_counts_as_failed_and_its_start_is_tried_again(tmp_path):

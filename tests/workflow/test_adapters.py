@@ -11,6 +11,7 @@ import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import AdapterError, CheckFailedError, SourceError
+from lewis_hub.merge.workspace import SCRATCH
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.resources import Execution
@@ -151,6 +152,9 @@ def test_a_guide_measures_an_adapter_as_the_expert_that_it_makes(
     pipeline.merge_models(dense, tmp_path / "dense")
     shutil.rmtree(tmp_path / "dense" / "lewis")
     said = stage_titles()
+    left = tmp_path / "one" / f"{SCRATCH}killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
 
     measured = pipeline.calibrate(recipe(adapter, GUIDE), tmp_path / "one", progress=said)
     whole = pipeline.calibrate(recipe(tmp_path / "dense", GUIDE), tmp_path / "two")
@@ -158,7 +162,7 @@ def test_a_guide_measures_an_adapter_as_the_expert_that_it_makes(
     assert measured.profile.experts[0].modules == whole.profile.experts[0].modules
     title = f"Writing out {adapter} on its base"
     assert said.titles == ["Downloading", title, "Calibrating"]
-    assert not list((tmp_path / "one").glob(".scratch*"))
+    assert not list((tmp_path / "one").glob(f"{SCRATCH}*"))
     again = stage_titles()
     pipeline.calibrate(recipe(adapter, GUIDE), tmp_path / "one", progress=again)
     assert again.titles == ["Downloading", "Calibrating"]
