@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
+MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
@@ -70,8 +72,17 @@ class Rows:
         return len(self.table)
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at `indices`, in that order."""
-        found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        """The rows at `indices`, in that order.
+
+        Raises:
+            SourceError: a row is not what the card of its dataset says.
+        """
+        try:
+            found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        except (ValueError, TypeError, MemoryError) as error:
+            said = " ".join(str(error).split())[:300]
+            problem = f"its rows could not be read ({said})"
+            raise SourceError(self.source, problem, "Repair the file it names.") from error
         return found
 
 
@@ -236,11 +247,16 @@ def _undecoded(features: Any) -> Any:
     """Features whose rows keep images and the like as they are.
 
     To decode them would open what rows name: any file of this machine, and any host.
+
+    Raises:
+        ValueError: rows are arrays of a very large shape, of which an empty one has all values.
     """
     from datasets import Json
     from datasets.features.features import _visit
 
     def leave(feature: Any) -> Any:
+        if (n_values := math.prod(getattr(feature, "shape", ()))) > MAX_ARRAY:
+            raise ValueError(f"an array has {n_values:,} values, the limit is {MAX_ARRAY:,}")
         is_media = getattr(feature, "decode", False) and not isinstance(feature, Json)
         return replace(feature, decode=False) if is_media else feature
 

@@ -563,6 +563,29 @@ def test_what_a_task_wants_to_stream_is_read_whole(tmp_path):
         datasets.load_dataset(str(tmp_path), split="test", streaming=True)
 
 
+ARRAYS = """---
+dataset_info:
+  features: [{name: text, dtype: {array2_d: {shape: SHAPE, dtype: float64}}}]
+---
+"""
+
+
+def test_an_array_of_a_card_has_no_endless_shape(tmp_path, api):
+    """A row that is null became all values of its shape, 3 GB each."""
+    (tmp_path / "rows.jsonl").write_bytes(lines([{"text": None}, {"text": [[1.0]]}]))
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[20000, 20000]"))
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read (an array has 400,000,000 values, the limit is "
+        "100,000).\nRepair the file it names."
+    )
+
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[2, 2]"))
+    found = load(api, tmp_path)
+    with pytest.raises(SourceError) as raised:
+        found.rows([1])
+    assert str(raised.value).startswith(f"{tmp_path}: its rows could not be read (cannot reshape")
+
+
 CARD = """---
 configs: [{config_name: default, data_files: [{split: train, path: %s}]}]
 ---
