@@ -21,7 +21,7 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.loadable import require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
     auto = transformers.AutoTokenizer
     with refusals(name, "tokenizer"), panics_as_errors():
-        require_modest_file(Path(folder))
+        require_loadable(Path(folder))
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         limit_tokenizer(name, loaded)
     return cast("PreTrainedTokenizerBase", loaded)

@@ -30,7 +30,7 @@ from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.loadable import require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -95,8 +95,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
         _require_no_code(folder)
-        for file in sorted(folder.rglob("tokenizer.json")):
-            require_modest_file(file.parent)
+        for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
+            require_loadable(place)
         kind = getattr(sentence_transformers, _class_of(folder))
         model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:

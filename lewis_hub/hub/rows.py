@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
