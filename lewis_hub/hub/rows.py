@@ -322,7 +322,7 @@ def require_own_files(api: HfApi, source: Source) -> None:
     if source.folder and source.folder.is_file():
         return
     for name in CARDS:
-        content = _local(source.folder / name) if source.folder else read_small(api, source, name)
+        content = _local(source.folder, name) if source.folder else read_small(api, source, name)
         text = (content or b"").decode("utf-8", errors="replace")
         try:
             card = read_yaml(front_matter(text.removeprefix("\ufeff")) if name == README else text)
@@ -350,7 +350,10 @@ def _wrongs(configs: Any) -> Iterator[tuple[str, str]]:
             yield problem, "Use a dataset that names its files."
 
 
-def _local(file: Path) -> bytes:
+def _local(folder: Path, name: str) -> bytes:
+    file = folder / name
+    if os.path.lexists(file):  # a link to nothing, too
+        require_inside(folder, file, SourceError)
     if not file.is_file():
         return b""
     with file.open("rb") as opened:

@@ -14,9 +14,11 @@ import pytest
 
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.benchmarks import at_commits
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub import rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
+from lewis_hub.workflow.task_data import scored_sources
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
 CONFIGS = b"""---
@@ -616,3 +618,19 @@ def test_a_path_that_is_a_pattern_of_others_is_refused(name, tmp_path, api):
 
     asked = tmp_path / name.partition("/")[0]
     assert "which `datasets` takes for a pattern" in message(api, asked)
+
+
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_is_a_file_of_its_folder(card, tmp_path, api):
+    """`datasets` read whatever a link names, such as /dev/zero, without end."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "data" / card).symlink_to("/dev/zero")
+    (tmp_path / "tasks").mkdir()
+    task = f"task: own\ndataset_path: {tmp_path / 'data'}\ntest_split: train\n"
+    (tmp_path / "tasks" / "own.yaml").write_text(task)
+
+    expected = f"`{card}` is a link to outside of the folder"
+    assert expected in message(api, tmp_path / "data")
+    with pytest.raises(SourceError, match=expected):
+        scored_sources(api, TaskSelection(("own",), tmp_path / "tasks"))
