@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -57,6 +59,10 @@ MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
 MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
+MAX_DEPTH = 1000  # of JSON
+NULL_ROW = re.compile(rb"^\s*null\b", re.MULTILINE)
+OUTSIDE_OF_TEXTS = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[\[\]{}]')
+STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -203,9 +209,31 @@ def _limit_readers() -> None:
 
     every.download_and_prepare, every.as_streaming_dataset = prepare_tables, stream_nothing
     for reader in READERS:
-        module = import_module(f"datasets.packaged_modules.{reader}.{reader}")
+        module: Any = import_module(f"datasets.packaged_modules.{reader}.{reader}")
         builder = getattr(module, reader.capitalize())
         builder._generate_tables = _limited(builder._generate_tables)
+        if reader == "json":
+            module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
+
+
+def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
+    """The reader of JSON of Arrow, which refuses what would end the process with SIGSEGV.
+
+    `datasets` reads what is refused in another way, which has errors of its own.
+    """
+
+    def read_json(file: io.BytesIO, **options: Any) -> Any:
+        text = file.getvalue()
+        if NULL_ROW.search(text):
+            raise refused("a row is null")
+        depth = 0
+        for bracket in OUTSIDE_OF_TEXTS.finditer(text):
+            depth += STEPS.get(bracket[0], 0)
+            if depth > MAX_DEPTH:
+                raise refused(f"JSON has more than {MAX_DEPTH:,} levels")
+        return arrow_json.read_json(file, **options)
+
+    return SimpleNamespace(read_json=read_json, ReadOptions=arrow_json.ReadOptions)
 
 
 def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

@@ -524,6 +524,38 @@ def test_an_encoding_that_takes_quadratic_time_is_stopped(tmp_path, api, monkeyp
     assert "it takes more than 0.5 s for one of its tables" in message(api, tmp_path, "x")
 
 
+DEEP = 20_000
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1}\n' * 3 + b" null null\n", "a row is null"),
+        (b'{"a": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "JSON has more than 1,000 levels"),
+        (b'{"a": "\n' + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+    ],
+)
+def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, problem):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read ({problem}).\nRepair the file it names."
+    )
+
+
+def test_a_file_of_null_has_no_rows(tmp_path, api):
+    (tmp_path / "rows.jsonl").write_bytes(b"null\n")
+
+    assert message(api, tmp_path) == f"{tmp_path}: its files have no rows.\nUse another."
+
+
+def test_brackets_in_texts_are_no_levels(tmp_path, api):
+    rows_of = [{"a": '"[{' * 2000 + "\\"}, {"a": "null"}, {"a": None}]
+    (tmp_path / "rows.jsonl").write_bytes(lines(rows_of))
+
+    assert [dict(row) for row in load(api, tmp_path).rows([0, 1, 2])] == rows_of
+
+
 IMAGES = """---
 dataset_info:
   features: [{name: text, dtype: string}, {name: pages, list: image}]
