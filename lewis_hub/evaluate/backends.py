@@ -14,6 +14,7 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
+from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_bytes
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.text_growth import require_modest_file
 from lewis_hub.tokenizer import panics_as_errors
@@ -111,6 +112,7 @@ def _require_loadable(folder: Path) -> None:
 def _transformers(path: str, settings: EvaluationSettings) -> Any:
     from lm_eval.models.huggingface import HFLM
 
+    require_modest(path, build_empty(Path(path)), weight_bytes(Path(path)))
     own = {
         "dtype": "float32" if settings.device == "cpu" else "auto",
         "trust_remote_code": False,
