@@ -145,6 +145,8 @@ def _whole(automatic: Any, path: str, **options: Any) -> Any:
     if (getattr(settings, "num_beams", None) or 1) > MAX_BEAMS:
         problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"
         raise EvaluationError(path, problem, "Each beam takes memory: set fewer in a copy of it.")
+    if settings:
+        settings.max_new_tokens = None  # it would come before the limit of the task
     return model
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import lewis_hub
 from hardening.fuzz import failure, limits
@@ -198,6 +199,18 @@ def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
         f"{base}: `num_beams` of its generation_config.json is above the limit of 100.\n"
         "Each beam takes memory: set fewer in a copy of it."
     )
+
+
+def test_a_model_writes_no_more_tokens_than_a_task_asks_for(tmp_path):
+    """Without an end it wrote as many as its own settings ask for: scoring never ended."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    settings = {"max_new_tokens": 10**9, "eos_token_id": None}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    lm = load(base, EvaluationSettings())
+
+    made = lm._model_generate(torch.tensor([[5, 6]]), max_length=5, stop=[])
+
+    assert made.shape == (1, 5)
 
 
 def test_many_added_tokens_are_read_at_once():
