@@ -28,7 +28,7 @@ from lewis_hub.hub.publish import Published
 from lewis_hub.hub.resolve import local_states
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
-from lewis_hub.merge.workspace import open_workspace, scratch_folder
+from lewis_hub.merge.workspace import alone_with, open_workspace, scratch_folder
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.parts import parts_of, used
@@ -128,9 +128,8 @@ def check(
         except (CalibrationError, ExportError) as error:
             problems = (" ".join(str(error).split("\n")),)
     try:
-        made_bytes = result.disk_bytes - result.states_bytes
-        work = Path(recipe.locate("merged.partial"))
-        fetch.require_disk(work, result.download_bytes, made_bytes)
+        place = Path(recipe.locate("merged.partial"))
+        fetch.require_disk(place, result.download_bytes, result.disk_bytes - result.states_bytes)
     except OutputError as error:
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
         notes.append(f"{error.where}: {error.problem}. {remedy}")
@@ -471,7 +470,8 @@ def publish(
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(Path(folder), target, hub_api(), shown(progress), force=force)
+    with alone_with(folder := Path(folder)):
+        return publishing.push(folder, target, hub_api(), shown(progress), force=force)
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,17 @@ def read_at(descriptor: int, into: memoryview, position: int) -> int:
         return file.readinto(into) or 0
 
 
-def write_at(descriptor: int, content: memoryview, position: int) -> int:
-    """Write bytes at a position; returns the number that was written. Threads may share a file."""
+def write_at(descriptor: int, content: memoryview, position: int) -> None:
+    """Write all bytes at a position. Threads may share a file.
+
+    A call may write a part: what is left of a disk that becomes full, or of a limit.
+    """
+    while content.nbytes:
+        n_written = _write_part(descriptor, content, position)
+        content, position = content[n_written:], position + n_written
+
+
+def _write_part(descriptor: int, content: memoryview, position: int) -> int:
     if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, content, position)
     with _turn:

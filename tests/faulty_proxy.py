@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from running_server import running
 
 SAME = "the address itself"
+DEEP = b"[" * 100_000
 PAGE = b"<html><title>Sign in to this network</title></html>"
 NEVER_FORWARDED = {"connection", "transfer-encoding", "content-length", "date", "server"}
 
@@ -63,6 +64,7 @@ FAULTS = {  # name -> what becomes of an answer
     "compressed": lambda a: a.sending(gzip.compress(a.body)).saying(content_encoding="gzip"),
     "not compressed": lambda answer: answer.saying(content_encoding="gzip"),
     "a page": lambda _: Answer(200, {"content-type": "text/html"}, b"").sending(PAGE),
+    "too deep": lambda a: a.sending(DEEP).saying(content_type="application/json"),
     "nothing": lambda answer: answer.sending(b""),
     "a redirect loop": lambda _: Answer(302, {"location": SAME}, b"").sending(b""),
     "429": _refusing(429, 1),

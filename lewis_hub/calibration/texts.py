@@ -189,6 +189,8 @@ def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> No
             raise CalibrationError(where, problem, f"Columns: {there}.{hint}")
 
 
+MAX_LETTERS = 10_000_000  # of a text: its tokens take some GB before they are cut
+LETTERS_AT_ONCE = 50_000  # that are tokenised; a longer text alone
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
 BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
 N_TRIAL = 8  # tokens that show how a model multiplies
@@ -306,40 +308,59 @@ def calibration_tokens(
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
     texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
     for i, text in zip(drawn, texts, strict=True):
-        if SURROGATE.search(text):
-            where = f"calibration on {calibration.data}"
-            problem = f"row {i} has half a letter, which UTF-8 cannot encode"
-            raise CalibrationError(where, problem, "Repair the row, or draw others by `seed`.")
+        _require_tokenisable(f"calibration on {calibration.data}", i, text)
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
-    sequences: list[tuple[int, list[int]]] = []
-    if kept:
-        special = template.adds_special_tokens
-        encoded = tokenizer([t for _, t in kept], add_special_tokens=special, verbose=False)
-        ids = cast("list[list[int]]", encoded["input_ids"])
-        if calibration.answers:
-            ids = [_left_open(tokens, tokenizer) for tokens in ids]
-        sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
-    if not sequences:
+    limit, cut_first = calibration.max_tokens, bool(calibration.task or calibration.answers)
+    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
+    numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
+    encoded = _encoded([text for _, text in kept], tokenizer, template)
+    for (i, _), tokens in zip(kept, encoded, strict=True):
+        ids = _left_open(tokens, tokenizer) if calibration.answers else tokens
+        if ids:
+            numbers.append(i)
+            cut.append(_last(ids, limit, starts) if cut_first else ids[:limit])
+            n_cut.append(len(ids) - len(cut[-1]))
+    if not cut:
         where = f"calibration on {calibration.data}, split {calibration.split}"
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
         remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
         raise EmptyCalibrationError(where, found, remedy)
-    limit, cut_first = calibration.max_tokens, bool(calibration.task or calibration.answers)
-    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
-    cut = [_last(tokens, limit, starts) if cut_first else tokens[:limit] for _, tokens in sequences]
-    n_cut = [len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)]
     return CalibrationTokens(
         ids=tuple(map(tuple, cut)),
-        rows=tuple(i for i, _ in sequences),
+        rows=tuple(numbers),
         n_asked=calibration.samples,
         n_truncated=sum(map(bool, n_cut)),
-        n_empty=len(texts) - len(sequences),
+        n_empty=len(texts) - len(cut),
         tokenizer=tokenizer.name_or_path,
         limit=limit,
         end=tokenizer.eos_token_id,
         n_cut=sum(n_cut),
         cut_first=cut_first,
     )
+
+
+def _require_tokenisable(where: str, row: int, text: str) -> None:
+    if SURROGATE.search(text):
+        problem = f"row {row} has half a letter, which UTF-8 cannot encode"
+        raise CalibrationError(where, problem, "Repair the row, or draw others by `seed`.")
+    if len(text) > MAX_LETTERS:
+        problem = f"row {row} has a text of {len(text):,} letters, the limit is {MAX_LETTERS:,}"
+        raise CalibrationError(where, problem, "Split the row, or draw others by `seed`.")
+
+
+def _encoded(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: Template
+) -> Iterator[list[int]]:
+    """Token ids of each text; few texts at a time, since that takes 100 times their memory."""
+    start = 0
+    while start < len(texts):
+        stop, n_letters = start + 1, len(texts[start])
+        while stop < len(texts) and (n_letters := n_letters + len(texts[stop])) <= LETTERS_AT_ONCE:
+            stop += 1
+        special, some = template.adds_special_tokens, list(texts[start:stop])
+        encoded = tokenizer(some, add_special_tokens=special, verbose=False)
+        yield from cast("list[list[int]]", encoded["input_ids"])
+        start = stop
 
 
 def beginnings(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:

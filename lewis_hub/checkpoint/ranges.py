@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.errors import OutputError
 from lewis_hub.system import open_binary, read_at, write_at
 
 N_REQUESTS = 8  # in flight
@@ -165,6 +166,9 @@ class SourceFiles:
                 n_read = read_at(descriptor, wanted, start - request.start)
             finally:
                 os.close(descriptor)
+            if not n_read:
+                problem = "another process truncated it while it was read"
+                raise OutputError(str(request.path), problem, "Run the same command again.")
             into, start = into[n_read:], start + n_read
 
     def _fetched(self, source: str, file: str, position: int) -> _Request:

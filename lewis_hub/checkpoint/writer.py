@@ -174,11 +174,8 @@ class ShardWriter:
         """Write final bytes at an offset from the beginning of the file; empty ones do nothing."""
         if not content.nbytes:
             return
-        n_written = 0
         try:
-            while n_written < content.nbytes:
-                rest = content[n_written:]
-                n_written += write_at(self._descriptor, rest, position + n_written)
+            write_at(self._descriptor, content, position)
         except OSError as error:
             raise unwritable(self.path, error) from None
         with self._writing:

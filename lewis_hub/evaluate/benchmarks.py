@@ -125,7 +125,8 @@ def at_commits(commits: Commits) -> Iterator[None]:
 
     lm-eval calls `datasets.load_dataset` and takes no revision from its caller, so the function is
     replaced meanwhile. Each commit has its own cache: where a repo cannot be read, `datasets` takes
-    any commit of it that is in the cache.
+    any commit of it that is in the cache. What a task's file wants to stream is loaded whole, since
+    nothing would compare its digests.
     """
     datasets = library()
     load: Any = datasets.load_dataset
@@ -133,6 +134,7 @@ def at_commits(commits: Commits) -> Iterator[None]:
     def load_at_commit(path: str, *args: Any, **kwargs: Any) -> Any:
         commit = commits.get((path, kwargs.get("revision")))
         own_files: AbstractContextManager[None] = only_tables()
+        kwargs.pop("streaming", None)
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
             api = HfApi(token=kwargs.get("token"))

@@ -48,9 +48,10 @@ CUT = "Consistency check failed"  # huggingface_hub's error if a file has not it
 AGAIN = "run the same command again: finished work is kept"
 # errors of huggingface_hub in an answer that has another shape than a Hub's
 MISREAD = (
-    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError),
+    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError),
     httpx2.InvalidURL,  # of a redirection
 )
+NO_ANSWER = (httpx2.HTTPError, OSError, ValueError, *MISREAD)  # to a question for a message
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def _not_found(hub_repo: HubRepo) -> tuple[str, str]:
 def _exists(hub_repo: HubRepo, repo_type: RepoType) -> bool:
     try:
         hub_repo.api.repo_info(hub_repo.name, repo_type=repo_type, timeout=10)
-    except (httpx2.HTTPError, OSError):
+    except NO_ANSWER:
         return False
     return True
 
@@ -347,13 +348,13 @@ def _exists(hub_repo: HubRepo, repo_type: RepoType) -> bool:
 def _revisions(hub_repo: HubRepo) -> str:
     try:
         refs = hub_repo.api.list_repo_refs(hub_repo.name, repo_type=hub_repo.repo_type)
-    except (httpx2.HTTPError, OSError):
+        named = [
+            f"{kind} {', '.join(ref.name for ref in found[:8])}"
+            for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
+            if found
+        ]
+    except NO_ANSWER:
         return f"See {hub_repo.url} for its branches and tags."
-    named = [
-        f"{kind} {', '.join(ref.name for ref in found[:8])}"
-        for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
-        if found
-    ]
     return f"Name one of its {'; '.join(named)}; or a commit sha."
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import Volume
 from huggingface_hub.utils import disable_progress_bars
+from pydantic import TypeAdapter
 
 from lewis_hub.display import without_credentials
 from lewis_hub.hub.failures import (
@@ -22,6 +22,7 @@ from lewis_hub.hub.failures import (
     call_hub,
     hub_failures,
     no_token,
+    read_answer,
     retry,
     retry_transfer,
 )
@@ -33,9 +34,21 @@ if TYPE_CHECKING:
 
 BUCKET = "jobs-artifacts"  # the bucket in which huggingface_hub uploads files of Jobs
 MOUNT = "/recipe"
-PYTHON = "3.12"
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+UV, PYTHON = ("uv", "run"), ("--python", "3.12")
 COMPLETED = "COMPLETED"
-EXIT_CODE = re.compile(r"exit code:? (\d+)")
+EXIT_CODE = re.compile(r"exit code:? (\d{1,3})\b")
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    id: str
+    schedule: str | None
+    command: list[str]
+    flavor: str | None
+
+
+SCHEDULES, MESSAGE = TypeAdapter(list[_Schedule]), TypeAdapter(str | None)
 
 
 @dataclass(frozen=True)
@@ -69,23 +82,22 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
         PublishError: no token, no right to run Jobs there, or the Hub failed.
     """
     hub_repo = _namespace(api, request.namespace)
-    options = {
-        "script_args": list(request.words),
-        "dependencies": [request.package],
-        "python": PYTHON,
+    options: dict[str, Any] = {
+        # huggingface_hub's own functions for uv replace words that are files in this folder
+        "command": [*UV, "--with", request.package, *PYTHON, "lewis-hub", *request.words],
+        "image": IMAGE,
+        "name": "lewis-hub",
         "flavor": request.flavor,
         "timeout": request.timeout,
         "secrets": {"HF_TOKEN": hub_repo.token},
         "volumes": [_upload_files(hub_repo, request.files)],
         "namespace": hub_repo.name,
     }
-    with hub_failures(hub_repo), warnings.catch_warnings():
-        # huggingface_hub says so of its functions for uv, and no user can act on it.
-        warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
+    with hub_failures(hub_repo):
         if cron is None:
-            job = api.run_uv_job("lewis-hub", **options)
+            job = api.run_job(**options)
             return SubmittedJob(job.id, hub_repo.name, without_credentials(job.url))
-        made = api.create_scheduled_uv_job("lewis-hub", schedule=cron, **options)
+        made = api.create_scheduled_job(schedule=cron, **options)
     return SubmittedJob(made.id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
 
 
@@ -117,8 +129,9 @@ def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | N
             retry_transfer(pass_on, lambda: n_said)
     if status.stage == COMPLETED:
         return 0
-    say(f"Job {status.stage}: {status.message or 'the Hub does not say why'}")
-    code = EXIT_CODE.search(status.message or "")
+    message = read_answer(hub_repo, MESSAGE, status.message) or "the Hub does not say why"
+    say(f"Job {status.stage}: {message}")
+    code = EXIT_CODE.search(message)
     return int(code[1]) if code else None
 
 
@@ -126,15 +139,19 @@ def scheduled(api: HfApi, namespace: str | None) -> list[dict[str, Any]]:
     """The schedules in a namespace that run this package."""
     hub_repo = _namespace(api, namespace)
     found = call_hub(hub_repo, lambda: api.list_scheduled_jobs(namespace=hub_repo.name))
-    return [
+    listed = [
         {
             "id": item.id,
             "schedule": item.schedule,
-            "command": " ".join(item.job_spec.command or ()),
+            "command": item.job_spec.command or [],
             "flavor": item.job_spec.flavor,
         }
         for item in found
-        if "lewis-hub" in (item.job_spec.command or ())
+    ]
+    return [
+        {**vars(one), "command": " ".join(one.command)}
+        for one in read_answer(hub_repo, SCHEDULES, listed)
+        if "lewis-hub" in one.command
     ]
 
 
@@ -159,6 +176,9 @@ def _upload_files(hub_repo: HubRepo, files: Mapping[str, Path]) -> Volume:
     """Upload files to a new folder in the namespace's private bucket.
 
     huggingface_hub itself uploads only single files for a Job.
+
+    Raises:
+        PublishError: the bucket is public, or the Hub failed.
     """
     bucket = f"{hub_repo.name}/{BUCKET}"
     folder = f"lewis-hub-{datetime.now(UTC):%Y%m%dT%H%M%S}-{time.monotonic_ns() % 10**6:06}"
@@ -168,5 +188,9 @@ def _upload_files(hub_repo: HubRepo, files: Mapping[str, Path]) -> Volume:
     disable_progress_bars()
     with hub_failures(hub_repo):
         hub_repo.api.create_bucket(bucket, exist_ok=True, private=True)
+        if not hub_repo.api.bucket_info(bucket).private:  # it was there before
+            url = f"{address(hub_repo.api)}/buckets/{bucket}"
+            remedy = f"Make it private in {url}/settings, then run the same command again."
+            raise hub_repo.failed(f"everybody can read the bucket {bucket}", remedy)
         hub_repo.api.batch_bucket_files(bucket, add=added)
     return Volume(type="bucket", source=bucket, mount_path=MOUNT, path=folder, read_only=True)

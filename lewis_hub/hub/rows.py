@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
+from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.system import limited_memory, memory_bytes
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -48,8 +50,9 @@ CONTENTS = frozenset(
 MAX_STARS, MAX_DOUBLE_STARS = 3, 2
 ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
-MAX_EXPANSION = 200  # bytes of rows for a byte of parquet or Arrow
-MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their file
+MAX_EXPANSION = 200  # bytes of rows for a byte of their files
+MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
+MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -159,16 +162,15 @@ def _limit_readers() -> None:
     archive may hold pickles. What is refused is a ValueError.
     """
     import datasets.builder
-    from datasets.packaged_modules.arrow.arrow import Arrow
-    from datasets.packaged_modules.parquet.parquet import Parquet
 
     every: Any = datasets.builder.DatasetBuilder
-    prepare = every.download_and_prepare
+    prepare, stream = every.download_and_prepare, every.as_streaming_dataset
 
-    def prepare_tables(self: Any, *args: Any, **options: Any) -> Any:
+    def prepare_tables(self: Any, *args: Any, **options: Any) -> None:
         sources = TABLES_OF.get()
         if sources is None:
-            return prepare(self, *args, **options)
+            prepare(self, *args, **options)
+            return
         reader = type(self).__module__.rpartition(".")[2]
         if reader not in READERS:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
@@ -176,34 +178,69 @@ def _limit_readers() -> None:
         for source in sources:
             _require_at_commit(source, self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
-            return prepare(self, *args, **options)
+            prepare(self, *args, **options)
+        self.info.features = _undecoded(self.info.features)
 
-    every.download_and_prepare = prepare_tables
-    compressed: tuple[Any, ...] = (Arrow, Parquet)
-    for builder in compressed:
+    def stream_nothing(self: Any, *args: Any, **options: Any) -> Any:
+        if TABLES_OF.get() is not None:
+            raise ValueError("they would be read while they come: without `streaming` they are")
+        return stream(self, *args, **options)
+
+    every.download_and_prepare, every.as_streaming_dataset = prepare_tables, stream_nothing
+    for reader in READERS:
+        module = import_module(f"datasets.packaged_modules.{reader}.{reader}")
+        builder = getattr(module, reader.capitalize())
         builder._generate_tables = _limited(builder._generate_tables)
 
 
 def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """A method of a reader that yields tables, and refuses far more bytes than the files have.
+    """A method of a reader that yields tables, each in limited time, and refuses too many bytes.
 
-    Equal rows take no room: 20 million fit into 250 kB.
+    Equal rows take no room: 20 million fit into 250 kB of parquet, and in JSON a row that is
+    empty has a place in each column. Columns of mixed types take time that grows with the cube of
+    their number.
     """
 
-    def generate_some(self: Any, files: list[str], *args: Any, **options: Any) -> Iterator[Any]:
+    def generate_some(self: Any, **options: Any) -> Iterator[Any]:
         if TABLES_OF.get() is None:
-            yield from generate(self, files, *args, **options)
+            yield from generate(self, **options)
             return
         self.config.batch_size = ROWS_AT_ONCE  # of parquet, whatever its card says
-        stored = sum(path.stat().st_size for path in map(Path, {*files}) if path.is_file())
+        files = {*map(Path, options.get("base_files") or options["files"])}  # before decompression
+        stored = sum(file.stat().st_size for file in files if file.is_file())
         left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
-        for key, table in generate(self, files, *args, **options):
-            left -= table.nbytes
+        tables = generate(self, **options)
+        while found := _next(tables):
+            left -= found[1].nbytes
             if left < 0:
                 raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
-            yield key, table
+            yield found
 
     return generate_some
+
+
+def _next(tables: Iterator[Any]) -> Any:
+    """The next table with its key, or None."""
+    try:
+        with limited(MAX_TABLE_S, "one of its tables"):
+            return next(tables, None)
+    except TooMuchError as error:
+        raise ValueError(str(error)) from None
+
+
+def _undecoded(features: Any) -> Any:
+    """Features whose rows keep images and the like as they are.
+
+    To decode them would open what rows name: any file of this machine, and any host.
+    """
+    from datasets import Json
+    from datasets.features.features import _visit
+
+    def leave(feature: Any) -> Any:
+        is_media = getattr(feature, "decode", False) and not isinstance(feature, Json)
+        return replace(feature, decode=False) if is_media else feature
+
+    return features and _visit(features, leave)
 
 
 def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from lewis_hub.localhub.store import (
     File,
     PullRequest,
     Repo,
+    files_below,
     git_file,
     lfs_file,
     now,
@@ -26,6 +27,8 @@ from lewis_hub.localhub.store import (
 )
 
 REGULAR_LIMIT_BYTES = 10 * 2**20
+MAX_PATH = 1000  # characters
+MAX_FOLDERS = 50  # in each other: a list of files has an entry for each
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _read_changes(call: Call, base: Commit) -> tuple[Value, dict[str, File]]:
             raise refusal(400, f"Unknown commit operation: {key}")
     if not header.summary.strip():
         raise refusal(400, "A commit needs a header line with a summary")
+    _require_files(changed, base)
     return header, changed
 
 
@@ -192,15 +196,23 @@ def _lines(body: bytes) -> Iterator[Line]:
 
 
 def _put(changed: dict[str, File], path: str, file: File) -> None:
-    """Set a file; refuse a path outside the repository, and a path that is or has a folder."""
+    """Set a file; refuse a path outside the repository, and one that is too long."""
     parts = path.split("/")
     if any(part in ("", ".", "..", ".git") for part in parts) or not path.isprintable():
         raise refusal(400, f"Invalid path in repository: {path!r}")
-    clashes = [str(parent) for parent in PurePosixPath(path).parents if str(parent) in changed]
-    clashes += [name for name in changed if name.startswith(path + "/")]
-    if clashes:
-        raise refusal(400, f"{path} and {clashes[0]} cannot both be files")
+    if len(path) > MAX_PATH or len(parts) > MAX_FOLDERS:
+        limit = f"{MAX_PATH:,} characters, and {MAX_FOLDERS} folders in each other"
+        raise refusal(400, f"A path has at most {limit}: {path[:MAX_PATH]}")
     changed[path] = file
+
+
+def _require_files(changed: Mapping[str, File], base: Commit) -> None:
+    """Refuse a path that is a file and a folder."""
+    folders = files_below(changed)
+    if clash := next((path for path in changed if path in folders), None):
+        inside = folders[clash][0]
+        first, second = sorted((clash, inside), key=lambda path: path in base.files)  # new: first
+        raise refusal(400, f"{first} and {second} cannot both be files")
 
 
 def _regular_file(call: Call, base: Commit, value: Value) -> File:

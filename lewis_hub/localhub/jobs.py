@@ -145,6 +145,7 @@ class Jobs:
         self.root, self.url = root.resolve(), url  # a Job runs in a folder of its own
         self.jobs: dict[str, Job] = {}
         self.schedules: dict[str, Schedule] = {}
+        self.public: set[Path] = set()  # buckets that were not made private
 
     def close(self) -> None:
         """End all Jobs."""
@@ -165,6 +166,7 @@ class Jobs:
             ("GET", schedules, lambda call: _entries(call, self.schedules)),
             ("DELETE", schedules + "/{id}", self._unschedule),
             ("POST", schedules + "/{id}/run", self._trigger),
+            ("GET", bucket, self._describe_bucket),
             ("POST", bucket, self._create_bucket),
             ("GET", bucket + "/xet-write-token", lambda c: files.xet_token(c.store, _writer(c))),
             ("POST", bucket + "/batch", self._fill_bucket),
@@ -228,9 +230,26 @@ class Jobs:
         _writer(call)
         folder = self._bucket(call.parts["namespace"], call.parts["name"])
         existed = folder.exists()
+        if not existed and call.json().get("visibility") != "private":
+            self.public.add(folder)
         folder.mkdir(parents=True, exist_ok=True)
         url = f"{call.endpoint}/buckets/{call.parts['namespace']}/{call.parts['name']}"
         return JSONResponse({"url": url}, 409 if existed else 200)
+
+    def _describe_bucket(self, call: Call) -> dict[str, Any]:
+        _writer(call)
+        namespace, name = call.parts["namespace"], call.parts["name"]
+        folder = self._bucket(namespace, name)
+        if not folder.exists():
+            raise refusal(404, "Bucket not found")
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        return {
+            "id": f"{namespace}/{name}",
+            "private": folder not in self.public,
+            "createdAt": now(),
+            "size": sum(sizes),
+            "totalFiles": len(sizes),
+        }
 
     def _fill_bucket(self, call: Call) -> dict[str, Any]:
         """Add files; the body has lines of JSON, each a file."""

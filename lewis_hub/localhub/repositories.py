@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -19,6 +19,7 @@ from lewis_hub.localhub.store import (
     File,
     Kind,
     Repo,
+    files_below,
     git_file,
     now,
     object_id,
@@ -189,32 +190,34 @@ def _sibling(path: str, file: File, *, blobs: bool) -> dict[str, Any]:
 def tree(call: Call) -> list[dict[str, Any]]:
     """GET .../tree/REVISION[/FOLDER]."""
     files = call.commit(call.seen_repo()).files
+    folders = files_below(files)
     folder = call.parts.get("path", "").strip("/")
     below = f"{folder}/" if folder else ""
-    paths: dict[str, None] = {}  # in order
-    for path in sorted(path for path in files if path.startswith(below)):
-        parts = path.removeprefix(below).split("/")
-        ends = range(1, len(parts) + 1) if call.flag("recursive") else [1]
-        paths |= dict.fromkeys(below + "/".join(parts[:end]) for end in ends)
-    if folder and not paths:
+    found = [path for path in (*files, *folders) if path.startswith(below)]
+    if folder and not found:
         problem = f'{folder} does not exist on "{call.parts["revision"]}"'
         raise refusal(404, problem, "EntryNotFound")
-    return [_entry(path, files) for path in paths]
+    if not call.flag("recursive"):
+        found = [path for path in found if "/" not in path.removeprefix(below)]
+    return [_entry(path, files, folders) for path in sorted(found)]
 
 
 def paths_info(call: Call) -> list[dict[str, Any]]:
     """POST .../paths-info/REVISION: the entries of those paths that exist."""
     files = call.commit(call.seen_repo()).files
+    folders = files_below(files)
     paths = parse_qs(call.body.decode(errors="replace")).get("paths", [])
-    present = (p for p in paths if p in files or any(name.startswith(f"{p}/") for name in files))
-    return [_entry(path, files) for path in present]
+    present = (path for path in paths if path in files or path in folders)
+    return [_entry(path, files, folders) for path in present]
 
 
-def _entry(path: str, files: Mapping[str, File]) -> dict[str, Any]:
+def _entry(
+    path: str, files: Mapping[str, File], folders: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     file = files.get(path)
     if file is None:
-        below = [f"{name} {f.oid}" for name, f in files.items() if name.startswith(f"{path}/")]
-        oid = short_digest("\n".join(sorted(below)).encode())  # changes with the files
+        below = [f"{name} {files[name].oid}" for name in sorted(folders[path])]
+        oid = short_digest("\n".join(below).encode())  # changes with the files
         return {"type": "directory", "oid": oid, "size": 0, "path": path}
     return {
         "type": "file",

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -148,7 +148,7 @@ class Store:
         self.root = root
         self.blobs = Blobs(root / "blobs")
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind and id
-        for path in sorted((root / "repos").rglob("*.json")):
+        for path in sorted((root / "repos").glob("*/*/*.json")):  # a namespace may end so, too
             repo = REPO.validate_json(path.read_bytes())
             self.repos[repo.kind, repo.id] = repo
 
@@ -184,6 +184,17 @@ class Store:
         self.repos.clear()
         for name in ("repos", "blobs", "xet"):
             shutil.rmtree(self.root / name, ignore_errors=True)
+
+
+def files_below(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Folder -> the paths below it."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        while folder:
+            found.setdefault(folder, []).append(path)
+            folder = folder.rpartition("/")[0]
+    return found
 
 
 def git_file(content: bytes, sha256: str) -> File:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -152,7 +152,7 @@ def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]
     _require_free(output, replace=replace)
     folder = unfinished(output)
     # The lock is beside the folder: another run could take one in it while `finish` renames it.
-    with alone_at(output.with_name(f".{output.name}{LOCK}"), output):
+    with alone_at(_lock_of(output), output):
         _require_free(output, replace=replace)  # another run may have finished it meanwhile
         require_no_links(folder)
         try:
@@ -165,6 +165,24 @@ def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]
             if not any(path.is_file() for path in folder.rglob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def alone_with(output: Path) -> Iterator[None]:
+    """Inside the block no other run replaces, changes or publishes a finished output.
+
+    Where no file can be made beside it, no run can replace it.
+
+    Raises:
+        OutputError: another run works on it.
+    """
+    lock = _lock_of(output.resolve())
+    with alone_at(lock, output) if os.access(lock.parent, os.W_OK) else nullcontext():
+        yield
+
+
+def _lock_of(output: Path) -> Path:
+    return output.parent / f".{output.name}{LOCK}"
 
 
 def _require_free(output: Path, *, replace: bool | None) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lewis_hub.display import Progress
+from lewis_hub.errors import OutputError
 from lewis_hub.export.gguf import plan_gguf
 from lewis_hub.files import require_writable
+from lewis_hub.merge.workspace import alone_with
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import FORMATS, ExportFormat, exports_in, file_name
 from lewis_hub.recipe.reference import ModelReference
@@ -30,18 +32,24 @@ def add_exports(
 
     Recipe, card and lock name the new files. A signature of the folder would not be valid any
     more, and is deleted.
+
+    Raises:
+        OutputError: another run works on it, or has changed it since its lock was `found`.
     """
-    require_stated(found)
-    asked = {*exports}
-    new = [one for one in FORMATS if one in asked]
-    written = write_exports(plan_of(folder), folder, folder, new, progress)
-    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in written.items()}
-    asked |= {*exports_in(found.recipe)}
-    recipe = {**found.recipe, "export": [one for one in FORMATS if one in asked]}
-    keys = (field.alias or name for name, field in Recipe.model_fields.items())
-    ordered = {key: recipe[key] for key in (*keys, *recipe) if key in recipe}
-    lock = replace(found, recipe=ordered, outputs={**found.outputs, **outputs})
-    return restate(described(facts_of(found), folder), found, lock, folder)
+    with alone_with(folder):
+        if lock_in(folder) != found:
+            raise OutputError(str(folder), "another run changed it", "Run the same command again.")
+        require_stated(found)
+        asked = {*exports}
+        new = [one for one in FORMATS if one in asked]
+        written = write_exports(plan_of(folder), folder, folder, new, progress)
+        outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in written.items()}
+        asked |= {*exports_in(found.recipe)}
+        recipe = {**found.recipe, "export": [one for one in FORMATS if one in asked]}
+        keys = (field.alias or name for name, field in Recipe.model_fields.items())
+        ordered = {key: recipe[key] for key in (*keys, *recipe) if key in recipe}
+        lock = replace(found, recipe=ordered, outputs={**found.outputs, **outputs})
+        return restate(described(facts_of(found), folder), found, lock, folder)
 
 
 def export_model(

@@ -50,6 +50,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.evaluate import CARD, SCORES, judge_again, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
+from lewis_hub.workflow.report import RECIPE
 from lewis_hub.workflow.republish import benchmarks_in, readdress
 
 IMPORTANCE = "lewis/importance.json"
@@ -165,9 +166,12 @@ def lock_in(folder: Path) -> Lock | None:
 
 
 def complete_in(folder: Path) -> Lock | None:
-    """Return the lock of a folder that has all its files, by their sizes; otherwise None."""
+    """Return the lock of a folder that has all its files, by their sizes; otherwise None.
+
+    Its recipe may be another one: a run that was to rewrite it and then the lock was interrupted.
+    """
     found = lock_in(folder)
-    outputs = found.outputs.items() if found else ()
+    outputs = [one for one in found.outputs.items() if one[0] != RECIPE] if found else []
     try:
         is_whole = all((folder / path).stat().st_size == file.n_bytes for path, file in outputs)
     except (OSError, ValueError):  # missing, or a name that no file can have

@@ -17,6 +17,7 @@ from lewis_hub.files import write_whole
 from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.workspace import alone_with
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Benchmark
 from lewis_hub.recipe.formats import exports_in
@@ -78,8 +79,9 @@ def republish(
         parameters=parameters,
         scores=read_scores(folder),
     )
-    _restate_results(folder, settings.benchmarks, _stating(facts, recipe))
-    restate(facts, found, replace(found, recipe=recipe), folder)
+    with alone_with(folder):
+        _restate_results(folder, settings.benchmarks, _stating(facts, recipe))
+        restate(facts, found, replace(found, recipe=recipe), folder)
 
 
 def publishing_in(recipe: Mapping[str, Any]) -> Publishing | None:
@@ -130,12 +132,12 @@ def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
         folder: the merge; a signature in it would not be valid any more, and is deleted.
     """
     old, new = _stating(facts, found.recipe), _stating(facts, changed.recipe)
-    write_whole(folder / RECIPE, new.recipe)
     _patch_card(folder / CARD, old, new)
     if (folder / page.FILE).exists():
         pages = [page.report_page(one, Samples()) for one in (old, new)]
         text = (folder / page.FILE).read_text(encoding="utf-8")
         write_whole(folder / page.FILE, patched(text, *pages))
+    write_whole(folder / RECIPE, new.recipe)
     outputs = {**changed.outputs, **locked_outputs(folder, {}, [RECIPE])}
     lock = replace(changed, outputs=outputs)
     statement = folder / locks.PROVENANCE_FILE

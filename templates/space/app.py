@@ -11,7 +11,9 @@ from pathlib import Path
 
 import gradio as gr
 import sessions
+from bodies import LimitedBodies
 from huggingface_hub import get_token
+from starlette.middleware import Middleware
 
 MAX_GB = float(os.environ.get("MAX_GB", "4"))
 # the machine's own login stands for the user's where this is not a Space
@@ -231,4 +233,5 @@ if __name__ == "__main__":
         mcp_server=False,
         share=False,
         blocked_paths=[str(Path(__file__).parent)],
+        app_kwargs={"middleware": [Middleware(LimitedBodies)]},
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lewis_hub.checkpoint import ranges
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor, scratch_bytes
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import OutputError, SourceError
 
 
 class Remote:
@@ -156,6 +156,37 @@ def test_a_failed_request_is_told_to_the_thread_that_reads_and_the_files_close(s
         read(files, tensor)
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def written_in_parts(monkeypatch):
+    """The system writes two bytes at most, as where a disk becomes full and has room again."""
+    name = "pwrite" if hasattr(os, "pwrite") else "write"
+    whole = getattr(os, name)
+
+    def part(descriptor, content, *position):
+        return whole(descriptor, content[:2], *position)
+
+    monkeypatch.setattr(os, name, part)
+
+
+@pytest.mark.usefixtures("written_in_parts")
+def test_bytes_that_the_system_writes_in_parts_are_all_there(small, tmp_path):
+    content = bytes(range(1, 41))
+    step = [stored("a", "one", 0, 40)]
+
+    with SourceFiles({"a": Remote({"one": content}).fetch}, [step], tmp_path / "r", ROOM) as files:
+        assert read(files, step[0]) == content
+
+
+def test_bytes_that_another_process_cut_off_are_told(small, tmp_path):
+    remote, step = Remote({"one": bytes(40)}), [stored("a", "one", 0, 40)]
+
+    with SourceFiles({"a": remote.fetch}, [step], tmp_path / "r", ROOM) as files:
+        read(files, step[0])
+        os.truncate(tmp_path / "r" / "2", 3)
+        with pytest.raises(OutputError, match="2: another process truncated it while it was read"):
+            read(files, step[0])
 
 
 def test_closing_waits_for_nobody_and_what_was_killed_leaves_no_file(small, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lewis_hub import limits
 from lewis_hub.errors import TokenizerError
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.chat import limit_templates, limited
@@ -109,6 +110,7 @@ def test_c_code_that_no_error_stops_ends_with_the_process(template):
     """While it runs, no other thread does: an error in its thread, or Ctrl-C, does not arrive."""
     program = f"""
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lewis_hub import limits
 from lewis_hub.evaluate import chat
 
 chat.MAX_S, chat.LAST_S = 1.0, 2.0
@@ -140,7 +142,7 @@ def test_one_call_takes_no_more_memory_than_all(text, monkeypatch):
 
 
 def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch):
-    monkeypatch.setattr(chat, "CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(limits, "CHECK_EVERY_S", 0.0)
     n_refused = 0
     for number in range(300):
         monkeypatch.setattr(chat, "MAX_S", number * 1e-5)
@@ -153,4 +155,4 @@ def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch)
 
     assert 0 < n_refused <= 300
     time.sleep(0.05)
-    assert not [thread for thread in threading.enumerate() if thread.name == chat.WATCH]
+    assert not [thread for thread in threading.enumerate() if thread.name == limits.WATCH]

@@ -201,6 +201,50 @@ def test_files_travel_to_a_job_and_its_token_as_a_secret_only(api, running, tmp_
     assert there == {"recipe.yaml": "merge_method: ties\n", "tasks/a.yaml": "task: mine\n"}
 
 
+@pytest.mark.parametrize("cron", [None, "17 4 * * 1"])
+def test_no_file_of_the_working_folder_replaces_a_word_of_the_command(
+    api, running, tmp_path, monkeypatch, capsys, cron
+):
+    pytest.importorskip("hf_xet")
+    monkeypatch.chdir(tmp_path)
+    for name in ("lewis-hub", "merge", "recipe.yaml"):
+        (tmp_path / name).write_text(f"secret in {name}")
+    words = ["merge", "/recipe", "--repo", "me/blend", "-o", "missing.yaml"]
+    files = {"recipe.yaml": tmp_path / "recipe.yaml"}
+
+    made = jobs.submit(api, JobRequest(words, files, "lewis-hub==1.0", None, "1h", None), cron)
+
+    listed = api.list_jobs if cron is None else api.list_scheduled_jobs
+    (info,) = [getattr(one, "job_spec", one) for one in listed(namespace=ME) if one.id == made.id]
+    assert info.command == [
+        *("uv", "run", "--with", "lewis-hub==1.0", "--python", "3.12", "lewis-hub"),
+        *words,
+    ]
+    assert info.docker_image == "ghcr.io/astral-sh/uv:python3.12-bookworm"
+    assert [volume.mount_path for volume in info.volumes] == ["/recipe"]
+    buckets = [path for path in (running.root / "buckets").rglob("*") if path.is_file()]
+    assert not [path for path in buckets if b"secret in merge" in path.read_bytes()]
+    assert capsys.readouterr().out == ""
+
+
+def test_no_file_is_uploaded_to_a_bucket_that_everybody_can_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    files = {"recipe.yaml": tmp_path / "recipe.yaml"}
+    with serve(tmp_path / "hub", jobs=True) as hub:
+        api = hub.api()
+        api.create_bucket(f"{ME}/jobs-artifacts")
+
+        with pytest.raises(PublishError) as caught:
+            jobs.submit(api, JobRequest(["merge"], files, "lewis-hub", None, None, ME))
+
+        assert list(api.list_jobs(namespace=ME)) == []
+    assert str(caught.value) == (
+        f"lewis: everybody can read the bucket lewis/jobs-artifacts.\nMake it private in {hub.url}"
+        "/buckets/lewis/jobs-artifacts/settings, then run the same command again."
+    )
+    assert not [path for path in (tmp_path / "hub/buckets").rglob("*") if path.is_file()]
+
+
 def test_a_schedule_is_made_listed_triggered_and_deleted(api, tmp_path):
     pytest.importorskip("hf_xet")
     (tmp_path / "recipe.yaml").write_text("")

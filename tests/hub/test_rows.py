@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import socket
@@ -481,3 +482,82 @@ def test_programs_that_use_datasets_themselves_are_not_limited(tmp_path, api):
     load_rows(api, resolve_dataset(api, str(tmp_path / "rows.jsonl")), None, "train")
     made = datasets.Dataset.from_generator(lambda: iter([{"a": 1}]), cache_dir=str(tmp_path))
     assert made.to_list() == [{"a": 1}]
+
+
+def test_json_has_not_far_more_columns_in_its_rows_than_in_its_file(tmp_path, api, monkeypatch):
+    """In 10 MB a row of 280 names and three million empty ones took 4 GB."""
+    named = json.dumps({f"column{i}": i for i in range(300)}).encode()
+    content = named + b"\n{}" * 20_000
+    monkeypatch.setattr(rows, "MAX_SMALL_BYTES", 1 << 20)
+    expected = (
+        f"{tmp_path}: its rows could not be read (its rows have over 200 times the bytes of the "
+        "file).\nRepair the file it names."
+    )
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert message(api, tmp_path) == expected
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))
+    assert message(api, tmp_path) == expected
+
+
+def test_a_table_is_read_in_limited_time(tmp_path, api, monkeypatch):
+    """With 3,200 columns of mixed types it took three minutes, with 32,000 a day."""
+    names = [f"column{i}" for i in range(2000)]
+    mixed = [dict.fromkeys(names, "a"), dict.fromkeys(names, 1)]
+    (tmp_path / "rows.jsonl").write_bytes(lines(mixed))
+    monkeypatch.setattr(rows, "MAX_TABLE_S", 0.5)
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read (it takes more than 0.5 s for one of its tables)."
+        "\nRepair the file it names."
+    )
+
+
+def test_an_encoding_that_takes_quadratic_time_is_stopped(tmp_path, api, monkeypatch):
+    card = "---\nconfigs: [{config_name: x, data_files: a.jsonl, encoding: punycode}]\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a.jsonl").write_bytes(b"x-" + b"a" * 1_000_000)
+    monkeypatch.setattr(rows, "MAX_TABLE_S", 0.5)
+
+    assert "it takes more than 0.5 s for one of its tables" in message(api, tmp_path, "x")
+
+
+IMAGES = """---
+dataset_info:
+  features: [{name: text, dtype: string}, {name: pages, list: image}]
+---
+"""
+
+
+def test_items_of_a_task_open_nothing_that_a_row_names(tmp_path, monkeypatch):
+    """An image of a row was opened where the row says: in any file, at any host."""
+    (tmp_path / "README.md").write_text(IMAGES)
+    (tmp_path / "test.jsonl").write_bytes(lines([{"text": "a", "pages": ["/etc/passwd"]}]))
+    opened = []
+    monkeypatch.setattr("PIL.Image.open", lambda path, *_: opened.append(path))
+
+    with at_commits({}):
+        table = datasets.load_dataset(str(tmp_path), split="test")
+
+    assert list(table) == [{"text": "a", "pages": [{"bytes": None, "path": "/etc/passwd"}]}]
+    assert opened == []
+
+
+def test_columns_of_json_are_decoded(tmp_path):
+    mixed = [{"q": {"a": 1}}, {"q": {"a": "b"}}]
+    (tmp_path / "test.jsonl").write_bytes(lines(mixed))
+
+    with at_commits({}):
+        assert list(datasets.load_dataset(str(tmp_path), split="test")) == mixed
+
+
+def test_what_a_task_wants_to_stream_is_read_whole(tmp_path):
+    """A bundled task streams; nothing would compare digests, and any reader would be used."""
+    (tmp_path / "test.jsonl").write_bytes(lines(ROWS))
+    with at_commits({}):
+        table = datasets.load_dataset(str(tmp_path), split="test", streaming=True)
+    assert isinstance(table, datasets.Dataset)
+    assert list(table) == ROWS
+
+    with rows.only_tables(), pytest.raises(ValueError, match="they would be read while they come"):
+        datasets.load_dataset(str(tmp_path), split="test", streaming=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,14 +61,33 @@ def test_a_large_file_that_is_stored_already_is_not_sent_again(api, push, hub):
     assert api.get_paths_info("acme/copy", "weights.safetensors")[0].size == 5000
 
 
-def test_bytes_that_are_not_what_they_claim_are_refused(hub):
+def test_bytes_that_are_not_what_they_claim_are_refused(hub, api):
     oid = hashlib.sha256(b"promised").hexdigest()
+    api.create_repo("acme/base")
+    batch = httpx.post(
+        f"{hub.url}/acme/base.git/info/lfs/objects/batch",
+        json={"objects": [{"oid": oid, "size": 8}]},
+        headers={"Authorization": f"Bearer {hub.write_token}"},
+    )
+    (asked,) = batch.json()["objects"]
 
-    answer = httpx.put(f"{hub.storage_url}/lfs-upload/{oid}", content=b"sent instead")
+    answer = httpx.put(asked["actions"]["upload"]["href"], content=b"sent instead")
 
     assert answer.status_code == 400
     assert f"not {oid}" in answer.json()["error"]
     assert hub.store.blobs.size_bytes(oid) is None
+
+
+def test_bytes_of_somebody_without_a_token_are_not_stored(hub, api, push):
+    push("acme/base", {"m.bin": b"x" * 3000})
+    address = httpx.head(f"{hub.url}/acme/base/resolve/main/m.bin").headers["Location"]
+    stored, new = (hashlib.sha256(content).hexdigest() for content in (b"x" * 3000, b"new"))
+    to_read = address.partition("?")[2]  # anyone may read this repo
+
+    for oid, query in ((new, ""), (new, "signature=00"), (stored, to_read), (new, to_read)):
+        refused = httpx.put(f"{hub.storage_url}/lfs-upload/{oid}?{query}", content=b"new")
+        assert refused.status_code == 403
+    assert hub.store.blobs.size_bytes(new) is None
 
 
 def test_an_address_without_a_digest_stores_and_gives_nothing(hub):
@@ -112,6 +132,7 @@ def test_a_path_outside_the_repository_is_refused(hub, api, path):
 
 
 HEADER = '{"key": "header", "value": {"summary": "x"}}'
+LONGEST = "1,000 characters, and 50 folders in each other"
 
 
 def put(path: str, content: str) -> str:
@@ -128,6 +149,8 @@ def put(path: str, content: str) -> str:
         ([HEADER, put("b.txt", "*")], "b.txt: content is not base64"),
         ([HEADER, put("a.txt/b", "eA==")], "a.txt/b and a.txt cannot both be files"),
         ([HEADER, put("old", "eA==")], "old and old/b.txt cannot both be files"),
+        ([HEADER, put("é" * 1001, "eA==")], f"A path has at most {LONGEST}: {'é' * 1000}"),
+        ([HEADER, put("a/" * 50 + "b", "eA==")], f"A path has at most {LONGEST}: {'a/' * 50}b"),
     ],
 )
 def test_a_malformed_commit_is_refused_and_changes_nothing(hub, api, push, lines, problem):
@@ -306,6 +329,31 @@ def test_everything_is_there_after_a_restart(tmp_path):
         assert [len(httpx_get(again, path)) for path in paths] == [8, 1]
         assert len(list(again.get_repo_discussions("acme/base"))) == 1
         assert hub.api("hf_other").whoami()["name"] == "other"
+
+
+def test_a_hub_restarts_whatever_its_namespaces_are_called(tmp_path):
+    with serve(tmp_path) as hub:
+        hub.api().create_repo("acme.json/base.json")
+
+    with serve(tmp_path) as hub:
+        assert hub.api().model_info("acme.json/base.json").id == "acme.json/base.json"
+
+
+def test_many_files_in_deep_folders_are_committed_and_listed_soon(hub, api):
+    api.create_repo("acme/base")
+    lines = "\n".join([HEADER, *(put(f"{n}/{'f/' * 48}x", "eA==") for n in range(2000))])
+    address, own = f"{hub.url}/api/models/acme/base", {"Authorization": f"Bearer {hub.write_token}"}
+
+    began = time.process_time()
+    for _ in range(2):
+        made = httpx.post(f"{address}/commit/main", content=lines, headers=own, timeout=60)
+        assert made.status_code == 200
+    listed = httpx.get(f"{address}/tree/main?recursive=1", timeout=60).json()
+
+    assert time.process_time() - began < 8
+    assert len(listed) == 1 + 2000 * 50
+    (folder,) = httpx.get(f"{address}/tree/main/7").json()
+    assert (folder["type"], folder["path"]) == ("directory", "7/f")
 
 
 def httpx_get(api: HfApi, path: str) -> bytes:

@@ -225,6 +225,16 @@ def result_of(address, name, values, headers):
     raise AssertionError("the stream ended")
 
 
+def test_the_app_takes_no_files_and_no_large_body(hub, tmp_path):
+    with running(hub, tmp_path) as address:
+        upload, join = f"{address}gradio_api/upload", f"{address}gradio_api/queue/join"
+        file = httpx2.post(upload, files={"files": b"a"})
+        body = httpx2.post(join, content=b'"' + b"a" * (8 << 20) + b'"')
+
+    assert (file.status_code, body.status_code) == (415, 413)
+    assert list((tmp_path / "tabs").glob("gradio/*/*")) == []
+
+
 def test_without_a_login_nobody_signs_in_and_nothing_of_another_site_is_loaded(hub, tmp_path):
     with running(hub, tmp_path) as address, browser() as page:
         open_app(page, address, width=390)

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from zoo_hub import put_zoo
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
+from lewis_hub.merge.workspace import alone_at, alone_with
 from lewis_hub.report.lock import Lock
 
 RECIPE = (
@@ -103,6 +105,45 @@ def test_the_command_adds_a_file_to_a_merge_and_its_lock_and_card(place):
     assert run("verify", "merged")["problems"] == []
 
 
+def test_a_merge_is_not_changed_while_it_is_published(hub, place):
+    repo, told = f"{hub.user}/whole", []
+    run("merge", "--push", "--repo", f"{hub.user}/first")
+
+    class Exporting(Silent):
+        @contextmanager
+        def stage(self, title, total, unit):
+            for words in (["export", "merged", "--to", "gguf:q8_0"], ["push", "merged", repo]):
+                told.append(str(CliRunner().invoke(cli, words).exception))
+            with super().stage(title, total, unit) as advance:
+                yield advance
+
+    lewis_hub.publish("merged", lewis_hub.open_target(lewis_hub.Publishing(repo=repo)), Exporting())
+
+    assert len(told) == 2
+    for message in told:
+        assert "merged: another run is working on it.\nWait until it ends" in message
+    assert run("verify", repo)["problems"] == []
+    assert FILE not in lock("merged")["outputs"]
+    assert not list(place.glob(".merged*"))
+    run("export", "merged", "--to", "gguf:q8_0")
+    assert FILE in lock("merged")["outputs"]
+
+
+@pytest.mark.parametrize("work", ["add the file", "rewrite the card"])
+def test_a_merge_that_is_published_is_not_changed_by_a_merge_of_its_recipe(hub, place, work):
+    run("merge")
+    changed = RECIPE + f"publish: {{repo: {hub.user}/other}}\n"
+    Path("recipe.yaml").write_text(RECIPE + "export: gguf\n" if work == "add the file" else changed)
+    before = lock("merged")
+
+    with alone_with(Path("merged")), pytest.raises(OutputError, match="another run is working"):
+        run("merge")
+
+    assert lock("merged") == before
+    run("merge")
+    assert lock("merged") != before
+
+
 @pytest.mark.parametrize("changes", [{"publish": "a/b"}, {"publish": {"repo": 5}}, {"export": 7}])
 def test_a_lock_of_others_is_one_message_before_the_export_or_has_no_effect(place, changes):
     run("merge", "-o", "merged")
@@ -146,6 +187,20 @@ def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):
     assert Path("base/model-BF16.gguf").read_bytes() == Path(done["output"]).read_bytes()
     found = gguf.GGUFReader("out/model-BF16.gguf")
     assert len(found.tensors) == 2 + 6 * 9  # the head is that of the embeddings
+
+
+def test_one_run_at_a_time_writes_a_file(place, tmp_path):
+    words = ["export", "zoo/base", "--to", "gguf:q8_0"]
+    with (
+        alone_at(Path(f".{FILE}.lock"), Path(FILE)),
+        pytest.raises(OutputError, match=f"^{FILE}: another run is working on it"),
+    ):
+        run(*words)
+
+    run("export", "zoo/base", "--to", "gguf:f16")
+    run(*words)
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {FILE, "model-F16.gguf"}
+    assert not list(tmp_path.glob(".model*"))
 
 
 def test_an_architecture_without_rules_is_a_problem_before_any_weights_are_read(place):

@@ -474,3 +474,22 @@ def test_weights_by_statistics_may_differ_by_rounding_and_others_by_nothing(tmp_
 
     whole, none = {"model.safetensors"}, dict.fromkeys(("swapped", "counted", "shaped"), set())
     assert alike == {"stored": whole, "rounded": whole, **none}
+
+
+def test_a_copy_of_a_tensor_that_the_index_does_not_name_is_no_rounding(tmp_path):
+    """transformers loads every tensor of every shard, and of two copies the later one."""
+    one, two = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    first, second = {"a.weight": torch.ones(2, 2)}, {"b.weight": torch.ones(2, 2)}
+    index = json.dumps({"weight_map": {"a.weight": one, "b.weight": two}})
+    for name, last in {
+        "stored": second | {"a.weight": torch.full((2, 2), 7.0)},
+        "rebuilt": second,
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors.index.json").write_text(index)
+        save_file(first, tmp_path / name / one)
+        save_file(last, tmp_path / name / two)
+
+    alike = weight_files_within_tolerance(tmp_path / "stored", tmp_path / "rebuilt")
+
+    assert alike == {one}

@@ -1,0 +1,94 @@
+"""Time and memory that Python code may take on data of others: neither has a limit of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lewis_hub.system import resident_bytes
+
+CHECK_EVERY_S = 0.02
+STDERR = 2  # sys.stderr may be none of the system's files
+WATCH = "limit of time and memory"
+
+
+class TooMuchError(Exception):
+    """Code took too much time or memory; its text says how much."""
+
+
+class _StopError(BaseException):
+    """Raised in a thread that takes too much; no `except Exception` catches it."""
+
+
+@contextmanager
+def limited(
+    max_s: float, per: str, *, max_bytes: int | None = None, last_s: float | None = None
+) -> Iterator[None]:
+    """Stop Python code of this thread that takes more than `max_s`, or grows by `max_bytes`.
+
+    C code that keeps the interpreter for itself cannot be stopped, not by Ctrl-C either: after
+    `last_s`, if it is given, the process ends, with exit code 1, and stderr says where it was.
+
+    Args:
+        max_s: seconds.
+        per: what they are the limits of, for the message.
+        max_bytes: of the resident memory of this process.
+        last_s: seconds.
+
+    Raises:
+        TooMuchError: it took too much.
+    """
+    watch = _Watch(threading.get_ident(), max_s, per, max_bytes)
+    try:
+        if last_s is not None:
+            faulthandler.dump_traceback_later(last_s, exit=True, file=STDERR)
+        threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
+        try:
+            yield
+        finally:
+            if last_s is not None:
+                faulthandler.cancel_dump_traceback_later()
+            watch.end()
+    except _StopError:
+        raise TooMuchError(watch.problem) from None
+
+
+@dataclass
+class _Watch:
+    """Watches a thread, and raises an error in it if it takes too much."""
+
+    thread_id: int
+    max_s: float
+    per: str
+    max_bytes: int | None
+    problem: str = ""
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        began, before = time.monotonic(), resident_bytes() or 0
+        while not self._ended.wait(CHECK_EVERY_S):
+            problem = ""
+            if time.monotonic() - began > self.max_s:
+                problem = f"it takes more than {self.max_s:g} s for {self.per}"
+            elif self.max_bytes and (resident_bytes() or 0) - before > self.max_bytes:
+                problem = f"it takes more than {self.max_bytes / 1e9:.1f} GB for {self.per}"
+            with self._turn:
+                if problem and not self._ended.is_set():
+                    self.problem = problem
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(self.thread_id), ctypes.py_object(_StopError)
+                    )
+                    return
+
+    def end(self) -> None:
+        """End the watch; an error that was raised too late reaches the caller in here."""
+        with self._turn:
+            self._ended.set()
+        if self.problem:
+            time.sleep(0)
