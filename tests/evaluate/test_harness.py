@@ -204,8 +204,8 @@ def test_a_model_whose_likelihoods_are_nan_is_not_scored(benchmarks, good_model,
 
     assert str(caught.value) == (
         f"{tmp_path / 'model'}: gives texts likelihoods that are not numbers (NaN), so it cannot "
-        "be scored.\nIts activations overflow. Of a merge, lower the weights; of another model, leave "
-        "it out of `compare`."
+        "be scored.\nIts activations overflow. Of a merge, lower the weights; of another model, "
+        "leave it out of `compare`."
     )
 
 
