@@ -233,16 +233,25 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
         if not _is_misread(error):
             raise
         raise hub_repo.failed(*_misread(error, hub_repo)) from error
-    except OSError as error:  # huggingface_hub received another number of bytes
-        if CUT not in str(error):
-            raise
-        cut = httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
-        raise hub_repo.failed(*_unreachable(cut, hub_repo)) from error
-    except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
-        if not isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
+    except (OSError, RuntimeError) as error:
+        if (cause := _cause_of(error)) is None:
             raise
         with hub_failures(hub_repo):
-            raise error.__cause__ from None
+            raise cause from None
+
+
+def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
+    """What failed in a transfer; None if it is no failure of the Hub."""
+    if CUT in str(error):  # huggingface_hub received another number of bytes
+        return httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
+    if isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
+        return error.__cause__  # huggingface_hub wraps the errors of an upload
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    has_cause = error.__cause__ is not None or getattr(error, "errno", None) is not None
+    if package == "huggingface_hub" and not has_cause:  # hf-xet has neither frames nor numbers
+        return httpx2.RemoteProtocolError(str(error))
+    return None
 
 
 def _is_misread(error: Exception) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -52,7 +55,12 @@ ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
+MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
+MAX_DEPTH = 1000  # of JSON
+NULL_ROW = re.compile(rb"^\s*null\b", re.MULTILINE)
+OUTSIDE_OF_TEXTS = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[\[\]{}]')
+STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -68,8 +76,17 @@ class Rows:
         return len(self.table)
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at `indices`, in that order."""
-        found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        """The rows at `indices`, in that order.
+
+        Raises:
+            SourceError: a row is not what the card of its dataset says.
+        """
+        try:
+            found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        except (ValueError, TypeError, MemoryError) as error:
+            said = " ".join(str(error).split())[:300]
+            problem = f"its rows could not be read ({said})"
+            raise SourceError(self.source, problem, "Repair the file it names.") from error
         return found
 
 
@@ -188,9 +205,31 @@ def _limit_readers() -> None:
 
     every.download_and_prepare, every.as_streaming_dataset = prepare_tables, stream_nothing
     for reader in READERS:
-        module = import_module(f"datasets.packaged_modules.{reader}.{reader}")
+        module: Any = import_module(f"datasets.packaged_modules.{reader}.{reader}")
         builder = getattr(module, reader.capitalize())
         builder._generate_tables = _limited(builder._generate_tables)
+        if reader == "json":
+            module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
+
+
+def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
+    """The reader of JSON of Arrow, which refuses what would end the process with SIGSEGV.
+
+    `datasets` reads what is refused in another way, which has errors of its own.
+    """
+
+    def read_json(file: io.BytesIO, **options: Any) -> Any:
+        text = file.getvalue()
+        if NULL_ROW.search(text):
+            raise refused("a row is null")
+        depth = 0
+        for bracket in OUTSIDE_OF_TEXTS.finditer(text):
+            depth += STEPS.get(bracket[0], 0)
+            if depth > MAX_DEPTH:
+                raise refused(f"JSON has more than {MAX_DEPTH:,} levels")
+        return arrow_json.read_json(file, **options)
+
+    return SimpleNamespace(read_json=read_json, ReadOptions=arrow_json.ReadOptions)
 
 
 def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -232,11 +271,16 @@ def _undecoded(features: Any) -> Any:
     """Features whose rows keep images and the like as they are.
 
     To decode them would open what rows name: any file of this machine, and any host.
+
+    Raises:
+        ValueError: rows are arrays of a very large shape, of which an empty one has all values.
     """
     from datasets import Json
     from datasets.features.features import _visit
 
     def leave(feature: Any) -> Any:
+        if (n_values := math.prod(getattr(feature, "shape", ()))) > MAX_ARRAY:
+            raise ValueError(f"an array has {n_values:,} values, the limit is {MAX_ARRAY:,}")
         is_media = getattr(feature, "decode", False) and not isinstance(feature, Json)
         return replace(feature, decode=False) if is_media else feature
 

@@ -522,6 +522,38 @@ def test_an_encoding_that_takes_quadratic_time_is_stopped(tmp_path, api, monkeyp
     assert "it takes more than 0.5 s for one of its tables" in message(api, tmp_path, "x")
 
 
+DEEP = 20_000
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1}\n' * 3 + b" null null\n", "a row is null"),
+        (b'{"a": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "JSON has more than 1,000 levels"),
+        (b'{"a": "\n' + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+    ],
+)
+def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, problem):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read ({problem}).\nRepair the file it names."
+    )
+
+
+def test_a_file_of_null_has_no_rows(tmp_path, api):
+    (tmp_path / "rows.jsonl").write_bytes(b"null\n")
+
+    assert message(api, tmp_path) == f"{tmp_path}: its files have no rows.\nUse another."
+
+
+def test_brackets_in_texts_are_no_levels(tmp_path, api):
+    rows_of = [{"a": '"[{' * 2000 + "\\"}, {"a": "null"}, {"a": None}]
+    (tmp_path / "rows.jsonl").write_bytes(lines(rows_of))
+
+    assert [dict(row) for row in load(api, tmp_path).rows([0, 1, 2])] == rows_of
+
+
 IMAGES = """---
 dataset_info:
   features: [{name: text, dtype: string}, {name: pages, list: image}]
@@ -561,3 +593,26 @@ def test_what_a_task_wants_to_stream_is_read_whole(tmp_path):
 
     with rows.only_tables(), pytest.raises(ValueError, match="they would be read while they come"):
         datasets.load_dataset(str(tmp_path), split="test", streaming=True)
+
+
+ARRAYS = """---
+dataset_info:
+  features: [{name: text, dtype: {array2_d: {shape: SHAPE, dtype: float64}}}]
+---
+"""
+
+
+def test_an_array_of_a_card_has_no_endless_shape(tmp_path, api):
+    """A row that is null became all values of its shape, 3 GB each."""
+    (tmp_path / "rows.jsonl").write_bytes(lines([{"text": None}, {"text": [[1.0]]}]))
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[20000, 20000]"))
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read (an array has 400,000,000 values, the limit is "
+        "100,000).\nRepair the file it names."
+    )
+
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[2, 2]"))
+    found = load(api, tmp_path)
+    with pytest.raises(SourceError) as raised:
+        found.rows([1])
+    assert str(raised.value).startswith(f"{tmp_path}: its rows could not be read (cannot reshape")
