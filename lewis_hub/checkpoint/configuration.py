@@ -12,10 +12,12 @@ MAX_LAYERS = 1000
 FEW_LAYERS = 100  # which take no second to build
 MAX_EXPERTS = 100_000
 MAX_LABELS = 1_000_000
+MAX_BIASES = 1_000_000  # MPT makes one for each position and head before a text runs
 LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"(?:.*_)?(?:layers?|blocks?|depth)"): MAX_LAYERS,
     re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
     re.compile(r"num_labels"): MAX_LABELS,
+    re.compile(r"max_seq_len"): MAX_BIASES,
 }
 COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
 KERNELS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")  # may name a repo of code
@@ -29,7 +31,7 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     `n_tensors` are those of the checkpoint, if they are known: each layer has some.
 
     Raises:
-        SourceError: a number of layers, experts or labels is too large, or it names a kernel of the
+        SourceError: a number of layers, experts, labels or biases is too large, or it names a kernel of the
             Hub, whose code transformers would run; it names `where`.
     """
     for key, value in _values(config):

@@ -28,6 +28,16 @@ def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
     )
 
 
+def test_the_positions_of_mpt_have_a_limit():
+    """It makes a number for each of them and each head: with 2 ** 31, a tiny model took 8.6 GB."""
+    require_buildable("me/model", {"max_seq_len": 65_536})
+    with pytest.raises(SourceError) as caught:
+        require_buildable("me/model", {"max_seq_len": 2**31})
+
+    said = "me/model: `max_seq_len` of its config.json is above the limit of 1,000,000."
+    assert str(caught.value) == f"{said}\n{REMEDY}"
+
+
 def test_each_layer_has_tensors():
     require_buildable("me/model", {"num_hidden_layers": 240}, 240)
     with pytest.raises(SourceError) as caught:
