@@ -28,13 +28,16 @@ def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
     )
 
 
-def test_the_positions_of_mpt_have_a_limit():
-    """It makes a number for each of them and each head: with 2 ** 31, a tiny model took 8.6 GB."""
-    require_buildable("me/model", {"max_seq_len": 65_536})
+@pytest.mark.parametrize(
+    ("key", "limit", "usual"), [("max_seq_len", "200,000", 65_536), ("n_heads", "1,000", 64)]
+)
+def test_positions_and_heads_of_mpt_have_limits(key, limit, usual):
+    """It makes a number for each of both: a tiny model with 2 ** 31 positions took 8.6 GB."""
+    require_buildable("me/model", {key: usual})
     with pytest.raises(SourceError) as caught:
-        require_buildable("me/model", {"max_seq_len": 2**31})
+        require_buildable("me/model", {key: 2**31})
 
-    said = "me/model: `max_seq_len` of its config.json is above the limit of 1,000,000."
+    said = f"me/model: `{key}` of its config.json is above the limit of {limit}."
     assert str(caught.value) == f"{said}\n{REMEDY}"
 
 
