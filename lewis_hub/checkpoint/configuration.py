@@ -32,8 +32,8 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     `n_tensors` are those of the checkpoint, if they are known: each layer has some.
 
     Raises:
-        SourceError: a number of layers, experts, labels, positions or heads is too large, or it names a
-            kernel of the Hub, whose code transformers would run; it names `where`.
+        SourceError: a number is above its limit, or it names a kernel of the Hub, whose code
+            transformers would run; it names `where`.
     """
     for key, value in _values(config):
         if KERNELS.fullmatch(key) and "/" in str(value):
