@@ -22,6 +22,8 @@ from lewis_hub.calibration.texts import CalibrationTokens, single_text
 from lewis_hub.checkpoint import names
 from lewis_hub.display import Advance
 from lewis_hub.errors import CalibrationModelError
+from lewis_hub.files import unwritable
+from lewis_hub.system import reserve
 
 MAX_TOKENS = 2048  # whose activations are kept, evenly spread over all texts
 
@@ -77,7 +79,14 @@ def read_activations(folder: Path, site: str) -> Tensor:
 
 
 def _new_file(folder: Path, site: str, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    return np.lib.format.open_memmap(_path(folder, site), "w+", np.dtype("<f4"), shape)
+    path = _path(folder, site)
+    mapped = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), shape)
+    try:  # a write to a mapped page that the disk has no room for would end the process
+        with path.open("r+b") as file:
+            reserve(file.fileno(), path.stat().st_size)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    return mapped
 
 
 def _path(folder: Path, site: str) -> Path:

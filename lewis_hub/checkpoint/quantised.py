@@ -224,7 +224,7 @@ def _block(
         if scale.shape in ((n_rows, 1), (n_rows,)):
             return 1, max(1, n_columns)
         if scale.shape == (-(-n_rows // block[0]), -(-n_columns // block[1])):
-            return block
+            return min(block[0], max(1, n_rows)), min(block[1], max(1, n_columns))
         n_groups = scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == n_rows else 0
         if n_groups and n_columns % n_groups == 0:
             return 1, n_columns // n_groups

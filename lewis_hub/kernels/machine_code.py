@@ -35,6 +35,7 @@ LOOPS = ("decode", "threshold", "vote")
 FREE = ("llvm.", "memset", "memcpy", "memmove")  # functions that exist without numba
 SOURCES = ("calls", "compiler", "random_bits", *LOOPS)  # they determine the archive
 
+INT64_END = 1 << 63
 DIGEST_BYTES = 32  # of the machine code, before it in a file
 
 _loading = threading.Lock()
@@ -48,9 +49,14 @@ def call(kernel: str, *arguments: Argument) -> int:
     Args:
         kernel: module.function, in this package.
         arguments: those of its signature: integers, contiguous arrays, sequences of arrays.
+
+    Raises:
+        OverflowError: an integer has more than 64 bits; ctypes would cut it off.
     """
     held = [each if isinstance(each, (int, np.ndarray)) else _table(each) for each in arguments]
     words = [each if isinstance(each, int) else each.ctypes.data for each in held]
+    if not -INT64_END <= min(words) <= max(words) < INT64_END:
+        raise OverflowError(f"{kernel}: an integer has more than 64 bits")
     function = _functions.get(kernel) or _load(kernel, len(words))
     return int(function(*words))
 

@@ -23,6 +23,7 @@ from lewis_hub.report.plots import (
     drawable,
     own_style,
     percentage,
+    row_label,
     shortened,
 )
 from lewis_hub.report.profiles import Clip, Grid, arrange, clip, relative_change, short_name
@@ -200,7 +201,7 @@ class Layout:
 def _layout(columns: Sequence[Column], n_rows: int) -> Layout:
     grids = [grid for column in columns for grid in column.maps.values()]
     components = max((grid.components for grid in grids), key=len)
-    left = 0.15 + 0.075 * max(len(drawable(component)) for component in components)
+    left = 0.15 + 0.075 * max(len(row_label(component)) for component in components)
     n_blocks = max(len(grid.blocks) for grid in grids)
     width = min(max(WIDTH, left + len(columns) * (0.03 * n_blocks + GAP)), MAX_WIDTH)
     each = (width - left - 0.15 - GAP * (len(columns) - 1)) / len(columns)
@@ -270,7 +271,7 @@ def _draw(axes: Axes, column: Column, source: str, theme: Theme) -> AxesImage:
         vmax=top if top > bottom else bottom + 1,
     )
     n_rows, n_columns = len(grid.components), len(grid.blocks)
-    axes.set_yticks(range(n_rows), list(map(drawable, grid.components)))
+    axes.set_yticks(range(n_rows), list(map(row_label, grid.components)))
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100, 200) if n_columns <= 6 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])

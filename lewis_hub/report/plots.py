@@ -35,6 +35,7 @@ Value = float | bool | str
 
 DPI = 144
 MAX_NUMBERED_BLOCKS = 16  # with more, a cell is too narrow for its number
+MAX_LABEL = 48  # characters of a component; names in files may have a thousand
 MAX_NUMBERS = 100  # each takes about a kilobyte of the file
 HIGHLIGHT = "#d1495b"  # not a colour of the scale
 WORDS = {  # measure -> its name on a map
@@ -200,7 +201,7 @@ def _draw(heat: HeatMap) -> DrawnMap:
 
     n_columns, n_rows = len(heat.grid.blocks), len(heat.grid.components)
     cell = 0.62 if n_columns <= MAX_NUMBERED_BLOCKS else max(0.118, 9.4 / n_columns)
-    left = 0.3 + 0.078 * max(map(len, heat.grid.components))
+    left = 0.3 + 0.078 * max(len(row_label(component)) for component in heat.grid.components)
     width, height = max(cell * n_columns, 3.2), max(0.3 * n_rows, 1.5)
     across = left + width + 1.0
     lines = textwrap.wrap(drawable(heat.note), int(15 * across) - 4, break_on_hyphens=False)
@@ -243,7 +244,7 @@ def _draw_image(axes: Axes, heat: HeatMap) -> AxesImage:
         vmin=bottom,
         vmax=top if top > bottom else bottom + 1,
     )
-    axes.set_yticks(range(n_rows), list(map(drawable, grid.components)))
+    axes.set_yticks(range(n_rows), list(map(row_label, grid.components)))
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 24 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
@@ -283,6 +284,11 @@ def _write_numbers(axes: Axes, heat: HeatMap, image: AxesImage) -> None:
 def drawable(text: str) -> str:
     """The text with `?` for characters that the font may not have."""
     return "".join(c if c.isprintable() and c < "\u0250" else "?" for c in text)
+
+
+def row_label(component: str) -> str:
+    """A component as a map names its row: the margin is as wide as the longest."""
+    return shortened(drawable(component), MAX_LABEL)
 
 
 def shortened(text: str, most: int) -> str:

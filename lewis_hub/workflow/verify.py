@@ -20,7 +20,7 @@ from lewis_hub.checkpoint.reader import Reader, TensorReader, local_header, read
 from lewis_hub.display import Progress, to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
-from lewis_hub.files import sha256_of
+from lewis_hub.files import is_hidden, sha256_of
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import COMMIT_SHA, Source, SourceFile
@@ -251,6 +251,7 @@ def verify_files(
         for file in source.files
         if file.path not in lock.outputs and not _may_be_added(file.path)
     ]
+    problems += [f"{path}: it is a link to a folder." for path in _linked_folders(source)]
     statement = read_small(api, source, PROVENANCE)
     if statement is None:
         problems.append(f"{PROVENANCE}: it is missing.")
@@ -371,6 +372,14 @@ def _may_be_added(path: str) -> bool:
     """Return whether a file that is not in the lock may be in the folder or repo."""
     hidden = any(part.startswith(".") for part in path.split("/"))
     return path in UNLOCKED or hidden or path.lower().endswith(PICTURES)
+
+
+def _linked_folders(source: Source) -> Iterator[str]:
+    """Links to folders: by them, files of a merge have other names too, which loaders know."""
+    for path in sorted(source.folder.rglob("*")) if source.folder else ():
+        part = path.relative_to(source.place)
+        if path.is_symlink() and path.is_dir() and not is_hidden(part):
+            yield part.as_posix()
 
 
 def _problems(

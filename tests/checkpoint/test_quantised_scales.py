@@ -3,6 +3,7 @@
 import pytest
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
+from lewis_hub.checkpoint.quantisation import Quantisation
 from lewis_hub.checkpoint.quantised import dequantise
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
@@ -43,6 +44,22 @@ def test_the_shape_of_a_scale_says_what_it_is_for(shape, block):
     assert tensor.scaled.stored.dtype == "F8_E4M3"
     assert (tensor.dtype, tensor.kept_dtype, tensor.n_bytes) == ("F32", "BF16", 240_000)
     assert found.is_computed
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "found"),
+    [
+        ((1 << 63, 128), (1, 2), (300, 128)),  # the kernels count in 64 bits
+        (((1 << 64) - 1, 128), (1, 2), (300, 128)),
+        ((2, 1 << 40), (150, 1), (2, 200)),  # and columns in 32
+    ],
+)
+def test_no_block_is_larger_than_its_tensor(block, shape, found):
+    stored = checkpoint(WEIGHT, ("a.weight_scale_inv", "F32", shape))
+
+    read = dequantise(stored, Quantisation("fp8", is_read=True, block=block), bytes)
+
+    assert read.tensors["a.weight"].scaled.block == found
 
 
 def test_a_checkpoint_without_scales_stays_as_it_is():

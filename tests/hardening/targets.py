@@ -10,7 +10,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -23,13 +23,13 @@ from hardening.mutation import Document
 from lewis_hub import pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.checkpoint.header import TensorHeader, read_header
+from lewis_hub.checkpoint.header import Scaled, TensorHeader, read_header
 from lewis_hub.checkpoint.lora import adapt, own_tensors, read_config
 from lewis_hub.checkpoint.quantisation import read_quantisation
 from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import BrokenCheckpointError, LewisHubError
 from lewis_hub.evaluate import scores
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.gate import Check, GateVerdict
@@ -42,6 +42,7 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import combined_licence, model_facts, quantised_from, states_a_licence
 from lewis_hub.hub.source import Source, SourceFile, digest_like
 from lewis_hub.merge.adapted_model import adapted_model
+from lewis_hub.merge.quantised import ScaledReader
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report import lock as locks
 from lewis_hub.report.difference import ChangelogEntry
@@ -184,6 +185,9 @@ INDEXES = Target(
 # -- quantised models
 
 
+MAX_DECODED_BYTES = 1 << 20
+
+
 def read_quantised(document: Document) -> None:
     config, modelopt = document.get("config"), document.get("modelopt")
     tensors = {tensor.name: tensor for tensor in stored(document)}
@@ -199,6 +203,19 @@ def read_quantised(document: Document) -> None:
     for tensor in checkpoint.tensors.values():
         assert not tensor.is_computed or tensor.n_bytes == 4 * tensor.n_elements
         assert {int}.issuperset(map(type, tensor.shape))
+        if isinstance(tensor.scaled, Scaled):  # the kernels count rows in 64 bits
+            assert max(tensor.scaled.block) <= max(1, tensor.n_elements)
+        if tensor.is_computed and tensor.n_bytes <= MAX_DECODED_BYTES:
+            with suppress(BrokenCheckpointError):  # zeros are no `weight_shape`
+                ScaledReader(Zeros()).read(tensor, 0, memoryview(bytearray(tensor.n_bytes)))
+
+
+class Zeros:
+    """Stored tensors whose bytes are all 0."""
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        assert 0 <= first_byte <= first_byte + into.nbytes <= tensor.n_bytes
+        into[:] = bytes(into.nbytes)
 
 
 def quantised(method: dict[str, Any], *tensors: Any, **states: Any) -> Document:

@@ -111,6 +111,14 @@ def test_without_the_archive_numba_is_used(content, tmp_path, monkeypatch):
     assert machine_code._archived(KERNEL) is None
 
 
+@pytest.mark.parametrize("n", [1 << 63, (1 << 64) + 4, -(1 << 63) - 1])
+def test_a_kernel_gets_no_integer_that_it_would_see_as_another(n):
+    values = np.zeros(4, np.float32)
+
+    with pytest.raises(OverflowError, match="decode.widen_array: an integer has more than 64 bits"):
+        machine_code.call(KERNEL, np.zeros(4, np.uint16), BF16, n, values)
+
+
 def test_a_kernel_that_could_raise_is_refused():
     from lewis_hub.kernels import compiler
 

@@ -1,5 +1,9 @@
 """Units are matched by what they are on the same texts."""
 
+import errno
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from lewis_hub.calibration.model import load_model
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.calibration.units import MAX_TOKENS, read_activations, write_activations
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
+from lewis_hub.errors import OutputError
 from lewis_hub.merge.matching import ComparedModel, match
 from lewis_hub.merge.permutation import PermutingReader
 from lewis_hub.merge.symmetries import permute, units_of
@@ -71,3 +76,22 @@ def test_activations_are_those_of_the_model_for_the_kept_tokens(tmp_path):
     assert seen("residual transformer.h.1.ln_1").numpy() == pytest.approx(
         blocks.detach().numpy(), abs=1e-5
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no space")
+def test_activations_that_the_disk_has_no_room_for_are_told_before_they_are_written(
+    tmp_path, monkeypatch
+):
+    """A page of a mapped file that has no place on the disk would end the process."""
+    saved(MODELS["gpt2"], tmp_path / "own")
+    units = units_of(
+        local_checkpoint("it", tmp_path / "own"),
+        json.loads((tmp_path / "own/config.json").read_text()),
+    )
+
+    def full(descriptor, start, n_bytes):  # noqa: ARG001 (as os.posix_fallocate)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"npy: it cannot be written \(No space left on device"):
+        activations(tmp_path / "own", units.sites, tmp_path / "a")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from lewis_hub.report.maps import draw_maps, map_columns
+from lewis_hub.report.maps import MAX_WIDTH, draw_maps, map_columns
+from lewis_hub.report.plots import DPI
 
 PAPER = {"light": (255, 255, 255), "dark": (11, 15, 25)}
 
@@ -109,6 +110,16 @@ def test_without_the_base_the_experts_importance_is_shown(make_fake):
 
 def test_a_model_of_a_thousand_blocks_is_drawn(make_fake, tmp_path):
     assert draw_maps(make_fake(1000, experts=("zoo/math",)).profile, None, tmp_path)
+
+
+def test_names_of_a_thousand_letters_leave_room_for_the_map(make_fake, tmp_path):
+    components = tuple(f"{'x' * 900}.{i}" for i in "abc")
+    fake = make_fake(4, components, experts=("zoo/math", "zoo/text"))
+
+    picture = draw_maps(fake.profile, fake.schedule, tmp_path)
+
+    with Image.open(tmp_path / picture.files[0]) as opened:
+        assert opened.width <= MAX_WIDTH * DPI
 
 
 def test_a_profile_without_blocks_and_an_empty_schedule_give_no_picture(fake, tmp_path):

@@ -225,6 +225,18 @@ def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged
     assert problem.startswith("model.safetensors: made again it has sha256 ")
 
 
+def test_files_that_a_link_to_their_folder_gives_another_name_are_found(merged):
+    """transformers reads the chat templates in a folder of this name."""
+    (merged / "lewis/t").mkdir()
+    forge(merged, {"lewis/t/default.jinja": b"another template"})
+    (merged / "additional_chat_templates").symlink_to("lewis/t")
+
+    code, told = verify(merged, "--rebuild")
+
+    assert code == 1
+    assert told["problems"] == ["additional_chat_templates: it is a link to a folder."]
+
+
 def test_code_that_no_merge_makes_is_found_by_making_it_again(merged):
     config = json.loads((merged / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
