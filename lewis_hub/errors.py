@@ -195,6 +195,10 @@ class EvaluationError(LocatedError):
     """A benchmark is missing, unsafe or without result; `where` is a task, file or folder."""
 
 
+class NoLikelihoodError(EvaluationError):
+    """A model gives a text the likelihood NaN: `where` is its folder."""
+
+
 class TuningError(LocatedError):
     """A search cannot be run; `where` is the study, a task or a method."""
 

@@ -285,9 +285,7 @@ def _made_before(
     planned = asked.reporting.planned
     published = publishing.published_already(target, planned, api) if target else None
     if target and published:
-        previous = None if published.pull_request_url else target.previous
-        scores = publishing.published_scores(previous, api)
-        verdict = publishing.published_verdict(previous, api)
+        scores, verdict = publishing.published_results(published, target, api)
         return Merged("unchanged", output, scores, verdict, published)
     found = publishing.complete_in(output)
     if found and publishing.same_model(found, planned):

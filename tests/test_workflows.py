@@ -1,5 +1,6 @@
 """The workflows, the composite action and the workflow that `init --github` writes."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -279,6 +280,27 @@ def test_a_private_merge_is_not_handed_over_in_a_public_repository(tmp_path, vis
         "steps.preflight.outputs.way == 'merge' && steps.preflight.outputs.private == 'yes'"
     )
     assert [*steps].index(asked["name"]) < [*steps].index("Hand over")
+
+
+def test_a_job_that_uses_the_action_again_reports_nothing_of_the_recipe_before(tmp_path):
+    action = steps_of(yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text()))
+    steps = [step for step in action if step.get("name") in ("Install", "Report")]
+    assert [step["name"] for step in steps] == ["Install", "Report"]
+    assert "if" not in steps[0]
+    handed = tmp_path / "lewis-hub"
+    handed.mkdir()
+    published = {"status": "merged", "commit": "1" * 40, "commit_url": "https://x/a/commit/1"}
+    (handed / "push.json").write_text(json.dumps(published))
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{BIN}:/usr/bin:/bin", "RUNNER_TEMP": str(tmp_path)}
+    environment |= {"REQUIREMENT": "x", "GITHUB_OUTPUT": str(tmp_path / "output")}
+
+    for step in steps:
+        words = ["bash", "-eo", "pipefail", "-c", step["run"]]
+        subprocess.run(words, env=environment, check=True, capture_output=True)
+
+    assert (tmp_path / "output").read_text() == "status=failed\ncommit-url=\n"
 
 
 def test_only_the_steps_that_push_sign_in_as_the_workflow():

@@ -37,7 +37,6 @@ from lewis_hub.calibration.model import (
     block_lists,
     check_complete,
     check_reads_tokens,
-    model_class,
     n_parameters,
     quiet,
     refusals,
@@ -46,6 +45,7 @@ from lewis_hub.calibration.subject import Weights
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
+from lewis_hub.evaluate.empty_models import build_empty, model_class, require_modest
 
 UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
 SHARES = "its blocks share weights, so it cannot be calibrated block by block"
@@ -209,6 +209,8 @@ def build_stacks(weights: Weights, device: str) -> list[MetaModel]:
 def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
     """A model with real buffers, and parameters without values on the meta device."""
     folder = weights.folder
+    stored_bytes = sum(one.n_bytes for one in weights.checkpoint.tensors.values())
+    require_modest(weights.checkpoint.label, build_empty(folder), stored_bytes)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     dtype = torch.float32 if device == "cpu" else _own_dtype(config, weights.checkpoint)
     kind = model_class(folder)
@@ -227,7 +229,7 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     return model, loading
 
 
-def build_empty(folder: Path, label: str) -> PreTrainedModel:
+def build_named(folder: Path, label: str) -> PreTrainedModel:
     """Build the model that a configuration describes, with all its values on the meta device.
 
     A CalibrationModelError says that transformers cannot build it, or that it names none.
@@ -237,11 +239,7 @@ def build_empty(folder: Path, label: str) -> PreTrainedModel:
         if not config.architectures:
             problem = "its config.json names no architecture"
             raise CalibrationModelError(label, problem, "Use an intact copy.")
-        kind = model_class(folder)
-        build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-        plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
-        with no_init_weights(), torch.device("meta"):
-            return cast("PreTrainedModel", build(config, **plain))
+        return build_empty(folder)
 
 
 def parameter_names(

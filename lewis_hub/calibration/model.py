@@ -21,7 +21,8 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.evaluate.empty_models import build_empty, model_class, require_modest, weight_bytes
+from lewis_hub.loadable import require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
     auto = transformers.AutoTokenizer
     with refusals(name, "tokenizer"), panics_as_errors():
-        require_modest_file(Path(folder))
+        require_loadable(Path(folder))
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         limit_tokenizer(name, loaded)
     return cast("PreTrainedTokenizerBase", loaded)
@@ -49,6 +50,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     weights of the architecture are not in the files, or that the GPUs have no room for it.
     """
     with refusals(name, "model"), quiet():
+        require_modest(name, build_empty(folder), weight_bytes(folder))
         model, report = model_class(folder).from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
@@ -90,16 +92,6 @@ def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], dev
         problem = "it is larger than the memory of all GPUs"
         remedy = "Measure it block by block: `--max-memory 1GB`, or anything less than it takes."
         raise CalibrationModelError(name, problem, remedy)
-
-
-def model_class(folder: Path) -> Any:
-    """The class that a configuration names, or causal language models if there is no such."""
-    config = transformers.AutoConfig.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    names = filter(str.isidentifier, map(str, config.architectures or ()))
-    named = [getattr(transformers, name, None) for name in names]
-    return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
 def check_complete(name: str, missing: Iterable[str]) -> None:

@@ -12,10 +12,13 @@ MAX_LAYERS = 1000
 FEW_LAYERS = 100  # which take no second to build
 MAX_EXPERTS = 100_000
 MAX_LABELS = 1_000_000
+MAX_POSITIONS, MAX_HEADS = 200_000, 1000  # of MPT, which makes a number for each of both
 LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"(?:.*_)?(?:layers?|blocks?|depth)"): MAX_LAYERS,
     re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
     re.compile(r"num_labels"): MAX_LABELS,
+    re.compile(r"max_seq_len"): MAX_POSITIONS,
+    re.compile(r"n_heads"): MAX_HEADS,
 }
 COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
 KERNELS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")  # may name a repo of code
@@ -29,8 +32,8 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     `n_tensors` are those of the checkpoint, if they are known: each layer has some.
 
     Raises:
-        SourceError: a number of layers, experts or labels is too large, or it names a kernel of the
-            Hub, whose code transformers would run; it names `where`.
+        SourceError: a number is above its limit, or it names a kernel of the Hub, whose code
+            transformers would run; it names `where`.
     """
     for key, value in _values(config):
         if KERNELS.fullmatch(key) and "/" in str(value):

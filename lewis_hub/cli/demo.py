@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lewis_hub.localhub.hub import Hub
 
 
+PORT = click.IntRange(0, 65535)
 OWN_MODELS = """
 To merge your own models, run the same three commands:
   lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
@@ -43,7 +44,7 @@ NO_MERGEKIT = (
     help="Folder with the repos.",
 )
 @click.option("--host", default="127.0.0.1", help="Loopback address to listen on.")
-@click.option("--port", default=5564, help="Port to listen on; 0 selects a free one.")
+@click.option("--port", default=5564, type=PORT, help="Port to listen on; 0 selects a free one.")
 @options.flag("--jobs", help="Also run Jobs, as local processes of your user.")
 @options.flag("--zoo", help="Fill it with the models and data of the demo, such as zoo/base.")
 @terminal_options
@@ -78,7 +79,9 @@ def _fill(running: Hub) -> None:
 
 @click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")
 @options.output("Folder for the files of the demo.", default="lewis-demo")
-@click.option("--port", default=0, help="Port of the embedded Hub; 0 selects a free one.")
+@click.option(
+    "--port", default=0, type=PORT, help="Port of the embedded Hub; 0 selects a free one."
+)
 @options.flag("--keep", help="Keep the Hub running, to view it in a browser.")
 @terminal_options
 def demo(terminal: Terminal, output: Path, port: int, keep: bool) -> None:

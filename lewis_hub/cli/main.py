@@ -20,10 +20,11 @@ import click
 from lewis_hub import __version__
 from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, transplant, tuning
 from lewis_hub.cli.help import Commands
-from lewis_hub.cli.terminal import say, say_json
+from lewis_hub.cli.terminal import escape_logs, say, say_json
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.system import make_nonblocking, write_utf8
+from lewis_hub.working_folder import keep_out_of_path
 
 UNUSABLE = {
     *(errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM),
@@ -85,6 +86,8 @@ def main() -> None:
     gc.set_threshold(GC_THRESHOLD)
     sys.excepthook = _print_bug
     write_utf8(sys.stdout, sys.stderr)
+    keep_out_of_path()
+    escape_logs()
     _exit_within_a_second_of_ctrl_c()
     code = _run()
     try:

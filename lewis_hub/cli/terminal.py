@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import re
 import shutil
 import sys
@@ -46,6 +48,19 @@ def say_json(document: Mapping[str, Any]) -> None:
     text = without_credentials(json.dumps(document, indent=2, ensure_ascii=False))
     text = CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
     click.echo(text.replace("##[", "##\\u005b"))
+
+
+def escape_logs() -> None:
+    """Let what libraries log, such as values of a configuration, control no terminal either."""
+    make = logging.getLogRecordFactory()
+
+    def printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with contextlib.suppress(Exception):  # a wrong format: logging itself reports it, escaped
+            record.msg, record.args = printable(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(printable_record)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
+from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_bytes
+from lewis_hub.loadable import require_loadable
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
-from lewis_hub.text_growth import require_modest_file
 from lewis_hub.tokenizer import panics_as_errors
 
 MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
@@ -100,17 +101,18 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
 
 
 def _require_loadable(folder: Path) -> None:
-    """Refuse what would take transformers for ever; it refuses all else by itself."""
+    """Refuse what would take transformers for ever, or out of the folder; it refuses all else."""
     with (folder / "config.json").open("rb") as file:
         config = read_json(file.read(MAX_JSON_BYTES + 1))
     if isinstance(config, dict):
         require_buildable(str(folder), config)
-    require_modest_file(folder)
+    require_loadable(folder)
 
 
 def _transformers(path: str, settings: EvaluationSettings) -> Any:
     from lm_eval.models.huggingface import HFLM
 
+    require_modest(path, build_empty(Path(path)), weight_bytes(Path(path)))
     own = {
         "dtype": "float32" if settings.device == "cpu" else "auto",
         "trust_remote_code": False,
@@ -143,6 +145,8 @@ def _whole(automatic: Any, path: str, **options: Any) -> Any:
     if (getattr(settings, "num_beams", None) or 1) > MAX_BEAMS:
         problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"
         raise EvaluationError(path, problem, "Each beam takes memory: set fewer in a copy of it.")
+    if settings:
+        settings.max_new_tokens = None  # it would come before the limit of the task
     return model
 
 

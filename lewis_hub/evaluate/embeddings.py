@@ -27,10 +27,11 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
+from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_bytes
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.loadable import require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -95,8 +96,10 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
         _require_no_code(folder)
-        for file in sorted(folder.rglob("tokenizer.json")):
-            require_modest_file(file.parent)
+        for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
+            require_loadable(place)
+        for place in _models_in(folder):
+            require_modest(str(place), build_empty(place, "AutoModel"), weight_bytes(place))
         kind = getattr(sentence_transformers, _class_of(folder))
         model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
@@ -105,6 +108,12 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         raise EvaluationError(str(folder), problem, remedy) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     return model
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """The folders of transformers' models: their configurations name an architecture."""
+    files = sorted(folder.rglob("config.json"))
+    return [file.parent for file in files if _read(file).get("architectures")]
 
 
 def _require_no_code(folder: Path) -> None:

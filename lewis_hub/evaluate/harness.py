@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
-from lewis_hub.errors import EvaluationError, LewisHubError
+from lewis_hub.errors import EvaluationError, LewisHubError, NoLikelihoodError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
@@ -139,7 +139,7 @@ def evaluate_loaded(
     ):
         if settings.backend == "hf":
             lm.batch_size_per_gpu = settings.batch_size or _affordable_batch(lm, benchmarks)
-        lm.set_cache_hook(_Counter(advance))
+        lm.set_cache_hook(_Counter(lm, advance))
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
@@ -191,12 +191,20 @@ def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mappi
 
 
 class _Counter:
-    """A cache hook of lm-eval, which calls it once for each answered request; it only counts."""
+    """A cache hook of lm-eval, which calls it for each answered request; it counts and checks."""
 
-    def __init__(self, advance: Advance) -> None:
-        self.advance = advance
+    def __init__(self, lm: Any, advance: Advance) -> None:
+        self.lm, self.advance = lm, advance
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ARG002 - their signature
+        """Count an answer; a likelihood that is NaN would count as a choice of the first answer."""
+        first = res[0] if isinstance(res, tuple) and res else res
+        if isinstance(first, float) and math.isnan(first):
+            where = str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
+            problem = "gives texts likelihoods that are not numbers (NaN), so it cannot be scored."
+            remedy = "Its activations overflow. Of a merge, lower the weights; of another model, "
+            remedy += "leave it out of `compare`."
+            raise NoLikelihoodError(where, problem, remedy)
         self.advance(1)
 
 

@@ -51,6 +51,7 @@ MISREAD = (
     *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError),
     httpx2.InvalidURL,  # of a redirection
 )
+NO_ANSWER = (httpx2.HTTPError, OSError, ValueError, *MISREAD)  # to a question for a message
 
 
 @dataclass(frozen=True)
@@ -232,16 +233,25 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
         if not _is_misread(error):
             raise
         raise hub_repo.failed(*_misread(error, hub_repo)) from error
-    except OSError as error:  # huggingface_hub received another number of bytes
-        if CUT not in str(error):
-            raise
-        cut = httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
-        raise hub_repo.failed(*_unreachable(cut, hub_repo)) from error
-    except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
-        if not isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
+    except (OSError, RuntimeError) as error:
+        if (cause := _cause_of(error)) is None:
             raise
         with hub_failures(hub_repo):
-            raise error.__cause__ from None
+            raise cause from None
+
+
+def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
+    """What failed in a transfer; None if it is no failure of the Hub."""
+    if CUT in str(error):  # huggingface_hub received another number of bytes
+        return httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
+    if isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
+        return error.__cause__  # huggingface_hub wraps the errors of an upload
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    has_cause = error.__cause__ is not None or getattr(error, "errno", None) is not None
+    if package == "huggingface_hub" and not has_cause:  # hf-xet has neither frames nor numbers
+        return httpx2.RemoteProtocolError(str(error))
+    return None
 
 
 def _is_misread(error: Exception) -> bool:
@@ -339,7 +349,7 @@ def _not_found(hub_repo: HubRepo) -> tuple[str, str]:
 def _exists(hub_repo: HubRepo, repo_type: RepoType) -> bool:
     try:
         hub_repo.api.repo_info(hub_repo.name, repo_type=repo_type, timeout=10)
-    except (httpx2.HTTPError, OSError):
+    except NO_ANSWER:
         return False
     return True
 
@@ -347,13 +357,13 @@ def _exists(hub_repo: HubRepo, repo_type: RepoType) -> bool:
 def _revisions(hub_repo: HubRepo) -> str:
     try:
         refs = hub_repo.api.list_repo_refs(hub_repo.name, repo_type=hub_repo.repo_type)
-    except (httpx2.HTTPError, OSError):
+        named = [
+            f"{kind} {', '.join(ref.name for ref in found[:8])}"
+            for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
+            if found
+        ]
+    except NO_ANSWER:
         return f"See {hub_repo.url} for its branches and tags."
-    named = [
-        f"{kind} {', '.join(ref.name for ref in found[:8])}"
-        for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
-        if found
-    ]
     return f"Name one of its {'; '.join(named)}; or a commit sha."
 
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import WeakFileLock
 
 from lewis_hub.display import Advance
+from lewis_hub.documents import MAX_JSON_VALUES, count_values
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_inside, require_room
 from lewis_hub.hub.cache import (
@@ -66,11 +67,18 @@ SIDECAR_FILES = (
     *MODULES,
     *LICENCES,
 )
+# small files that transformers, tokenizers and sentence-transformers read whole where a model is
+READ_WHOLE = (
+    *("*config.json", "config_*.json", "*.index.json", "modules.json", "[0-9]_*/config.json"),
+    *("*token*.json", "tekken.json", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken"),
+    *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "README.md"),
+)
 CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 N_DOWNLOADS = 4
 SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 SHA256_LETTERS = 64
+INTACT = "Use an intact copy of the repo or folder."
 
 
 def weight_files(source: Source) -> tuple[str, ...]:
@@ -102,11 +110,13 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
 
     Raises:
         OutputError: the disk is too full.
-        SourceError: a download failed, or a file does not have the digest that the Hub lists.
-            A later call resumes behind the bytes received.
+        SourceError: a file that is read whole is too large, a download failed, or a file does not
+            have the digest that the Hub lists. A later call resumes behind the bytes received.
     """
+    for file in source.matching(READ_WHOLE):
+        require_small(source, file)
     if source.local_folder:
-        return source.local_folder
+        return _with_few_values(source, source.local_folder)
     received = ByteCounter(bytes_to_download(source, only), advance)
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
@@ -124,7 +134,19 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         stop.set()  # after an interruption the threads end at their next piece
         pool.shutdown(wait=False, cancel_futures=True)
     received.add(received.total - received.n_bytes)
-    return source.snapshot
+    return _with_few_values(source, source.snapshot)
+
+
+def _with_few_values(source: Source, folder: Path) -> Path:
+    """The folder of a source, if no JSON in it has so many values that they take all memory."""
+    for file in source.matching(READ_WHOLE):
+        if file.path.endswith(".json") and (folder / file.path).is_file():
+            with (folder / file.path).open("rb") as opened:
+                n_values = count_values(opened.read(MAX_SMALL_BYTES))
+            if n_values > MAX_JSON_VALUES:
+                problem = f"`{file.path}` has {n_values:,} values, the limit is {MAX_JSON_VALUES:,}"
+                raise SourceError(source.pinned, problem, INTACT)
+    return folder
 
 
 def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
@@ -230,7 +252,7 @@ def _require_small(hub_repo: HubRepo, path: str, n_bytes: int) -> None:
 
 def _too_large(path: str) -> tuple[str, str]:
     problem = f"`{path}` has more than {MAX_SMALL_BYTES:,} bytes, so it is not read"
-    return problem, "Use an intact copy of the repo or folder."
+    return problem, INTACT
 
 
 def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:

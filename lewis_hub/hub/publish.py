@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import httpx2
@@ -25,6 +25,7 @@ from lewis_hub.display import Advance, to_html
 from lewis_hub.documents import read_json
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import require_inside, visible_files
+from lewis_hub.hub.cache import MAX_SMALL_BYTES
 from lewis_hub.hub.failures import (
     MISREAD,
     PAUSES_S,
@@ -309,6 +310,9 @@ def _upload(hub_repo: HubRepo, change: Change, landing: Landing, advance: Advanc
     """Upload the large files of a change; they belong to no commit yet.
 
     Files that an interrupted push uploaded, and those of `change.sent`, are not uploaded again.
+
+    Raises:
+        PublishError: the upload failed, or the commit would have to have large files in it.
     """
     new = [path for path in change.added if path in change.files]
     advance(sum(f.stat().st_size for path, f in change.files.items() if path not in new))
@@ -318,6 +322,9 @@ def _upload(hub_repo: HubRepo, change: Change, landing: Landing, advance: Advanc
     for batch in [small, *large]:
         _preupload_files(hub_repo, batch, landing)
         advance(sum(addition.upload_info.size for addition in batch))
+    as_text = [addition for addition in additions.values() if not addition._is_uploaded]
+    if sum(addition.upload_info.size for addition in as_text) > MAX_SMALL_BYTES:
+        _require_large(hub_repo, max(as_text, key=lambda addition: addition.upload_info.size))
     return additions | {path: change.sent[path] for path in change.added if path in change.sent}
 
 
@@ -458,7 +465,8 @@ def find_uploaded(
 def _require_large(hub_repo: HubRepo, addition: CommitOperationAdd) -> None:
     if not addition._is_uploaded:  # there is no public attribute
         problem = f"it stores `{addition.path_in_repo}` as text and not as a large file"
-        remedy = "Let its .gitattributes say `*.safetensors filter=lfs`, then run again."
+        kind = PurePosixPath(addition.path_in_repo).suffix
+        remedy = f"Let its .gitattributes say `*{kind} filter=lfs`, then run again."
         raise hub_repo.failed(problem, remedy)
 
 

@@ -51,6 +51,7 @@ REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its s
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+PATTERN = re.compile(r"[*?[]|::")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ALLOW = (
@@ -190,6 +191,9 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
     path = _local_path(name, revision)
     if path is None:
         return _repo(HubRepo(api, name, "dataset", revision))
+    if PATTERN.search(str(path.resolve())):
+        problem = "its path has one of `*?[` or `::`, which `datasets` takes for a pattern"
+        raise SourceError(name, problem, "Rename the file, or the folder that it is in.")
     if path.is_dir():
         return _folder(name, path, repo_type="dataset")
     if not path.is_file():
@@ -370,7 +374,7 @@ def _cached_digest(path: Path) -> str:
 
 def _require_weights(api: HfApi, source: Source) -> None:
     names = [file.path for file in source.files if "/" not in file.path]
-    weights = [name for name in names if name.endswith(".safetensors")]
+    weights = [file.path for file in source.matching(("*.safetensors",))]
     if source.is_adapter or [name for name in weights if name not in ADAPTERS]:
         return
     if is_offline_mode() and source.folder is None:

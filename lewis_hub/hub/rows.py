@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +18,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -22,6 +26,7 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import LewisHubError, SourceError
+from lewis_hub.files import is_hidden, require_inside
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -52,7 +57,12 @@ ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
+MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
+MAX_DEPTH = 1000  # of JSON
+NULL_ROW = re.compile(rb"^\s*null\b", re.MULTILINE)
+OUTSIDE_OF_TEXTS = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[\[\]{}]')
+STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -68,8 +78,17 @@ class Rows:
         return len(self.table)
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at `indices`, in that order."""
-        found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        """The rows at `indices`, in that order.
+
+        Raises:
+            SourceError: a row is not what the card of its dataset says.
+        """
+        try:
+            found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        except (ValueError, TypeError, MemoryError) as error:
+            said = " ".join(str(error).split())[:300]
+            problem = f"its rows could not be read ({said})"
+            raise SourceError(self.source, problem, "Repair the file it names.") from error
         return found
 
 
@@ -177,6 +196,8 @@ def _limit_readers() -> None:
             raise ValueError(problem)
         for source in sources:
             _require_at_commit(source, self.config.data_files or {})
+        if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
+            _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
             prepare(self, *args, **options)
         self.info.features = _undecoded(self.info.features)
@@ -188,9 +209,31 @@ def _limit_readers() -> None:
 
     every.download_and_prepare, every.as_streaming_dataset = prepare_tables, stream_nothing
     for reader in READERS:
-        module = import_module(f"datasets.packaged_modules.{reader}.{reader}")
+        module: Any = import_module(f"datasets.packaged_modules.{reader}.{reader}")
         builder = getattr(module, reader.capitalize())
         builder._generate_tables = _limited(builder._generate_tables)
+        if reader == "json":
+            module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
+
+
+def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
+    """The reader of JSON of Arrow, which refuses what would end the process with SIGSEGV.
+
+    `datasets` reads what is refused in another way, which has errors of its own.
+    """
+
+    def read_json(file: io.BytesIO, **options: Any) -> Any:
+        text = file.getvalue()
+        if NULL_ROW.search(text):
+            raise refused("a row is null")
+        depth = 0
+        for bracket in OUTSIDE_OF_TEXTS.finditer(text):
+            depth += STEPS.get(bracket[0], 0)
+            if depth > MAX_DEPTH:
+                raise refused(f"JSON has more than {MAX_DEPTH:,} levels")
+        return arrow_json.read_json(file, **options)
+
+    return SimpleNamespace(read_json=read_json, ReadOptions=arrow_json.ReadOptions)
 
 
 def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -232,11 +275,16 @@ def _undecoded(features: Any) -> Any:
     """Features whose rows keep images and the like as they are.
 
     To decode them would open what rows name: any file of this machine, and any host.
+
+    Raises:
+        ValueError: rows are arrays of a very large shape, of which an empty one has all values.
     """
     from datasets import Json
     from datasets.features.features import _visit
 
     def leave(feature: Any) -> Any:
+        if (n_values := math.prod(getattr(feature, "shape", ()))) > MAX_ARRAY:
+            raise ValueError(f"an array has {n_values:,} values, the limit is {MAX_ARRAY:,}")
         is_media = getattr(feature, "decode", False) and not isinstance(feature, Json)
         return replace(feature, decode=False) if is_media else feature
 
@@ -250,6 +298,15 @@ def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) 
     for address in chain.from_iterable(data_files.values()):
         if address.startswith(repo) and address not in listed:
             raise HubRepo.of(HfApi(), source).another_file(address.removeprefix(repo))
+
+
+def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
+    """Refuse files of a folder that are not pinned: hidden ones, and what leads out of it."""
+    for path in map(Path, chain.from_iterable(data_files.values())):
+        if not path.is_relative_to(folder) or is_hidden(path.relative_to(folder)):
+            problem = f"its card names {path}, which is hidden or not in the folder"
+            raise SourceError(str(folder), problem, "Name visible files in its card.")
+        require_inside(folder, path, SourceError)
 
 
 @dataclass(frozen=True)
@@ -293,7 +350,7 @@ def require_own_files(api: HfApi, source: Source) -> None:
     if source.folder and source.folder.is_file():
         return
     for name in CARDS:
-        content = _local(source.folder / name) if source.folder else read_small(api, source, name)
+        content = _local(source.folder, name) if source.folder else read_small(api, source, name)
         text = (content or b"").decode("utf-8", errors="replace")
         try:
             card = read_yaml(front_matter(text.removeprefix("\ufeff")) if name == README else text)
@@ -321,7 +378,10 @@ def _wrongs(configs: Any) -> Iterator[tuple[str, str]]:
             yield problem, "Use a dataset that names its files."
 
 
-def _local(file: Path) -> bytes:
+def _local(folder: Path, name: str) -> bytes:
+    file = folder / name
+    if os.path.lexists(file):  # a link to nothing, too
+        require_inside(folder, file, SourceError)
     if not file.is_file():
         return b""
     with file.open("rb") as opened:

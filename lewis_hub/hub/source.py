@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import constants
@@ -21,6 +21,7 @@ from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.file_download import repo_folder_name
 
 from lewis_hub.errors import SourceError
+from lewis_hub.files import is_hidden
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -114,11 +115,15 @@ class Source:
         return next((file for file in self.files if file.path == path), None)
 
     def matching(self, patterns: Sequence[str]) -> tuple[SourceFile, ...]:
-        """The files whose path matches a shell pattern; `*` stays within one folder."""
+        """The files whose path matches a shell pattern; `*` stays within one folder.
+
+        As in a shell, it stands for no hidden file, which a lock would not name either.
+        """
         return tuple(
             file
             for file in self.files
-            if any(
+            if not is_hidden(PurePosixPath(file.path))
+            and any(
                 fnmatch.fnmatchcase(file.path, pattern)
                 and file.path.count("/") == pattern.count("/")
                 for pattern in patterns

@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from huggingface_hub import constants
 
+from lewis_hub.working_folder import hidden_settings
+
 Argument = int | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 
 ARCHIVE = Path(__file__).with_name("kernels.zip")
@@ -130,10 +132,11 @@ def intermediate_code(kernel: str) -> Any:
     """Translate a kernel to intermediate code for any processor: simplified, not vectorised."""
     from llvmlite import binding
 
-    from lewis_hub.kernels.compiler import translate  # imports numba
-
     module, _, name = kernel.partition(".")
-    code = translate(module, name)
+    with hidden_settings():
+        from lewis_hub.kernels.compiler import translate  # imports numba
+
+        code = translate(module, name)
     machine = binding.Target.from_default_triple().create_target_machine()
     _optimize(code, machine, speed_level=1, vectorize=False)
     return code

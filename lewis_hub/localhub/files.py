@@ -78,9 +78,8 @@ def resolve(call: Call) -> Response:
         stored = call.store.blobs.path(file.sha256)
         return FileResponse(stored, headers=headers, media_type=_media_type(path, TEXT))
     headers |= {"X-Linked-Size": str(file.size_bytes), "X-Linked-Etag": f'"{file.sha256}"'}
-    address = f"/lfs/{file.sha256}/{quote(PurePosixPath(path).name, safe='')}"
-    signed = f"{address}?signature={_signature(call.hub, file.sha256)}"
-    return RedirectResponse(call.hub.storage_url + signed, 302, headers)
+    name = quote(PurePosixPath(path).name, safe="")
+    return RedirectResponse(_signed(call.hub, f"/lfs/{file.sha256}", f"/{name}"), 302, headers)
 
 
 def _media_type(path: str, otherwise: str) -> str:
@@ -89,9 +88,21 @@ def _media_type(path: str, otherwise: str) -> str:
     return guessed if guessed.startswith("image/") else otherwise
 
 
-def _signature(hub: Hub, oid: str) -> str:
-    """Shows that the Hub gave out an address to somebody who may read the file."""
-    return hmac.digest(hub.signing_key, oid.encode(), "sha256").hex()
+def _signed(hub: Hub, path: str, name: str = "") -> str:
+    """An address of the storage, for somebody who may read, or upload, the file."""
+    return f"{hub.storage_url}{path}{name}?signature={_signature(hub, path)}"
+
+
+def _signature(hub: Hub, path: str) -> str:
+    return hmac.digest(hub.signing_key, path.encode(), "sha256").hex()
+
+
+def _require_signed(request: Request, path: str) -> None:
+    """Refuse an address that the Hub did not give out."""
+    signature = request.query_params.get("signature", "")
+    expected = _signature(request.app.state.hub, path)
+    if not hmac.compare_digest(signature.encode(), expected.encode()):
+        raise refusal(403, "The signature of this address is missing or not valid")
 
 
 def lfs_batch(call: Call) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def lfs_batch(call: Call) -> dict[str, Any]:
         if not SHA256.fullmatch(oid):
             answer["error"] = {"code": 422, "message": "invalid oid"}
         elif call.store.blobs.size_bytes(oid) != size_bytes:
-            upload = {"href": f"{call.hub.storage_url}/lfs-upload/{oid}"}
+            upload = {"href": _signed(call.hub, f"/lfs-upload/{oid}")}
             answer["actions"] = {"upload": upload, "verify": verify}
         objects.append(answer)
     return {"transfer": "basic", "objects": objects}
@@ -127,8 +138,9 @@ def lfs_verify(call: Call) -> dict[str, Any]:
 
 
 async def lfs_upload(request: Request) -> Response:
-    """PUT /lfs-upload/OID: an object's bytes; they need no token, since they have to match OID."""
+    """PUT /lfs-upload/OID: an object's bytes; the address has to be signed by `lfs_batch`."""
     digest, oid = hashlib.sha256(), _object_id(request)
+    _require_signed(request, f"/lfs-upload/{oid}")
     with replacing(request.app.state.hub.store.blobs.path(oid)) as file:
         async for chunk in request.stream():
             digest.update(chunk)
@@ -140,13 +152,11 @@ async def lfs_upload(request: Request) -> Response:
 
 def lfs_download(request: Request) -> Response:
     """GET /lfs/OID/NAME: an object, Range included; the address has to be signed by `resolve`."""
-    hub, oid = request.app.state.hub, _object_id(request)
-    stored = hub.store.blobs.path(oid)
+    oid = _object_id(request)
+    stored = request.app.state.hub.store.blobs.path(oid)
     if not stored.exists():
         raise refusal(404, "Object not found")
-    signature = request.query_params.get("signature", "")
-    if not hmac.compare_digest(signature.encode(), _signature(hub, oid).encode()):
-        raise refusal(403, "The signature of this address is missing or not valid")
+    _require_signed(request, f"/lfs/{oid}")
     headers = {**FILE_HEADERS, "ETag": f'"{oid}"'}
     media = _media_type(request.path_params["name"], "application/octet-stream")
     return FileResponse(stored, headers=headers, media_type=media)

@@ -50,11 +50,11 @@ def adapted_model(
 
     A model that names no architecture of transformers has the names of its files.
     """
-    from lewis_hub.calibration.meta_model import build_empty, parameter_names
+    from lewis_hub.calibration.meta_model import build_named, parameter_names
     from lewis_hub.calibration.model import linears
 
     try:
-        model = build_empty(folder, checkpoint.label)
+        model = build_named(folder, checkpoint.label)
     except CalibrationModelError:
         tables = filter(names.is_token_embedding, checkpoint.tensors)
         heads = dict.fromkeys(tables, HEAD) if has_tied_head else {}

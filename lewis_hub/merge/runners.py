@@ -87,14 +87,15 @@ def _connected(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
-            _start(ray)
+            _start(ray, **options, job_config=_installed_only(ray))
         else:
             if address != "auto":  # Ray itself would try to connect for minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address, **options, job_config=_installed_only(ray))
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         remedy = "See `ray status` on this machine, or work without Ray: `--runner threads`."
         raise MergeError(f"ray at {address or 'this machine'}", _line(error), remedy) from error
@@ -105,13 +106,25 @@ def _connected(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _start(ray: Any) -> None:
+def _installed_only(ray: Any) -> Any:
+    """Settings by which workers import what is installed.
+
+    Ray would put the folder that this process works in first on their path, unless the job has a
+    folder of its own.
+    """
+
+    class InstalledOnly(ray.job_config.JobConfig):  # type: ignore[misc]
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    return InstalledOnly()
+
+
+def _start(ray: Any, **options: Any) -> None:
     """Start a cluster on this machine; try twice, as it may time out while all cores are busy."""
     for is_last in (False, True):
         try:
-            ray.init(
-                "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
+            ray.init("local", include_dashboard=False, **options)
         except RuntimeError:
             ray.shutdown()
             if is_last:

@@ -130,14 +130,14 @@ def marks(labels: Sequence[str], theme: Theme) -> dict[str, Mark]:
 
 def _save(rows: Sequence[Row], labels: Sequence[str], theme: Theme, path: Path) -> None:
     """Draw the chart; lengths are in inches from the top."""
-    from matplotlib.figure import Figure
-
     shares = [row for row in rows if row.is_share]
     groups = [group for group in (shares, *([row] for row in rows if not row.is_share)) if group]
     heights = [sum(GAP + MODEL * len(row.points) for row in group) for group in groups]
     legend = 0.18 * len(labels) + 0.12
     up = legend + sum(heights) + AXIS * len(groups) + 0.05
     with own_style(theme.ink):
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(WIDTH, up), dpi=DPI, facecolor=theme.paper)
         used, drawn_as, top = marks(labels, theme), [], legend
         for group, height in zip(groups, heights, strict=True):

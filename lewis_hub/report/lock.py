@@ -123,6 +123,8 @@ class Lock:
             fixed["slices"] = _numbered(self.recipe)
         if "experts" in self.recipe:
             fixed["experts"] = _numbered_experts(self.recipe)
+        if place := _place_of_base(self.recipe):
+            fixed["base_at"] = place
         return _sha256(fixed)
 
     def to_json(self) -> str:
@@ -285,6 +287,13 @@ def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for part in recipe["slices"]
     ]
+
+
+def _place_of_base(recipe: Mapping[str, Any]) -> int:
+    """The place of the base among `models`, whose entries have no names here; 0 also without it."""
+    models = [entry["model"] for entry in recipe.get("models", ())]
+    base = recipe.get("base_model")
+    return models.index(base) if base in models else 0
 
 
 def _numbered_experts(recipe: Mapping[str, Any]) -> list[int]:

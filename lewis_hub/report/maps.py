@@ -213,11 +213,11 @@ def _layout(columns: Sequence[Column], n_rows: int) -> Layout:
 
 
 def _save(columns: Sequence[Column], experts: Sequence[str], theme: Theme, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     layout = _layout(columns, len(experts))
     margin = 0.12 / layout.width
     with own_style(theme.ink):
+        from matplotlib.figure import Figure
+
         size = layout.width, layout.up
         figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper)
         for i, column in enumerate(columns):

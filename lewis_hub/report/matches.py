@@ -116,11 +116,11 @@ def _of_units(model: AlignedModel) -> SimilarityMap:
 
 
 def _save(drawn: SimilarityMap, theme: Theme, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     n_rows, n_columns = len(drawn.values), len(drawn.values[0])
     width, height = (min(max(CELL * n, LEAST), MOST) for n in (n_columns, n_rows))
     with own_style(theme.ink):
+        from matplotlib.figure import Figure
+
         size = width + (NAMED if drawn.rows else 1.9), height + 0.8
         figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper, layout="constrained")
         axes = figure.add_subplot()

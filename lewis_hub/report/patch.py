@@ -12,17 +12,23 @@ LABEL = re.compile(r"- \*\*[^*]+:\*\*")
 def patched(text: str, before: str, after: str) -> str:
     """Replace the lines of `text` that `before` and `after` differ in.
 
-    Lines that the owner of the text has edited or deleted stay as they are.
+    Lines that the owner of the text has edited or deleted stay as they are, and so do those that
+    were replaced before.
     """
     lines, old, new = (each.split("\n") for each in (text, before, after))
     changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     for kind, start, end, first, last in reversed(changes):
         if kind == "equal":
             continue
-        place = _place(lines, old[:start], old[start:end])
-        if place is not None:
-            lines[place : place + end - start] = new[first:last]
+        place, block = _place(lines, old[:start], old[start:end]), new[first:last]
+        is_done = kind == "insert" and place is not None and _has(lines, place, block)
+        if place is not None and not is_done:
+            lines[place : place + end - start] = block
     return "\n".join(lines)
+
+
+def _has(lines: Sequence[str], place: int, block: Sequence[str]) -> bool:
+    return lines[place : place + len(block)] == block
 
 
 def _place(lines: Sequence[str], above: Sequence[str], block: Sequence[str]) -> int | None:

@@ -23,6 +23,7 @@ from lewis_hub.report.profiles import (
     short_name,
     unique_slugs,
 )
+from lewis_hub.working_folder import hidden_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -325,19 +326,19 @@ def places(trials: Sequence[PlottedTrial], axis: str) -> dict[int, float]:
 def _save_search(
     search: SearchPlot, complete: Sequence[PlottedTrial], theme: Theme, path: Path
 ) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for trial in complete for name in trial.values))
     positions = {name: places(complete, name) for name in names}
     values = [trial.value for trial in complete if trial.value is not None]
     # the better a trial, the higher its contrast with the paper
     low_is_dark = search.lower_is_better == (theme.name == "light")
-    scale = colormaps["viridis" if low_is_dark else "viridis_r"]
-    colours: Any = ScalarMappable(Normalize(min(values), max(values)), scale)
     with own_style(theme.ink):
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure
+
+        scale = colormaps["viridis" if low_is_dark else "viridis_r"]
+        colours: Any = ScalarMappable(Normalize(min(values), max(values)), scale)
         width = max(5.0, 1.25 * len(names) + 1.6)
         figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor=theme.paper, layout="constrained")
         axes = figure.add_subplot()
@@ -392,8 +393,12 @@ def _label_ends(axes: Axes, x: int, values: Mapping[float, Value], theme: Theme)
 
 @contextmanager
 def own_style(ink: str = "black") -> Iterator[None]:
-    """Apply our style, whatever the user's matplotlibrc contains; `ink` is the colour of texts."""
-    import matplotlib
+    """Apply our style, whatever a matplotlibrc contains; `ink` is the colour of texts.
+
+    Nothing else imports matplotlib first: it would read the working folder.
+    """
+    with hidden_settings():
+        import matplotlib
 
     style: dict[str, Any] = {
         "font.family": ["DejaVu Sans"],  # part of matplotlib

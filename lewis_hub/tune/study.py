@@ -20,6 +20,7 @@ from lewis_hub.errors import (
     GuideError,
     LewisHubError,
     MergeError,
+    NoLikelihoodError,
     NonFiniteError,
     TuningError,
 )
@@ -273,12 +274,12 @@ def run_trial(tuner: Tuner, study: Any, advance: Advance) -> None:
     value, error, is_pruned = float("nan"), None, False
     try:
         lm = tuner.model.load(tuner, values, clock)
+        value, is_pruned = _score(tuner.objective, trial, lm, done)
     except LewisHubError as failure:
         if not is_of_settings(failure):
             raise
         error = str(failure)
     else:
-        value, is_pruned = _score(tuner.objective, trial, lm, done)
         clock.split("score")
         trial.set_user_attr(SECONDS, clock.seconds)
         if not isfinite(value):
@@ -312,7 +313,7 @@ def is_of_settings(error: LewisHubError) -> bool:
         return error.source == MERGE
     if isinstance(error, CalibrationModelError):
         return error.where == MERGE
-    return isinstance(error, MergeError | GuideError)
+    return isinstance(error, MergeError | GuideError | NoLikelihoodError)
 
 
 class Clock:

@@ -45,7 +45,7 @@ from lewis_hub.workflow.texts import ScoredTasks, Sets
 CARD = "README.md"
 ITEMS = "lewis/items.json"
 SCORES = "lewis/scores.json"
-KEPT = 2  # version of the results that a rerun uses again; 2: with answers
+KEPT = 3  # version of the results that a rerun uses again; 3: limits of answers are the tasks'
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import ShardResult
 from lewis_hub.merge.sidecars import SidecarSettings
+from lewis_hub.merge.workspace import alone_at
 from lewis_hub.recipe.formats import ExportFormat, file_name
 from lewis_hub.workflow.merge import MergedModel, PlanSettings, output_headers
 from lewis_hub.workflow.open import MergeSources
@@ -81,19 +82,20 @@ def write_exports(
     written = {}
     for export in exports:
         name, n_bytes = file_name(export), gguf_bytes(plan, export)
-        require_room(target, n_bytes, f"`{name}`", FREE)
-        partial = target / f".{name}.partial"
-        partial.unlink(missing_ok=True)  # it may be a link
-        title = f"Exporting {name}"
-        try:
-            with (
-                progress.stage(title, n_bytes, "bytes") as advance,
-                TensorReader(folder, plan.label) as reader,
-            ):
-                sha256 = write_gguf(plan, export, reader, partial, advance)
-            size = partial.stat().st_size
-            partial.replace(target / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        with alone_at(target / f".{name}.lock", target / name):
+            require_room(target, n_bytes, f"`{name}`", FREE)
+            partial = target / f".{name}.partial"
+            partial.unlink(missing_ok=True)  # it may be a link
+            title = f"Exporting {name}"
+            try:
+                with (
+                    progress.stage(title, n_bytes, "bytes") as advance,
+                    TensorReader(folder, plan.label) as reader,
+                ):
+                    sha256 = write_gguf(plan, export, reader, partial, advance)
+                size = partial.stat().st_size
+                partial.replace(target / name)
+            finally:
+                partial.unlink(missing_ok=True)
         written[name] = ShardResult(name, sha256, size)
     return written

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.evaluate import CARD, SCORES, judge_again, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
+from lewis_hub.workflow.report import RECIPE
 from lewis_hub.workflow.republish import benchmarks_in, readdress
 
 IMPORTANCE = "lewis/importance.json"
@@ -123,12 +125,6 @@ def same_model(found: Lock, planned: Lock) -> bool:
     return found.digest == planned.digest and (scoring is None or scored)
 
 
-def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
-    """Return the scores of the merge in the target repo."""
-    document = previous.read(SCORES, api) if previous else None
-    return Scores.from_json(document) if document else None
-
-
 def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
     """Write the importance profile of the merge in the target repo to a file, if it has one."""
     return published_file(previous, IMPORTANCE, api, scratch)
@@ -170,26 +166,17 @@ def lock_in(folder: Path) -> Lock | None:
 
 
 def complete_in(folder: Path) -> Lock | None:
-    """Return the lock of a folder that has all its files, by their sizes; otherwise None."""
+    """Return the lock of a folder that has all its files, by their sizes; otherwise None.
+
+    Its recipe may be another one: a run that was to rewrite it and then the lock was interrupted.
+    """
     found = lock_in(folder)
-    outputs = found.outputs.items() if found else ()
+    outputs = [one for one in found.outputs.items() if one[0] != RECIPE] if found else []
     try:
         is_whole = all((folder / path).stat().st_size == file.n_bytes for path, file in outputs)
     except (OSError, ValueError):  # missing, or a name that no file can have
         return None
     return found if is_whole else None
-
-
-def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
-    """Return the gate's verdict on the merge in the target repo; None if it was pushed by force."""
-    content = read_small(api, previous.source, FILE) if previous else None
-    if content is None:
-        return None
-    try:
-        verdict = GateVerdict.from_json(content.decode("utf-8", errors="replace"))
-    except errors.EvaluationError:  # the file is not part of the lock, so it may be damaged
-        return None
-    return None if verdict.missed else verdict
 
 
 @dataclass(frozen=True)
@@ -221,6 +208,27 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     if tag and _is_tagged(planned, HubRepo.to_publish(api, asked.repo), commit, tag):
         tag = None
     return hub_publish.publish_tag(api, asked.repo, commit, tag)
+
+
+def published_results(
+    published: Published, destination: Destination, api: HfApi
+) -> tuple[Scores | None, GateVerdict | None]:
+    """Return the scores of the merge that was found on the Hub, and the gate's verdict on it.
+
+    What missed its gate and is on main was pushed by force: it has no verdict. In a pull request
+    it is still refused.
+    """
+    found, is_proposed = destination.previous, published.pull_request_url is not None
+    if is_proposed:
+        hub_repo = HubRepo.to_publish(api, destination.asked.repo)
+        found = previous_merge(read_target(hub_repo, published.commit_sha), api)
+    if found is None:
+        return None, None
+    document, content = found.read(SCORES, api), read_small(api, found.source, FILE)
+    scores, verdict = Scores.from_json(document) if document else None, None
+    with suppress(errors.EvaluationError):  # the file is not part of the lock: it may be damaged
+        verdict = GateVerdict.from_json((content or b"").decode("utf-8", errors="replace"))
+    return scores, None if verdict and verdict.missed and not is_proposed else verdict
 
 
 def require_free_tag(destination: Destination, api: HfApi) -> None:

@@ -132,12 +132,12 @@ def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
         folder: the merge; a signature in it would not be valid any more, and is deleted.
     """
     old, new = _stating(facts, found.recipe), _stating(facts, changed.recipe)
-    write_whole(folder / RECIPE, new.recipe)
     _patch_card(folder / CARD, old, new)
     if (folder / page.FILE).exists():
         pages = [page.report_page(one, Samples()) for one in (old, new)]
         text = (folder / page.FILE).read_text(encoding="utf-8")
         write_whole(folder / page.FILE, patched(text, *pages))
+    write_whole(folder / RECIPE, new.recipe)
     outputs = {**changed.outputs, **locked_outputs(folder, {}, [RECIPE])}
     lock = replace(changed, outputs=outputs)
     statement = folder / locks.PROVENANCE_FILE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +68,13 @@ def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
     A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
 
     Raises:
-        SourceError: the card of a dataset names data elsewhere.
+        SourceError: the card of a dataset names data elsewhere, or a folder has links out of it.
     """
     every = library_of(selected).data(selected)
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
     found: dict[tuple[str, str | None], Source] = {}
     for name, revision in repos:
-        with suppress(SourceError):
+        with nullcontext() if Path(name).exists() else suppress(SourceError):
             found[name, revision] = resolve_dataset(api, name, revision)
     for source in found.values():
         require_own_files(api, source)

@@ -28,6 +28,19 @@ def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "limit", "usual"), [("max_seq_len", "200,000", 65_536), ("n_heads", "1,000", 64)]
+)
+def test_positions_and_heads_of_mpt_have_limits(key, limit, usual):
+    """It makes a number for each of both: a tiny model with 2 ** 31 positions took 8.6 GB."""
+    require_buildable("me/model", {key: usual})
+    with pytest.raises(SourceError) as caught:
+        require_buildable("me/model", {key: 2**31})
+
+    said = f"me/model: `{key}` of its config.json is above the limit of {limit}."
+    assert str(caught.value) == f"{said}\n{REMEDY}"
+
+
 def test_each_layer_has_tensors():
     require_buildable("me/model", {"num_hidden_layers": 240}, 240)
     with pytest.raises(SourceError) as caught:

@@ -1,12 +1,14 @@
 """Texts of others control neither a terminal nor a log, and no credentials are shown."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from lewis_hub.cli.terminal import Terminal
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import TextTable
 from lewis_hub.errors import SourceError
 from lewis_hub.progress import Bars, Lines
@@ -70,3 +72,20 @@ def test_wrong_usage_and_bugs_are_printed_the_same_way(word):
         assert lines
         assert "\x1b" not in done.stderr
         assert not [line for line in lines if line.lstrip().startswith("::") or "##[" in line]
+
+
+def test_what_libraries_log_controls_no_terminal_and_no_log_of_actions(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    rope = {**config["rope_parameters"], "rope_type": "\n::error::\x1b[31m100%"}
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+
+    words = [sys.executable, "-m", "lewis_hub", "export", "base", "-o", "gguf"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "[transformers]" in done.stderr
+    assert ": :error::\\x1b[31m100%" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.lstrip().startswith("::")]

@@ -3,13 +3,15 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, NoLikelihoodError
 from lewis_hub.evaluate import harness
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings
@@ -187,6 +189,23 @@ def test_a_folder_without_a_model_is_told_by_its_name(benchmarks, tmp_path):
     assert first.startswith(f"{tmp_path}: cannot be loaded as a language model: ")
     assert rest[-1] == (
         "Expected: config.json, tokenizer files and safetensors that transformers can load."
+    )
+
+
+def test_a_model_whose_likelihoods_are_nan_is_not_scored(benchmarks, good_model, tmp_path):
+    """lm-eval counted NaN as a choice of the first answer, which is right in some tasks."""
+    shutil.copytree(good_model, tmp_path / "model")
+    weights = load_file(good_model / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 1e38
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(NoLikelihoodError) as caught:
+        evaluate_model(tmp_path / "model", benchmarks, CPU, ignore)
+
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'}: gives texts likelihoods that are not numbers (NaN), so it cannot "
+        "be scored.\nIts activations overflow. Of a merge, lower the weights; of another model, "
+        "leave it out of `compare`."
     )
 
 

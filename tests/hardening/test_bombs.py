@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import lewis_hub
 from hardening.fuzz import failure, limits
@@ -26,12 +27,15 @@ from hardening.targets import (
     stored,
 )
 from lewis_hub import pipeline
-from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.calibration.meta_model import build_meta_model
+from lewis_hub.calibration.model import load_model, load_tokenizer
+from lewis_hub.calibration.subject import in_folder
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import (
     BrokenCheckpointError,
     CheckFailedError,
     EvaluationError,
+    LewisHubError,
     SourceError,
     TokenizerError,
 )
@@ -158,6 +162,31 @@ def test_the_number_of_layers_is_told(tmp_path):
     )
 
 
+LOADED = {
+    "scored": lambda base: load(base, EvaluationSettings()),
+    "measured": lambda base: load_model(base, "cpu", str(base)),
+    "measured by block": lambda base: build_meta_model(in_folder(str(base), base), "cpu"),
+    "embedding": lambda base: load_embedder(base, EvaluationSettings(backend="mteb")),
+}
+
+
+@pytest.mark.parametrize("load_base", LOADED.values(), ids=LOADED)
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim", "intermediate_size"])
+def test_a_configuration_is_refused_whose_model_is_far_larger_than_its_files(
+    load_base, key, tmp_path
+):
+    """transformers made 9 GB of random weights for a model of 0.3 MB, and took a minute."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: 10**7}))
+
+    told = (
+        r"describes a model of [0-9,]{13,} bytes, but its weights have 2,\d{3},\d{3} bytes in its"
+    )
+    with pytest.raises(LewisHubError, match=f"{base}: its config.json {told}"):
+        load_base(base)
+
+
 def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
     """With 20,000 a model of 2 MB took 2 GB, for one short answer."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
@@ -170,6 +199,18 @@ def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
         f"{base}: `num_beams` of its generation_config.json is above the limit of 100.\n"
         "Each beam takes memory: set fewer in a copy of it."
     )
+
+
+def test_a_model_writes_no_more_tokens_than_a_task_asks_for(tmp_path):
+    """Without an end it wrote as many as its own settings ask for: scoring never ended."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    settings = {"max_new_tokens": 10**9, "eos_token_id": None}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    lm = load(base, EvaluationSettings())
+
+    made = lm._model_generate(torch.tensor([[5, 6]]), max_length=5, stop=[])
+
+    assert made.shape == (1, 5)
 
 
 def test_many_added_tokens_are_read_at_once():

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub import answers
+from lewis_hub.hub.cache import MAX_SMALL_BYTES
 from lewis_hub.hub.fetch import fetch, read_small
 from lewis_hub.hub.publish import Publication, publish
 from lewis_hub.hub.ranges import RemoteFiles, read_range
@@ -230,6 +231,52 @@ def test_after_an_unreadable_answer_the_commit_is_found_on_the_hub(
     assert operation.run(behind.url)
 
     assert behind.n_struck == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("name", "revision", "target"),
+    [
+        ("tests/model", "none", "/api/models/tests/model/refs"),
+        ("tests/none", None, "/api/datasets/tests/none"),
+    ],
+)
+def test_a_refusal_is_one_message_whatever_the_hub_answers_about_it(
+    hub, behind, pauses_s, fault, name, revision, target
+):
+    put(hub, "tests/model", FILES)
+    behind.reset((("GET", target, 0), fault, True))
+
+    with pytest.raises(SourceError) as raised:
+        resolve_model(HfApi(endpoint=behind.url, token=False), name, revision)
+
+    assert behind.n_struck
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_weights_do_not_become_text_of_the_commit_whatever_the_hub_answers(
+    hub, behind, pauses_s, tmp_path
+):
+    operation, forward = Push(hub), behind.answered
+    operation.folder = tmp_path
+    operation.prepare()
+    with (tmp_path / "model.safetensors").open("wb") as sparse:
+        sparse.truncate(MAX_SMALL_BYTES + 1)
+
+    def as_text(method, target, answer):
+        answer = forward(method, target, answer)
+        return answer.sending(answer.body.replace(b'"lfs"', b'"regular"'))
+
+    behind.answered = as_text
+    with pytest.raises(PublishError) as raised:
+        operation.run(behind.url)
+
+    assert str(raised.value) == (
+        f"{operation.repo}: it stores `model.safetensors` as text and not as a large file.\n"
+        "Let its .gitattributes say `*.safetensors filter=lfs`, then run again."
+    )
+    assert operation._found() == BEFORE
+    assert not [call for call in behind.calls if "/commit/" in call[1]]
 
 
 @pytest.mark.parametrize("way", ["with the model", "alone"])

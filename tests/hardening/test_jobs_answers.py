@@ -6,6 +6,7 @@ upload the files of a Job, have limits of their own.
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from lewis_hub.cli.jobs import LogEnd, job_result, printed_document
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import answers, jobs
 from lewis_hub.hub.jobs import JobRequest, SubmittedJob
+from lewis_hub.hub.publish import Publication, publish
 from lewis_hub.localhub.server import serve
 
 pytest.importorskip("hf_xet")
@@ -151,3 +153,30 @@ def test_a_log_whose_events_have_another_shape_is_told(hub, behind, pauses_s, tm
 
         behind.answered = answered
         assert "does not answer like a Hub" in said(operation, behind.url)
+
+
+@pytest.mark.parametrize("address", ["x", "a\nb::error::c"])
+@pytest.mark.parametrize("work", ["a Job", "a push"])
+def test_a_failure_of_hf_xet_is_one_message(hub, behind, tmp_path, monkeypatch, work, address):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    operation, forward = Schedule(hub, tmp_path), behind.answered
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1" * 3000)
+
+    def push(url):
+        api = HfApi(endpoint=url, token=hub.write_token)
+        publish(api, tmp_path, "lewis/sent", Publication("Sent"), lambda _: None)
+
+    def misleading(method, target, answer):
+        answer = forward(method, target, answer)
+        if "xet-write-token" in target:
+            told = json.loads(answer.body) | {"casUrl": address}
+            answer = answer.sending(json.dumps(told).encode())
+        return answer
+
+    behind.answered = misleading
+    with pytest.raises(PublishError) as raised:
+        (operation.run if work == "a Job" else push)(behind.url)
+
+    assert f"cannot reach {behind.url}" in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 2

@@ -25,6 +25,13 @@ merge_method: ties
 parameters: {density: 0.5}
 """
 REGMEAN = MODELS.replace("samples: 32", "samples: 4") + "merge_method: regmean\n"
+ALIGNED = """base_model: zoo/base
+models: [{model: zoo/expert-reverse, align: dual_space}]
+merge_method: linear
+dtype: bfloat16
+calibration: {dataset: zoo/reverse, text: "{question}", samples: 4}
+export: [gguf:q8_0, gguf:f16]
+"""
 # when a run was and what it cost differs, and card and report tell it
 TOLD = {"README.md", "lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}
 
@@ -68,10 +75,11 @@ def model(folder):
     return {path: content for path, content in below(folder).items() if path not in TOLD}
 
 
-def test_a_merge_with_regmean_ends_in_the_same_bytes(tmp_path, environment):
+@pytest.mark.parametrize("recipe", [REGMEAN, ALIGNED], ids=["regmean", "aligned and exported"])
+def test_a_merge_ends_in_the_same_bytes(tmp_path, environment, recipe):
     work = tmp_path / "work"
     work.mkdir()
-    (work / "recipe.yaml").write_text(REGMEAN)
+    (work / "recipe.yaml").write_text(recipe)
 
     def words(name):
         return ["merge", "-q", "--max-shard-size", "500KB", "-o", name]

@@ -391,3 +391,37 @@ def test_rows_of_two_hubs_have_caches_of_their_own(monkeypatch):
     ours = commit_cache("0" * 40)
     monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example")
     assert commit_cache("0" * 40) != ours
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "tekken.json"])
+def test_a_model_with_a_small_file_that_is_large_is_not_loaded(tmp_path, api, push, name):
+    """transformers reads such files whole, where a model is scored or calibrated."""
+    (tmp_path / "model.safetensors").write_bytes(SHARD)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(100_000_001)
+    push("tests/large", {"model.safetensors": SHARD, name: b"{}"})
+    remote = resolve_model(api, "tests/large")
+    files = [replace(file, size_bytes=100_000_001) for file in remote.files]
+
+    for large in (resolve_model(api, str(tmp_path)), replace(remote, files=tuple(files))):
+        with pytest.raises(SourceError) as caught:
+            fetch(api, large, lambda _: None)
+        assert str(caught.value) == (
+            f"{large.pinned}: `{name}` has more than 100,000,000 bytes, so it is not read.\n"
+            "Use an intact copy of the repo or folder."
+        )
+
+
+def test_a_model_with_a_small_file_of_very_many_values_is_not_loaded(tmp_path, api):
+    """transformers reads them without a limit, and copies them: 15 MB took over 1 GB."""
+    (tmp_path / "model.safetensors").write_bytes(SHARD)
+    (tmp_path / "generation_config.json").write_bytes(b'{"a": [' + b"[]," * 2_000_000 + b"1]}")
+    source = resolve_model(api, str(tmp_path))
+
+    with pytest.raises(SourceError) as caught:
+        fetch(api, source, lambda _: None)
+
+    assert str(caught.value) == (
+        f"{tmp_path}: `generation_config.json` has 4,000,003 values, the limit is 4,000,000.\n"
+        "Use an intact copy of the repo or folder."
+    )

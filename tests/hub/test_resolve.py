@@ -401,6 +401,15 @@ def test_an_unreachable_hub_says_what_is_cached(api, push, no_pauses):
     )
 
 
+def test_a_hidden_file_is_no_file_of_a_model(api, push):
+    push("tests/hidden", {"config.json": b"{}", ".w.safetensors": WEIGHTS})
+    assert ": this repo has no .safetensors file.\n" in refusal(api, "tests/hidden")
+
+    push("tests/both", {**MODEL, ".w.safetensors": WEIGHTS, ".a.jinja": b"a"})
+    found = resolve_model(api, "tests/both").matching(("*.safetensors", "*.jinja"))
+    assert [file.path for file in found] == ["model.safetensors"]
+
+
 def test_offline_uses_what_is_cached_and_refuses_what_is_not(api, push, monkeypatch):
     sha = push("tests/model", MODEL)
     online = resolve_model(api, "tests/model")

@@ -14,9 +14,11 @@ import pytest
 
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.benchmarks import at_commits
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub import rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
+from lewis_hub.workflow.task_data import scored_sources
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
 CONFIGS = b"""---
@@ -522,6 +524,38 @@ def test_an_encoding_that_takes_quadratic_time_is_stopped(tmp_path, api, monkeyp
     assert "it takes more than 0.5 s for one of its tables" in message(api, tmp_path, "x")
 
 
+DEEP = 20_000
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1}\n' * 3 + b" null null\n", "a row is null"),
+        (b'{"a": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "JSON has more than 1,000 levels"),
+        (b'{"a": "\n' + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+    ],
+)
+def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, problem):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read ({problem}).\nRepair the file it names."
+    )
+
+
+def test_a_file_of_null_has_no_rows(tmp_path, api):
+    (tmp_path / "rows.jsonl").write_bytes(b"null\n")
+
+    assert message(api, tmp_path) == f"{tmp_path}: its files have no rows.\nUse another."
+
+
+def test_brackets_in_texts_are_no_levels(tmp_path, api):
+    rows_of = [{"a": '"[{' * 2000 + "\\"}, {"a": "null"}, {"a": None}]
+    (tmp_path / "rows.jsonl").write_bytes(lines(rows_of))
+
+    assert [dict(row) for row in load(api, tmp_path).rows([0, 1, 2])] == rows_of
+
+
 IMAGES = """---
 dataset_info:
   features: [{name: text, dtype: string}, {name: pages, list: image}]
@@ -561,3 +595,74 @@ def test_what_a_task_wants_to_stream_is_read_whole(tmp_path):
 
     with rows.only_tables(), pytest.raises(ValueError, match="they would be read while they come"):
         datasets.load_dataset(str(tmp_path), split="test", streaming=True)
+
+
+ARRAYS = """---
+dataset_info:
+  features: [{name: text, dtype: {array2_d: {shape: SHAPE, dtype: float64}}}]
+---
+"""
+
+
+def test_an_array_of_a_card_has_no_endless_shape(tmp_path, api):
+    """A row that is null became all values of its shape, 3 GB each."""
+    (tmp_path / "rows.jsonl").write_bytes(lines([{"text": None}, {"text": [[1.0]]}]))
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[20000, 20000]"))
+    assert message(api, tmp_path) == (
+        f"{tmp_path}: its rows could not be read (an array has 400,000,000 values, the limit is "
+        "100,000).\nRepair the file it names."
+    )
+
+    (tmp_path / "README.md").write_text(ARRAYS.replace("SHAPE", "[2, 2]"))
+    found = load(api, tmp_path)
+    with pytest.raises(SourceError) as raised:
+        found.rows([1])
+    assert str(raised.value).startswith(f"{tmp_path}: its rows could not be read (cannot reshape")
+
+
+CARD = """---
+configs: [{config_name: default, data_files: [{split: train, path: %s}]}]
+---
+"""
+
+
+@pytest.mark.parametrize("named", [".kept/rows.txt", ".kept/*.txt", "rows.txt"])
+def test_a_folder_gives_only_the_files_that_are_pinned(named, tmp_path, api):
+    """Rows were read from any file, through a link in a hidden folder or beside a task."""
+    secret, folder = tmp_path / "secret.txt", tmp_path / "data"
+    secret.write_text("hunter2")
+    (folder / ".kept").mkdir(parents=True)
+    (folder / named.replace("*", "rows")).symlink_to(secret)
+    (folder / "README.md").write_text(CARD % named)
+
+    with at_commits({}), pytest.raises(SourceError):
+        datasets.load_dataset(str(folder), split="train")
+    assert "hidden" in message(api, folder) or "outside of the folder" in message(api, folder)
+
+
+@pytest.mark.parametrize("name", ["runs[12].jsonl", "runs[12]/train.jsonl", "run*/train.jsonl"])
+def test_a_path_that_is_a_pattern_of_others_is_refused(name, tmp_path, api):
+    """`runs1.jsonl` was read, and the digest of `runs[12].jsonl` was in the lock."""
+    other = name.replace("[12]", "1").replace("*", "1")
+    for one, content in ((name, ROWS), (other, ROWS[:1])):
+        (tmp_path / one).parent.mkdir(exist_ok=True)
+        (tmp_path / one).write_bytes(lines(content))
+
+    asked = tmp_path / name.partition("/")[0]
+    assert "which `datasets` takes for a pattern" in message(api, asked)
+
+
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_is_a_file_of_its_folder(card, tmp_path, api):
+    """`datasets` read whatever a link names, such as /dev/zero, without end."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "data" / card).symlink_to("/dev/zero")
+    (tmp_path / "tasks").mkdir()
+    task = f"task: own\ndataset_path: {tmp_path / 'data'}\ntest_split: train\n"
+    (tmp_path / "tasks" / "own.yaml").write_text(task)
+
+    expected = f"`{card}` is a link to outside of the folder"
+    assert expected in message(api, tmp_path / "data")
+    with pytest.raises(SourceError, match=expected):
+        scored_sources(api, TaskSelection(("own",), tmp_path / "tasks"))

@@ -61,14 +61,33 @@ def test_a_large_file_that_is_stored_already_is_not_sent_again(api, push, hub):
     assert api.get_paths_info("acme/copy", "weights.safetensors")[0].size == 5000
 
 
-def test_bytes_that_are_not_what_they_claim_are_refused(hub):
+def test_bytes_that_are_not_what_they_claim_are_refused(hub, api):
     oid = hashlib.sha256(b"promised").hexdigest()
+    api.create_repo("acme/base")
+    batch = httpx.post(
+        f"{hub.url}/acme/base.git/info/lfs/objects/batch",
+        json={"objects": [{"oid": oid, "size": 8}]},
+        headers={"Authorization": f"Bearer {hub.write_token}"},
+    )
+    (asked,) = batch.json()["objects"]
 
-    answer = httpx.put(f"{hub.storage_url}/lfs-upload/{oid}", content=b"sent instead")
+    answer = httpx.put(asked["actions"]["upload"]["href"], content=b"sent instead")
 
     assert answer.status_code == 400
     assert f"not {oid}" in answer.json()["error"]
     assert hub.store.blobs.size_bytes(oid) is None
+
+
+def test_bytes_of_somebody_without_a_token_are_not_stored(hub, api, push):
+    push("acme/base", {"m.bin": b"x" * 3000})
+    address = httpx.head(f"{hub.url}/acme/base/resolve/main/m.bin").headers["Location"]
+    stored, new = (hashlib.sha256(content).hexdigest() for content in (b"x" * 3000, b"new"))
+    to_read = address.partition("?")[2]  # anyone may read this repo
+
+    for oid, query in ((new, ""), (new, "signature=00"), (stored, to_read), (new, to_read)):
+        refused = httpx.put(f"{hub.storage_url}/lfs-upload/{oid}?{query}", content=b"new")
+        assert refused.status_code == 403
+    assert hub.store.blobs.size_bytes(new) is None
 
 
 def test_an_address_without_a_digest_stores_and_gives_nothing(hub):

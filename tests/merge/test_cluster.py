@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -243,3 +244,25 @@ class TestOnRay:
     def test_a_worker_that_is_always_lost_is_one_message(self, cluster):
         with pytest.raises(MergeError, match="a worker was lost 4 times on the same shard"):
             list(Ray().map(os._exit, [1]))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(not HAS_RAY, reason="needs the ray extra")
+def test_workers_import_nothing_from_the_working_folder(tmp_path):
+    (tmp_path / "lewis_hub").mkdir()
+    (tmp_path / "lewis_hub" / "__init__.py").write_text("raise SystemError('of the folder')")
+    code = "from lewis_hub.merge.runners import Ray\nprint(*Ray().map(abs, [-7]))"
+    files = tempfile.mkdtemp(prefix="ray-")  # see `cluster`
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_TMPDIR": files},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    shutil.rmtree(files, ignore_errors=True)
+    assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr

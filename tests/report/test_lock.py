@@ -228,6 +228,19 @@ def stacked(*models, base=None, names=("a/b", "c/d")):
     return replace(LOCK, recipe={"base_model": names[0], "slices": slices}).digest
 
 
+def test_the_digest_tells_which_entry_is_that_of_a_base_that_is_listed_too():
+    def listed(*numbers):
+        settings = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.2}]
+        names = [RECIPE["base_model"], "zoo/math", "./text"]
+        models = [
+            {"model": names[number], "parameters": parameters}
+            for number, parameters in zip(numbers, settings, strict=True)
+        ]
+        return replace(LOCK, recipe=RECIPE | {"models": models}).digest
+
+    assert len({listed(0, 1, 2), listed(1, 0, 2), listed(1, 2, 0)}) == 3
+
+
 def test_of_slices_the_digest_says_which_input_goes_where_and_not_what_it_is_called():
     digest = stacked([0], [1], [0])
 

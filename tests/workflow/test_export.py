@@ -19,7 +19,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
-from lewis_hub.merge.workspace import alone_with
+from lewis_hub.merge.workspace import alone_at, alone_with
 from lewis_hub.report.lock import Lock
 
 RECIPE = (
@@ -187,6 +187,20 @@ def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):
     assert Path("base/model-BF16.gguf").read_bytes() == Path(done["output"]).read_bytes()
     found = gguf.GGUFReader("out/model-BF16.gguf")
     assert len(found.tensors) == 2 + 6 * 9  # the head is that of the embeddings
+
+
+def test_one_run_at_a_time_writes_a_file(place, tmp_path):
+    words = ["export", "zoo/base", "--to", "gguf:q8_0"]
+    with (
+        alone_at(Path(f".{FILE}.lock"), Path(FILE)),
+        pytest.raises(OutputError, match=f"^{FILE}: another run is working on it"),
+    ):
+        run(*words)
+
+    run("export", "zoo/base", "--to", "gguf:f16")
+    run(*words)
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {FILE, "model-F16.gguf"}
+    assert not list(tmp_path.glob(".model*"))
 
 
 def test_an_architecture_without_rules_is_a_problem_before_any_weights_are_read(place):

@@ -130,6 +130,21 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
 
 
+def test_a_refused_merge_stays_refused_where_every_merge_is_proposed(hub, place, monkeypatch):
+    merge(hub, "--push")
+    proposing = RECIPE.replace("license:", "as: pull-request, license:")
+    monkeypatch.setattr(sys.modules[__name__], "RECIPE", proposing)
+    code, told, message = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
+    assert (code, told["status"]) == (3, "refused")
+
+    for folder in ("bad", "other"):
+        code, again, said = merge(hub, "--push", "-o", folder, weight=0.0, gate=PROPOSES)
+
+        assert (code, again["status"], again["gate"]) == (3, "refused", told["gate"])
+        assert again["pull_request"] == told["pull_request"]
+        assert said.partition(": below")[2] == message.partition(": below")[2]
+
+
 def test_without_push_a_missed_gate_leaves_the_folder_and_exits_3(hub, place):
     merge(hub, "--push")
 

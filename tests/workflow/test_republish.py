@@ -1,5 +1,6 @@
 """Publishing what is there: a change of `publish` alone never merges again."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from file_calls import below
 from huggingface_hub import CommitOperationAdd, ModelCard
 from zoo_hub import put_zoo
 
@@ -56,6 +58,39 @@ def shas(hub, repo):
 
 def published(hub, repo, path):
     return Path(hub.api().hf_hub_download(repo, path)).read_text()
+
+
+def test_a_merge_that_was_rewritten_in_part_is_completed_by_the_same_command(
+    hub, place, monkeypatch
+):
+    words = ["merge", "changed.yaml", "-o", "merged"]
+    publish = f"publish: {{repo: {hub.user}/other, license: mit}}\nexport: gguf\n"
+    Path("changed.yaml").write_text(RECIPE + publish)
+    shutil.copytree("merged", "before")
+    run(*words)
+    expected, rename, n_done = below(place / "merged"), os.replace, 0
+
+    def stop(one, other, **options):
+        stop.left -= 1
+        if stop.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(one))
+        rename(one, other, **options)
+
+    while True:
+        shutil.rmtree("merged")
+        shutil.copytree("before", "merged")
+        stop.left = n_done
+        monkeypatch.setattr(os, "replace", stop)
+        try:
+            run(*words)
+        except OSError:
+            monkeypatch.setattr(os, "replace", rename)
+        else:
+            break
+        run(*words)
+        assert below(place / "merged") == expected
+        n_done += 1
+    assert n_done > 4
 
 
 def test_a_merge_is_pushed_later_as_it_is(hub, place):

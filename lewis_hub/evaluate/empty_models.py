@@ -1,0 +1,70 @@
+"""The model that a configuration describes, built without memory for its values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lewis_hub.checkpoint.configuration import DAMAGED
+from lewis_hub.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# transformers is imported in functions: a backend may need none.
+
+VALUE_BYTES = 4  # of a weight in memory, which is float32 on a CPU
+MOST_TIMES = 16  # with four bits a weight in the files, and a head that they have as embeddings
+FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
+
+
+def model_class(folder: Path, otherwise: str = "AutoModelForCausalLM") -> Any:
+    """The class that a configuration names, or another of transformers if there is no such."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    names = filter(str.isidentifier, map(str, config.architectures or ()))
+    named = [getattr(transformers, name, None) for name in names]
+    return next(filter(None, named), getattr(transformers, otherwise))
+
+
+def build_empty(folder: Path, otherwise: str = "AutoModelForCausalLM") -> PreTrainedModel:
+    """Build a model with all its values on the meta device; errors are those of transformers."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kind = model_class(folder, otherwise)
+    build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+    plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
+    with no_init_weights(), torch.device("meta"):
+        return cast("PreTrainedModel", build(config, **plain))
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of the files with a model's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def require_modest(where: str, described: PreTrainedModel, stored_bytes: int) -> None:
+    """Refuse a configuration whose model takes far more memory than its files.
+
+    transformers makes weights that no file has, however large, before it tells of them.
+
+    Args:
+        where: the model, for messages.
+        described: the model that the configuration describes, from `build_empty`.
+        stored_bytes: the size of its weights in the files.
+
+    Raises:
+        SourceError: it is larger.
+    """
+    n_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
+    n_bytes += sum(one.numel() * one.element_size() for one in described.buffers())
+    if n_bytes > MOST_TIMES * stored_bytes + FREE_BYTES:
+        problem = f"its config.json describes a model of {n_bytes:,} bytes, but its weights have "
+        problem += f"{stored_bytes:,} bytes in its files"
+        raise SourceError(where, problem, DAMAGED)

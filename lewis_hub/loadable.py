@@ -1,0 +1,55 @@
+"""What a tokenizer must not have before transformers loads it: files elsewhere, endless texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.errors import TokenizerError
+from lewis_hub.files import text_of
+from lewis_hub.text_growth import require_modest_file
+
+# their settings become arguments of the tokenizer's class
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; of what to open
+ARGUMENTS = "init_inputs"  # those without a name
+
+
+def require_loadable(folder: Path) -> None:
+    """Refuse a tokenizer that is made of other files than its folder's, or makes texts very long.
+
+    transformers opens what some settings name: any file of this machine would become the tokens,
+    and so a part of what the model writes. Of `vocab_file` and the like it takes the file in the
+    folder instead, if there is one.
+
+    Raises:
+        TokenizerError: as said, or as `require_modest_file`.
+    """
+    require_modest_file(folder)
+    is_whole = (folder / "tokenizer.json").exists()
+    for name in SETTINGS:
+        with suppress(FileNotFoundError):
+            found = read_json(text_of(folder / name, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+            for key, value in _settings(found):
+                if _names_file(key, value, is_whole=is_whole):
+                    problem = f"`{key}` names a file, {str(value)[:100]}"
+                    remedy = "Remove it in a copy: only the files of a model are used."
+                    raise TokenizerError(f"{folder}: {name}", problem, remedy)
+
+
+def _settings(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key), inner
+            yield from _settings(inner)
+
+
+def _names_file(key: str, value: object, *, is_whole: bool) -> bool:
+    if key == ARGUMENTS:
+        return bool(value)
+    if not isinstance(value, str):
+        return False
+    is_used = key.endswith("_file") and not is_whole
+    return key in PATHS or (is_used and Path(value).exists())

@@ -1,0 +1,54 @@
+"""Settings by which transformers would open files that are not the model's."""
+
+import json
+
+import pytest
+
+from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.errors import LewisHubError
+from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+
+ARGUMENTS = {"init_inputs": ["SECRET"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vocab": "SECRET"},
+        {"merges": "SECRET"},
+        {"gguf_file": "SECRET"},
+        {"sp_model_kwargs": {"model_file": "SECRET"}},
+        {"vocab_file": "SECRET"},
+        ARGUMENTS,
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_tokenizer_is_made_of_the_files_of_its_folder(settings, file, folder, tmp_path_factory):
+    """The lines of any file of this machine became the tokens of a model."""
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    secret.write_text("hunter2\n[UNK]\n")
+    text = json.dumps({"tokenizer_class": "BertTokenizer", **settings})
+    (folder / file).write_text(text.replace("SECRET", str(secret)))
+
+    with pytest.raises(LewisHubError, match="names a file"):
+        load_tokenizer(str(folder), "zoo/model")
+    with pytest.raises(LewisHubError, match="names a file"):
+        load_backend(folder, EvaluationSettings())
+
+
+def test_paths_of_the_author_that_do_not_exist_here_are_no_obstacle(folder):
+    stale = {"vocab_file": "/content/vocab.txt", "special_tokens_map_file": "/root/map.json"}
+    text = json.dumps({"tokenizer_class": "BertTokenizer", "init_inputs": [], **stale})
+    (folder / "tokenizer_config.json").write_text(text)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n")
+
+    loaded = load_tokenizer(str(folder), "zoo/model")
+
+    assert loaded.convert_ids_to_tokens([5]) == ["hello"]
