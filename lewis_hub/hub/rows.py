@@ -60,8 +60,12 @@ MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
 MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 MAX_DEPTH = 1000  # of JSON
-NULL_ROW = re.compile(rb"^\s*null\b", re.MULTILINE)
-OUTSIDE_OF_TEXTS = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"|[\[\]{}]')
+# where a line, or a block of Arrow, begins
+NULL_ROW = re.compile(rb"(?:^|\r|\xef\xbb\xbf)[ \t]*+null", re.MULTILINE)
+# a text, also one without an end, and what is in none; without backtracking, which is quadratic
+OUTSIDE_OF_TEXTS = re.compile(
+    rb'(?:[^"\[\]{}]++|"[^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+"?)*+([\[\]{}]|\Z)'
+)
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
@@ -228,7 +232,7 @@ def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
             raise refused("a row is null")
         depth = 0
         for bracket in OUTSIDE_OF_TEXTS.finditer(text):
-            depth += STEPS.get(bracket[0], 0)
+            depth = max(0, depth + STEPS.get(bracket[1], 0))
             if depth > MAX_DEPTH:
                 raise refused(f"JSON has more than {MAX_DEPTH:,} levels")
         return arrow_json.read_json(file, **options)

@@ -5,6 +5,7 @@ import json
 import resource
 import socket
 import sys
+import time
 from dataclasses import replace
 
 import datasets
@@ -533,6 +534,10 @@ DEEP = 20_000
         (b'{"a": 1}\n' * 3 + b" null null\n", "a row is null"),
         (b'{"a": ' + b"[" * DEEP + b"]" * DEEP + b"}\n", "JSON has more than 1,000 levels"),
         (b'{"a": "\n' + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+        (b'{"a": "\r' + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+        (b"]" * DEEP + b"\n" + b"[" * DEEP + b"\n", "JSON has more than 1,000 levels"),
+        (b'{"a": 1}\rnull\r', "a row is null"),
+        (b'{"a": 1}\n\xef\xbb\xbf null\n', "a row is null"),
     ],
 )
 def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, problem):
@@ -541,6 +546,18 @@ def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, 
     assert message(api, tmp_path) == (
         f"{tmp_path}: its rows could not be read ({problem}).\nRepair the file it names."
     )
+
+
+@pytest.mark.parametrize(
+    "content", [b'"' + b'\\"' * 1_000_000, b"\n" * 1_000_000, b"{" + b'"' * 1_000_000]
+)
+def test_json_that_is_broken_is_looked_through_in_linear_time(tmp_path, api, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    began = time.monotonic()
+
+    message(api, tmp_path)
+
+    assert time.monotonic() - began < 20
 
 
 def test_a_file_of_null_has_no_rows(tmp_path, api):
