@@ -15,6 +15,7 @@ from lewis_hub.text_growth import require_modest_file
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; of what to open
 ARGUMENTS = "init_inputs"  # those without a name
+UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 
 
 def require_loadable(folder: Path) -> None:
@@ -51,5 +52,5 @@ def _names_file(key: str, value: object, *, is_whole: bool) -> bool:
         return bool(value)
     if not isinstance(value, str):
         return False
-    is_used = key.endswith("_file") and not is_whole
+    is_used = key.endswith("_file") and key != UNUSED and not is_whole
     return key in PATHS or (is_used and Path(value).exists())

@@ -43,8 +43,10 @@ def test_a_tokenizer_is_made_of_the_files_of_its_folder(settings, file, folder, 
         load_backend(folder, EvaluationSettings())
 
 
-def test_paths_of_the_author_that_do_not_exist_here_are_no_obstacle(folder):
-    stale = {"vocab_file": "/content/vocab.txt", "special_tokens_map_file": "/root/map.json"}
+def test_paths_of_the_author_are_no_obstacle_that_do_not_exist_here_or_are_not_used(folder):
+    cached = folder / "special_tokens_map.json"
+    cached.write_text("{}")
+    stale = {"vocab_file": "/content/vocab.txt", "special_tokens_map_file": str(cached)}
     text = json.dumps({"tokenizer_class": "BertTokenizer", "init_inputs": [], **stale})
     (folder / "tokenizer_config.json").write_text(text)
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n")

@@ -111,9 +111,12 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """The folders of transformers' models: their configurations name an architecture."""
-    files = sorted(folder.rglob("config.json"))
-    return [file.parent for file in files if _read(file).get("architectures")]
+    """The folders with weights of transformers' models, not those for ONNX or of other modules."""
+    from transformers import CONFIG_MAPPING
+
+    files = [file for file in sorted(folder.rglob("config.json")) if _read(file)]
+    known = [file.parent for file in files if _read(file).get("model_type") in CONFIG_MAPPING]
+    return [place for place in known if any(place.glob("*.safetensors*"))]
 
 
 def _require_no_code(folder: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from scipy.stats import spearmanr
+from tokenizers import Tokenizer, models
 
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
@@ -214,6 +218,34 @@ def test_a_dense_layer_without_its_pickle_is_not_told_to_be_damaged(tmp_path):
         f"{tmp_path}: the weights of its module 1_Dense are in no safetensors file.\n"
         "Load it in sentence-transformers and save it again."
     )
+
+
+def test_a_table_of_embeddings_is_loaded_whatever_its_configuration_names(tmp_path):
+    """So model2vec publishes: transformers knows no such type."""
+    own = "sentence_transformers.models.StaticEmbedding"
+    listed = [{"idx": 0, "name": "0", "path": ".", "type": own}]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    stated = {"model_type": "model2vec", "architectures": ["StaticModel"], "seq_length": 10**6}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "hello": 1}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    table = np.array([[0, 0, 0], [1, 2, 3]], dtype=np.float32)
+    save_file({"embeddings": table}, tmp_path / "model.safetensors")
+
+    loaded = load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert loaded.encode("hello").tolist() == [1, 2, 3]
+
+
+def test_a_configuration_for_onnx_describes_no_weights(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "onnx").mkdir()
+    (base / "onnx" / "config.json").write_text(json.dumps(config | {"vocab_size": 10**8}))
+
+    loaded = load_embedder(base, EvaluationSettings(backend="mteb"))
+
+    assert loaded.encode("hello").shape == (config["hidden_size"],)
 
 
 def test_no_module_is_built_that_is_larger_than_its_files(tmp_path):

@@ -187,6 +187,16 @@ def test_a_configuration_is_refused_whose_model_is_far_larger_than_its_files(
         load_base(base)
 
 
+def test_a_configuration_without_architecture_is_refused_too(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": None, "intermediate_size": 10**7}
+    (base / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(SourceError, match="describes a model of"):
+        load_embedder(base, EvaluationSettings(backend="mteb"))
+
+
 def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
     """With 20,000 a model of 2 MB took 2 GB, for one short answer."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
