@@ -62,9 +62,10 @@ MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 MAX_DEPTH = 1000  # of JSON
 # where a line, or a block of Arrow, begins
 NULL_ROW = re.compile(rb"(?:^|\r|\xef\xbb\xbf)[ \t]*+null", re.MULTILINE)
-# a text, also one without an end, and what is in none; without backtracking, which is quadratic
+# brackets and null outside of texts, one without an end too; to go back would be quadratic
 OUTSIDE_OF_TEXTS = re.compile(
-    rb'(?:[^"\[\]{}]++|"[^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+"?)*+([\[\]{}]|\Z)'
+    rb'(?:[^"\[\]{}n]++|n(?!ull)|"[^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+"?)*+'
+    rb"([\[\]{}]|null|\Z)"
 )
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
@@ -226,16 +227,17 @@ def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
     `datasets` reads what is refused in another way, which has errors of its own.
     """
 
-    def read_json(file: io.BytesIO, **options: Any) -> Any:
-        text = file.getvalue()
-        if NULL_ROW.search(text):
-            raise refused("a row is null")
-        depth = 0
-        for bracket in OUTSIDE_OF_TEXTS.finditer(text):
-            depth = max(0, depth + STEPS.get(bracket[1], 0))
+    def read_json(file: io.BytesIO, read_options: Any) -> Any:
+        text, depth = file.getvalue(), 0
+        for found in OUTSIDE_OF_TEXTS.finditer(text):
+            depth = max(0, depth + STEPS.get(found[1], 0))
             if depth > MAX_DEPTH:
                 raise refused(f"JSON has more than {MAX_DEPTH:,} levels")
-        return arrow_json.read_json(file, **options)
+            if not depth and found[1] == b"null":
+                raise refused("a row is null")
+        if NULL_ROW.search(text):  # inside a row: no block may begin with it
+            read_options.block_size = len(text)
+        return arrow_json.read_json(file, read_options)
 
     return SimpleNamespace(read_json=read_json, ReadOptions=arrow_json.ReadOptions)
 
@@ -287,7 +289,8 @@ def _undecoded(features: Any) -> Any:
     from datasets.features.features import _visit
 
     def leave(feature: Any) -> Any:
-        if (n_values := math.prod(getattr(feature, "shape", ()))) > MAX_ARRAY:
+        shape = getattr(feature, "shape", ())
+        if (n_values := math.prod(filter(None, shape))) > MAX_ARRAY:  # None: as many as a row has
             raise ValueError(f"an array has {n_values:,} values, the limit is {MAX_ARRAY:,}")
         is_media = getattr(feature, "decode", False) and not isinstance(feature, Json)
         return replace(feature, decode=False) if is_media else feature

@@ -560,6 +560,24 @@ def test_json_that_is_broken_is_looked_through_in_linear_time(tmp_path, api, con
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("n_values", [3, 30_000])
+def test_a_null_on_a_line_of_a_row_is_a_value_of_it(tmp_path, api, n_values):
+    """It was read as a table of columns if one of its lists had a null, else as one row."""
+    row = {"a": ["x", *[None] * n_values, "y"]}
+    (tmp_path / "rows.json").write_text(json.dumps(row, indent=1))
+
+    assert load(api, tmp_path).rows([0]) == [row]
+
+
+def test_arrays_may_have_as_many_rows_as_they_want(tmp_path, api):
+    array = datasets.Array2D((None, 2), "int32")
+    found = {"a": [[[1, 2]], [[3, 4], [5, 6]]]}
+    table = datasets.Dataset.from_dict(found, features=datasets.Features({"a": array}))
+    table.to_parquet(tmp_path / "rows.parquet")
+
+    assert load(api, tmp_path).rows([0, 1]) == [{"a": each} for each in found["a"]]
+
+
 def test_a_file_of_null_has_no_rows(tmp_path, api):
     (tmp_path / "rows.jsonl").write_bytes(b"null\n")
 
