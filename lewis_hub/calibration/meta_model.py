@@ -45,7 +45,7 @@ from lewis_hub.calibration.subject import Weights
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
-from lewis_hub.evaluate.empty_models import build_empty, model_class, require_modest
+from lewis_hub.evaluate.empty_models import build_empty, builder, model_class, require_modest
 
 UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
 SHARES = "its blocks share weights, so it cannot be calibrated block by block"
@@ -210,13 +210,12 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     """A model with real buffers, and parameters without values on the meta device."""
     folder = weights.folder
     stored_bytes = sum(one.n_bytes for one in weights.checkpoint.tensors.values())
-    require_modest(weights.checkpoint.label, build_empty(folder), stored_bytes)
+    kind = model_class(folder)
+    require_modest(weights.checkpoint.label, build_empty(folder, kind), stored_bytes)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     dtype = torch.float32 if device == "cpu" else _own_dtype(config, weights.checkpoint)
-    kind = model_class(folder)
-    build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
     with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):
-        built = build(config, dtype=dtype, experts_implementation="eager")
+        built = builder(kind)(config, dtype=dtype, experts_implementation="eager")
     model = cast("PreTrainedModel", built.eval())
     check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
@@ -239,7 +238,7 @@ def build_named(folder: Path, label: str) -> PreTrainedModel:
         if not config.architectures:
             problem = "its config.json names no architecture"
             raise CalibrationModelError(label, problem, "Use an intact copy.")
-        return build_empty(folder)
+        return build_empty(folder, model_class(folder))
 
 
 def parameter_names(

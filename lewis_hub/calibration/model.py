@@ -50,8 +50,9 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     weights of the architecture are not in the files, or that the GPUs have no room for it.
     """
     with refusals(name, "model"), quiet():
-        require_modest(name, build_empty(folder), weight_bytes(folder))
-        model, report = model_class(folder).from_pretrained(
+        kind = model_class(folder)
+        require_modest(name, build_empty(folder, kind), weight_bytes(folder))
+        model, report = kind.from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
             device_map=placement(device, torch.cuda.device_count()),

@@ -112,7 +112,6 @@ def _require_loadable(folder: Path) -> None:
 def _transformers(path: str, settings: EvaluationSettings) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    require_modest(path, build_empty(Path(path)), weight_bytes(Path(path)))
     own = {
         "dtype": "float32" if settings.device == "cpu" else "auto",
         "trust_remote_code": False,
@@ -135,6 +134,8 @@ def _transformers(path: str, settings: EvaluationSettings) -> Any:
 
 
 def _whole(automatic: Any, path: str, **options: Any) -> Any:
+    folder = Path(path)
+    require_modest(path, build_empty(folder, automatic), weight_bytes(folder))
     model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
     if absent := sorted(report["missing_keys"]):
         others = f"{len(absent) - 1} more of the weights that its architecture needs"

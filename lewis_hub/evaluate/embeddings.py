@@ -89,6 +89,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     A plain encoder gets the mean over its tokens, as sentence-transformers does it.
     """
     import sentence_transformers
+    import transformers
     from safetensors import SafetensorError
 
     dtype = "float32" if settings.device == "cpu" else "auto"
@@ -99,7 +100,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
             require_loadable(place)
         for place in _models_in(folder):
-            require_modest(str(place), build_empty(place, "AutoModel"), weight_bytes(place))
+            described = build_empty(place, transformers.AutoModel)
+            require_modest(str(place), described, weight_bytes(place))
         kind = getattr(sentence_transformers, _class_of(folder))
         model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,8 +20,8 @@ MOST_TIMES = 16  # with four bits a weight in the files, and a head that they ha
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
 
 
-def model_class(folder: Path, otherwise: str = "AutoModelForCausalLM") -> Any:
-    """The class that a configuration names, or another of transformers if there is no such."""
+def model_class(folder: Path) -> Any:
+    """The class that a configuration names, or causal language models if there is no such."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -27,21 +29,29 @@ def model_class(folder: Path, otherwise: str = "AutoModelForCausalLM") -> Any:
     )
     names = filter(str.isidentifier, map(str, config.architectures or ()))
     named = [getattr(transformers, name, None) for name in names]
-    return next(filter(None, named), getattr(transformers, otherwise))
+    return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
-def build_empty(folder: Path, otherwise: str = "AutoModelForCausalLM") -> PreTrainedModel:
-    """Build a model with all its values on the meta device; errors are those of transformers."""
+def builder(kind: Any) -> Callable[..., Any]:
+    """What builds a model of a configuration; an automatic class would ask to run other code."""
+    if hasattr(kind, "_from_config"):
+        return cast("Callable[..., Any]", kind._from_config)
+    return partial(kind.from_config, trust_remote_code=False)
+
+
+def build_empty(folder: Path, kind: Any) -> PreTrainedModel:
+    """Build a model with all its values on the meta device; errors are those of transformers.
+
+    `kind` is the class of transformers that is to load it: another one may be far smaller.
+    """
     import torch
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    kind = model_class(folder, otherwise)
-    build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
     plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
     with no_init_weights(), torch.device("meta"):
-        return cast("PreTrainedModel", build(config, **plain))
+        return cast("PreTrainedModel", builder(kind)(config, **plain))
 
 
 def weight_bytes(folder: Path) -> int:

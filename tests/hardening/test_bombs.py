@@ -187,14 +187,34 @@ def test_a_configuration_is_refused_whose_model_is_far_larger_than_its_files(
         load_base(base)
 
 
-def test_a_configuration_without_architecture_is_refused_too(tmp_path):
+@pytest.mark.parametrize("load_base", LOADED.values(), ids=LOADED)
+def test_an_architecture_of_another_type_hides_no_size(load_base, tmp_path):
+    """What is loaded is of the type; BERT has no `head_dim`, so it was far smaller."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config |= {"architectures": None, "intermediate_size": 10**7}
+    config |= {"architectures": ["BertModel"], "head_dim": 10**7, "position_embedding_type": "x"}
+    config |= {"type_vocab_size": 2, "hidden_dropout_prob": 0.0, "layer_norm_eps": 1e-6}
+    config |= {"attention_probs_dropout_prob": 0.0, "chunk_size_feed_forward": 0}
+    config |= {"is_decoder": False, "add_cross_attention": False}
     (base / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(SourceError, match="describes a model of"):
-        load_embedder(base, EvaluationSettings(backend="mteb"))
+    with pytest.raises(LewisHubError, match=r"describes a model of|lack"):
+        load_base(base)
+
+
+def test_a_configuration_asks_nobody_to_run_its_code(tmp_path, monkeypatch):
+    """transformers asked on the terminal, and ran the code of the model after a `y`."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    code = {"AutoModelForCausalLM": "modeling.Own"}
+    config = {"model_type": "vit", "architectures": ["Own"], "auto_map": code}
+    (base / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+
+    with pytest.raises(LewisHubError, match="needs Python code from its repo, which is not run"):
+        load_model(base, "cpu", str(base))
+
+    assert asked == []
 
 
 def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
