@@ -18,7 +18,7 @@ LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
     re.compile(r"num_labels"): MAX_LABELS,
     re.compile(r"max_seq_len"): MAX_POSITIONS,
-    re.compile(r"n_heads"): MAX_HEADS,
+    re.compile(r"n_heads|num_attention_heads"): MAX_HEADS,
 }
 COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
 KERNELS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")  # may name a repo of code

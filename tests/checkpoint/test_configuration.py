@@ -29,7 +29,12 @@ def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
 
 
 @pytest.mark.parametrize(
-    ("key", "limit", "usual"), [("max_seq_len", "200,000", 65_536), ("n_heads", "1,000", 64)]
+    ("key", "limit", "usual"),
+    [
+        ("max_seq_len", "200,000", 65_536),
+        ("n_heads", "1,000", 64),
+        ("num_attention_heads", "1,000", 128),
+    ],
 )
 def test_positions_and_heads_of_mpt_have_limits(key, limit, usual):
     """It makes a number for each of both: a tiny model with 2 ** 31 positions took 8.6 GB."""
