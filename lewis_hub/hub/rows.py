@@ -309,7 +309,8 @@ def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) 
 
 def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
     """Refuse files of a folder that are not pinned: hidden ones, and what leads out of it."""
-    for path in map(Path, chain.from_iterable(data_files.values())):
+    for named in map(Path, chain.from_iterable(data_files.values())):
+        path = named.parent.resolve() / named.name  # a link may lead to the folder
         if not path.is_relative_to(folder) or is_hidden(path.relative_to(folder)):
             problem = f"its card names {path}, which is hidden or not in the folder"
             raise SourceError(str(folder), problem, "Name visible files in its card.")

@@ -675,6 +675,19 @@ def test_a_folder_gives_only_the_files_that_are_pinned(named, tmp_path, api):
     assert "hidden" in message(api, folder) or "outside of the folder" in message(api, folder)
 
 
+def test_a_folder_behind_a_link_gives_the_files_that_a_task_names(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+
+    with at_commits({}):
+        table = datasets.load_dataset(
+            str(tmp_path / "link"), data_files="rows.jsonl", split="train"
+        )
+
+    assert len(table) == len(ROWS)
+
+
 @pytest.mark.parametrize("name", ["runs[12].jsonl", "runs[12]/train.jsonl", "run*/train.jsonl"])
 def test_a_path_that_is_a_pattern_of_others_is_refused(name, tmp_path, api):
     """`runs1.jsonl` was read, and the digest of `runs[12].jsonl` was in the lock."""
