@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_a_finished_output_is_published_where_no_file_can_be_made(tmp_path, monk
         pass
 
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_disk_without_locks_is_worked_on_without_one(tmp_path, monkeypatch, number):
+    def refuse(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "merged").mkdir()
+    works = (alone_with(tmp_path / "merged"), open_workspace(tmp_path / "other", replace=False))
+
+    for work in works:
+        refusal = pytest.raises(OutputError, match=r"cannot be written \(Input/output error\)")
+        with refusal if number == errno.EIO else nullcontext(), work:
+            pass
 
 
 @pytest.mark.parametrize("replace", [False, True])
