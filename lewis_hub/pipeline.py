@@ -56,7 +56,7 @@ from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
 from lewis_hub.workflow.publish import Destination, Preflight
-from lewis_hub.workflow.republish import republish
+from lewis_hub.workflow.republish import has_recipe_of, republish
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
@@ -291,7 +291,8 @@ def _made_before(
     if found and publishing.same_model(found, planned):
         if left := [one for one in asked.exports if one not in exports_in(found.recipe)]:
             found = add_exports(output, found, left, progress)
-        if planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
+        is_same = planned.recipe.get("publish") in (None, found.recipe.get("publish"))
+        if not (is_same and has_recipe_of(found, output)):
             progress.say("Rewriting card, recipe and lock for the changed `publish` section")
             republish(asked.reporting, found, asked.parameters, output)
         gate = evaluate.judge_again(asked.gates, output, asked.repo, api)

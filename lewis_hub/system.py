@@ -22,6 +22,7 @@ from typing import TextIO
 
 MOVES_OPEN_FILES = os.name != "nt"  # whether open files can be renamed and deleted
 NOT_RESERVED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+NOT_LOCKED = {errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
 RENAME_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _turn = Lock()  # of threads that move the position of a file
@@ -194,7 +195,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock a file until it is closed; False if it is locked already."""
+    """Lock a file until it is closed, where the disk has locks; False if it is locked already."""
     try:
         import fcntl
     except ImportError:
@@ -208,6 +209,9 @@ def try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NOT_LOCKED:
+            raise
     return True
 
 

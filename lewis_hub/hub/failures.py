@@ -6,6 +6,7 @@ huggingface_hub itself retries uploads and HEAD requests, but no lookup, downloa
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import traceback
@@ -22,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
+from lewis_hub.files import DISK_FULL
 from lewis_hub.hub.answers import (
     COMPRESSION,
     limit_body,
@@ -45,6 +47,7 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"
 CUT = "Consistency check failed"  # huggingface_hub's error if a file has not its size
+OS_ERROR = re.compile(r"\(os error (\d{1,5})\)")  # in errors of hf-xet
 AGAIN = "run the same command again: finished work is kept"
 # errors of huggingface_hub in an answer that has another shape than a Hub's
 MISREAD = (
@@ -241,7 +244,7 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
 
 
 def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
-    """What failed in a transfer; None if it is no failure of the Hub."""
+    """What failed in a transfer, also a full disk; None if it is no failure of the Hub."""
     if CUT in str(error):  # huggingface_hub received another number of bytes
         return httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
     if isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
@@ -249,9 +252,12 @@ def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     has_cause = error.__cause__ is not None or getattr(error, "errno", None) is not None
-    if package == "huggingface_hub" and not has_cause:  # hf-xet has neither frames nor numbers
-        return httpx2.RemoteProtocolError(str(error))
-    return None
+    if package != "huggingface_hub" or has_cause:  # hf-xet has neither frames nor numbers
+        return None
+    number = int(found[1]) if (found := OS_ERROR.search(str(error))) else 0
+    if number in DISK_FULL:
+        return OSError(number, os.strerror(number))
+    return httpx2.RemoteProtocolError(str(error))
 
 
 def _is_misread(error: Exception) -> bool:

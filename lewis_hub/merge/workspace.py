@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -171,13 +171,19 @@ def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]
 def alone_with(output: Path) -> Iterator[None]:
     """Inside the block no other run replaces, changes or publishes a finished output.
 
-    Where no file can be made beside it, no run can replace it.
+    Where no file can be made beside it, as with a full quota, no run can replace it.
 
     Raises:
         OutputError: another run works on it.
     """
     lock = _lock_of(output.resolve())
-    with alone_at(lock, output) if os.access(lock.parent, os.W_OK) else nullcontext():
+    with ExitStack() as held:
+        try:
+            if lock.parent.is_dir():
+                held.enter_context(alone_at(lock, output))
+        except OutputError:
+            if os.path.lexists(lock):
+                raise
         yield
 
 

@@ -21,7 +21,8 @@ def patched(text: str, before: str, after: str) -> str:
         if kind == "equal":
             continue
         place, block = _place(lines, old[:start], old[start:end]), new[first:last]
-        is_done = kind == "insert" and place is not None and _has(lines, place, block)
+        is_new = kind == "insert" and not _has(old, start, block)
+        is_done = is_new and place is not None and _has(lines, place, block)
         if place is not None and not is_done:
             lines[place : place + end - start] = block
     return "\n".join(lines)

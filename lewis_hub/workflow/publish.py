@@ -171,12 +171,12 @@ def complete_in(folder: Path) -> Lock | None:
     Its recipe may be another one: a run that was to rewrite it and then the lock was interrupted.
     """
     found = lock_in(folder)
-    outputs = [one for one in found.outputs.items() if one[0] != RECIPE] if found else []
+    outputs = found.outputs.items() if found else ()
     try:
-        is_whole = all((folder / path).stat().st_size == file.n_bytes for path, file in outputs)
+        sizes = [((folder / path).stat().st_size, path, file.n_bytes) for path, file in outputs]
     except (OSError, ValueError):  # missing, or a name that no file can have
         return None
-    return found if is_whole else None
+    return found if all(n == stated or path == RECIPE for n, path, stated in sizes) else None
 
 
 @dataclass(frozen=True)

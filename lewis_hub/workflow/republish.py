@@ -59,6 +59,12 @@ def published_as(facts: CardFacts, publish: Publishing | None) -> CardFacts:
     )
 
 
+def has_recipe_of(lock: Lock, folder: Path) -> bool:
+    """Whether the recipe in a folder is that of its lock: not if a run was killed between them."""
+    stated = lock.outputs.get(RECIPE)
+    return stated is None or locked_outputs(folder, {}, [RECIPE]) == {RECIPE: stated}
+
+
 def republish(
     settings: ReportSettings, found: Lock, parameters: Mapping[str, int], folder: Path
 ) -> None:
@@ -68,12 +74,13 @@ def republish(
     be valid any more, and is deleted. The lock is written last, so that a rerun completes it.
 
     Args:
-        settings: of the recipe with the new `publish`.
+        settings: of the recipe with the new `publish`; without one, that of the lock stays.
         found: the lock in the folder.
         parameters: tensor -> number of parameters.
         folder: the merge.
     """
-    recipe = with_publish(found.recipe, settings.planned.recipe.get("publish"))
+    asked = settings.planned.recipe.get("publish") or found.recipe.get("publish")
+    recipe = with_publish(found.recipe, asked)
     facts = replace(
         described(settings.facts, folder),
         parameters=parameters,

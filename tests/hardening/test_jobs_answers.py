@@ -6,7 +6,9 @@ upload the files of a Job, have limits of their own.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 
 import pytest
@@ -19,6 +21,7 @@ from hardening.test_http import LONGEST_PAUSES_S, calls_of, said
 from lewis_hub.cli.jobs import LogEnd, job_result, printed_document
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import answers, jobs
+from lewis_hub.hub.failures import HubRepo, call_hub
 from lewis_hub.hub.jobs import JobRequest, SubmittedJob
 from lewis_hub.hub.publish import Publication, publish
 from lewis_hub.localhub.server import serve
@@ -180,3 +183,14 @@ def test_a_failure_of_hf_xet_is_one_message(hub, behind, tmp_path, monkeypatch, 
 
     assert f"cannot reach {behind.url}" in str(raised.value)
     assert len(str(raised.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_that_hf_xet_tells_is_no_failure_of_the_hub(number):
+    inside = {"__name__": "huggingface_hub.file_download"}  # hf-xet has no frames of its own
+    exec(f"def call(): raise OSError('I/O error: I/O error: full (os error {number})')", inside)
+
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        call_hub(HubRepo.to_publish(HfApi(), "a/b"), inside["call"])
+
+    assert raised.value.errno == number

@@ -1,12 +1,15 @@
+import errno
 import fcntl
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lewis_hub.errors import OutputError
 from lewis_hub.files import write_whole
-from lewis_hub.merge.workspace import alone_at, open_workspace, parts_folder
+from lewis_hub.merge import workspace
+from lewis_hub.merge.workspace import alone_at, alone_with, open_workspace, parts_folder
 
 
 def test_the_folder_appears_with_exactly_the_files_that_belong_to_it(tmp_path):
@@ -55,6 +58,37 @@ def test_two_runs_on_one_output_the_second_stops(tmp_path):
         f"{tmp_path / 'merged'}: another run is working on it.\n"
         "Wait until it ends, or name another folder with -o."
     )
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EDQUOT, errno.ENOSPC, errno.EACCES])
+def test_a_finished_output_is_published_where_no_file_can_be_made(tmp_path, monkeypatch, number):
+    def refuse(path, flags=0):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(workspace, "create_binary", refuse)
+    (tmp_path / "merged").mkdir()
+
+    with alone_with(tmp_path / "merged"):
+        pass
+    with alone_with(tmp_path / "none" / "merged"):
+        pass
+
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_disk_without_locks_is_worked_on_without_one(tmp_path, monkeypatch, number):
+    def refuse(descriptor, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "merged").mkdir()
+    works = (alone_with(tmp_path / "merged"), open_workspace(tmp_path / "other", replace=False))
+
+    for work in works:
+        refusal = pytest.raises(OutputError, match=r"cannot be written \(Input/output error\)")
+        with refusal if number == errno.EIO else nullcontext(), work:
+            pass
 
 
 @pytest.mark.parametrize("replace", [False, True])

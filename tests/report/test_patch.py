@@ -37,6 +37,12 @@ def test_of_equal_blocks_the_one_below_the_same_line_changes():
     assert patched("x\nx\n", before, after) == "x\nx\n"
 
 
+def test_a_line_is_inserted_above_an_equal_one():
+    before, after = "a\nb\nc\nb", "a\nb\nb\nc\nb"
+
+    assert patched(before, before, after) == after
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_card_with_a_repo_differs_in_lines_that_need_nothing_of_the_run(name, make_facts):
     on_disk = make_facts(title="Merged model", repo=None, usage=ModelUsage(BY_NAME[name]))

@@ -411,3 +411,37 @@ def test_the_verdict_on_a_merge_whose_lock_cannot_be_read_does_not_stay(hub, pla
     assert "lewis/gate.json" not in listed
     assert "lewis/changelog.json" in listed
     assert run("verify", repo)["problems"] == []
+
+
+def test_a_merge_without_its_recipe_is_not_whole(place):
+    Path("merged/lewis/recipe.yaml").unlink()
+
+    done = CliRunner().invoke(cli, ["merge"])
+
+    assert done.exit_code == 1
+    assert "merged: it exists and holds something else than this merge." in str(done.exception)
+
+
+@pytest.mark.parametrize("again", [["merge"], ["merge", "merged/lewis/recipe.yaml"]])
+def test_after_a_rewriting_that_was_interrupted_a_merge_has_the_recipe_of_its_lock(
+    hub, place, monkeypatch, again
+):
+    rename = os.replace
+    publish = f"publish: {{repo: {hub.user}/other, license: mit}}\n"
+    Path("changed.yaml").write_text(RECIPE + publish)
+
+    def stop(one, other, **options):
+        rename(one, other, **options)
+        if Path(other).name == "recipe.yaml":
+            raise OSError(errno.ENOSPC, "No space left on device", str(one))
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(OSError, match="No space"):
+        run("merge", "changed.yaml")
+    monkeypatch.setattr(os, "replace", rename)
+
+    assert run(*again, "-o", "merged")["status"] == "unchanged"
+
+    assert run("verify", "merged")["problems"] == []
+    written = yaml.safe_load(Path("merged/lewis/recipe.yaml").read_text())
+    assert ("publish" in written) == (len(again) > 1)
