@@ -1,9 +1,9 @@
-"""What a tokenizer must not have before transformers loads it: files elsewhere, endless texts."""
+"""What transformers must not do when it loads: files elsewhere, endless texts, code of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
@@ -14,6 +14,8 @@ from lewis_hub.text_growth import require_modest_file
 # their settings become arguments of the tokenizer's class
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; of what to open
+ENDS = ("_file", "_spm")  # of keys that name files, too
+PART = "question_encoder_tokenizer"  # a folder with a tokenizer, of which one of RAG consists
 ARGUMENTS = "init_inputs"  # those without a name
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 
@@ -29,6 +31,9 @@ def require_loadable(folder: Path) -> None:
         TokenizerError: as said, or as `require_modest_file`.
     """
     require_modest_file(folder)
+    if (folder / PART).exists():  # what it is made of is in no lock
+        remedy = "Remove it in a copy: only the files of a model are used."
+        raise TokenizerError(str(folder), f"`{PART}` holds another tokenizer", remedy)
     is_whole = (folder / "tokenizer.json").exists()
     for name in SETTINGS:
         with suppress(FileNotFoundError):
@@ -38,6 +43,22 @@ def require_loadable(folder: Path) -> None:
                     problem = f"`{key}` names a file, {str(value)[:100]}"
                     remedy = "Remove it in a copy: only the files of a model are used."
                     raise TokenizerError(f"{folder}: {name}", problem, remedy)
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Have transformers refuse code of a model, which it else asks about on the terminal.
+
+    With `trust_remote_code=False` it asks all the same for a model inside a model.
+    """
+    from transformers import dynamic_module_utils as dynamic
+
+    seconds = dynamic.TIME_OUT_REMOTE_CODE
+    dynamic.TIME_OUT_REMOTE_CODE = 0  # for an answer
+    try:
+        yield
+    finally:
+        dynamic.TIME_OUT_REMOTE_CODE = seconds
 
 
 def _settings(value: object) -> Iterator[tuple[str, object]]:
@@ -52,5 +73,5 @@ def _names_file(key: str, value: object, *, is_whole: bool) -> bool:
         return bool(value)
     if not isinstance(value, str):
         return False
-    is_used = key.endswith("_file") and key != UNUSED and not is_whole
+    is_used = key.endswith(ENDS) and key != UNUSED and not is_whole
     return key in PATHS or (is_used and Path(value).exists())

@@ -26,6 +26,7 @@ def folder(tmp_path):
         {"gguf_file": "SECRET"},
         {"sp_model_kwargs": {"model_file": "SECRET"}},
         {"vocab_file": "SECRET"},
+        {"source_spm": "SECRET"},
         ARGUMENTS,
     ],
     ids=lambda settings: next(iter(settings)),
@@ -54,3 +55,18 @@ def test_paths_of_the_author_are_no_obstacle_that_do_not_exist_here_or_are_not_u
     loaded = load_tokenizer(str(folder), "zoo/model")
 
     assert loaded.convert_ids_to_tokens([5]) == ["hello"]
+
+
+def test_a_tokenizer_is_made_of_no_other_tokenizers(folder):
+    """The one of RAG is made of two in folders of their own, which no check and no lock covered."""
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "RagTokenizer"}')
+    parts = {"question_encoder": {"model_type": "bert"}, "generator": {"model_type": "bert"}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "rag", **parts}))
+    for part in parts:
+        (folder / f"{part}_tokenizer").mkdir()
+        (folder / f"{part}_tokenizer" / "vocab.txt").write_text("[UNK]\n")
+
+    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` holds another tokenizer"):
+        load_tokenizer(str(folder), "zoo/model")
+    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` holds another tokenizer"):
+        load_backend(folder, EvaluationSettings())

@@ -22,7 +22,7 @@ from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import build_empty, model_class, require_modest, weight_bytes
-from lewis_hub.loadable import require_loadable
+from lewis_hub.loadable import require_loadable, without_code
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -253,9 +253,13 @@ def matrix(module: Linear) -> Tensor:
 
 @contextmanager
 def refusals(name: str, what: str) -> Iterator[None]:
-    """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one."""
+    """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one.
+
+    It runs none of its code meanwhile.
+    """
     try:
-        yield
+        with without_code():
+            yield
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where a configuration has values of other types

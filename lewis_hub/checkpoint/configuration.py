@@ -21,8 +21,15 @@ LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"n_heads|num_attention_heads"): MAX_HEADS,
 }
 COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
-KERNELS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")  # may name a repo of code
-WITHOUT_KERNEL = "Remove it in a copy of the model: code of others is not run."
+ELSEWHERE = {  # keys that lead out of `config.json` -> what is in a value that does, and where to
+    re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?"): ("/", "code of the Hub"),
+    re.compile(r"architecture|backbone"): (r"^[\w-]+:", "a model elsewhere"),  # of timm
+    re.compile(r"checkpoint_path"): ("", "a file"),  # which timm opens
+    re.compile(r"audio_tokenizer_name_or_path|class_info_file|repo_path"): ("", "files elsewhere"),
+    re.compile(r"configuration_files"): ("", "another configuration"),
+    re.compile(r"attribute_map"): ("", "other keys for its values"),
+}
+WITHOUT = "Remove it in a copy of the model: code of others is not run."
 DAMAGED = "The file is damaged: use an intact copy of the model."
 
 
@@ -32,13 +39,14 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     `n_tensors` are those of the checkpoint, if they are known: each layer has some.
 
     Raises:
-        SourceError: a number is above its limit, or it names a kernel of the Hub, whose code
-            transformers would run; it names `where`.
+        SourceError: a number is above its limit, or transformers would read other values than
+            these, files elsewhere, or code of the Hub, such as a kernel; it names `where`.
     """
     for key, value in _values(config):
-        if KERNELS.fullmatch(key) and "/" in str(value):
-            problem = f"`{key}` of its config.json names code of the Hub, {str(value)[:100]}"
-            raise SourceError(where, problem, WITHOUT_KERNEL)
+        for pattern, (sign, what) in ELSEWHERE.items():
+            if value and pattern.fullmatch(key) and re.search(sign, str(value)):
+                problem = f"`{key}` of its config.json names {what}, {str(value)[:100]}"
+                raise SourceError(where, problem, WITHOUT)
         number = value if isinstance(value, int | float) else 0
         limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
         if number > limit:

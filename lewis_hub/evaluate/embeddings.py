@@ -31,7 +31,7 @@ from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
-from lewis_hub.loadable import require_loadable
+from lewis_hub.loadable import require_loadable, without_code
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -103,7 +103,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
             described = build_empty(place, transformers.AutoModel)
             require_modest(str(place), described, weight_bytes(place))
         kind = getattr(sentence_transformers, _class_of(folder))
-        model = kind(str(folder.resolve()), **own, **settings.backend_args)
+        with without_code():
+            model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
         remedy = "Expected: a folder that sentence-transformers can load."
@@ -173,6 +174,8 @@ def _require_own_settings(folder: Path) -> None:
             wrong += _texts(found.get(OTHER_TOKENIZER))
             handed = (value for key, value in found.items() if key.endswith(HANDED_ON))
             wrong += (text for text in _texts([*handed]) if not WORD.fullmatch(text))
+        if file.name == "adapter_config.json":
+            wrong += _texts(found.get("base_model_name_or_path"))
         if wrong:
             problem = f"its {file.relative_to(folder).as_posix()} names `{wrong[0][:100]}`, which "
             problem += "is not in its folder"

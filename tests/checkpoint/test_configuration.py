@@ -1,5 +1,7 @@
 """Numbers of a configuration that would have transformers build modules for ever."""
 
+import re
+
 import pytest
 
 from lewis_hub.checkpoint.configuration import require_buildable
@@ -66,4 +68,32 @@ def test_what_models_have_is_within_the_limits():
             **{"text_config": {"num_layers": 126, "hidden_size": 18_432}, "layers": None},
         },
         9000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"configuration_files": ["config.4.0.0.json"]}, "another configuration, ['config.4.0.0."),
+        ({"attribute_map": {"size": "num_hidden_layers"}}, "other keys for its values, {'size': "),
+        ({"a": {"architecture": "hf-hub:evil/model"}}, "a model elsewhere, hf-hub:evil/model"),
+        ({"backbone": "local-dir:/home/me"}, "a model elsewhere, local-dir:/home/me"),
+        ({"model_args": {"checkpoint_path": "a.pth"}}, "a file, a.pth"),
+        ({"attn_implementation": "evil/kernel"}, "code of the Hub, evil/kernel"),
+    ],
+)
+def test_a_configuration_leads_nowhere_else(config, said):
+    """transformers read another file, other keys, another folder: none of it was checked."""
+    with pytest.raises(SourceError, match=f" of its config.json names {re.escape(said)}"):
+        require_buildable("me/model", config)
+
+
+def test_what_models_name_is_no_obstacle():
+    require_buildable(
+        "me/model",
+        {
+            **{"architecture": "mobilenetv5_300m_enc", "backbone": "microsoft/resnet-50"},
+            **{"vision_config": {"backbone": {"a": "b:c"}, "model_args": None}},
+            **{"attribute_map": {}, "attn_implementation": "sdpa", "configuration_files": None},
+        },
     )

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tokenizers import Tokenizer, models
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, SourceError
+from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -143,6 +143,31 @@ def test_settings_lead_to_no_other_model_kernel_or_function(name, settings, name
         f"{tmp_path}: its {name} names `{named}`, which is not in its folder.\n"
         "Only the files of the model are used: use another one."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        (
+            "processor_config.json",
+            {
+                "processor_class": "DiaProcessor",
+                "audio_tokenizer": {
+                    "audio_tokenizer_class": "BertModel",
+                    "audio_tokenizer_name_or_path": "/home/me",
+                },
+            },
+        ),
+        ("preprocessor_config.json", {"repo_path": "/home/me", "class_info_file": "a.json"}),
+        ("adapter_config.json", {"base_model_name_or_path": "/home/me"}),
+    ],
+)
+def test_no_processor_and_adapter_leads_out_of_the_model(name, settings, tmp_path):
+    """transformers loaded any folder of this machine, or repo of the Hub, that one named."""
+    (tmp_path / name).write_text(json.dumps(settings))
+
+    with pytest.raises(LewisHubError, match="/home/me"):
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 
 
 def test_no_module_is_read_outside_of_the_model(tmp_path):

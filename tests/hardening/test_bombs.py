@@ -27,7 +27,7 @@ from hardening.targets import (
     stored,
 )
 from lewis_hub import pipeline
-from lewis_hub.calibration.meta_model import build_meta_model
+from lewis_hub.calibration.meta_model import build_meta_model, build_named
 from lewis_hub.calibration.model import load_model, load_tokenizer
 from lewis_hub.calibration.subject import in_folder
 from lewis_hub.demo.zoo import zoo_folder
@@ -213,6 +213,26 @@ def test_a_configuration_asks_nobody_to_run_its_code(tmp_path, monkeypatch):
 
     with pytest.raises(LewisHubError, match="needs Python code from its repo, which is not run"):
         load_model(base, "cpu", str(base))
+
+    assert asked == []
+
+
+def test_a_model_inside_a_model_asks_nobody_to_run_its_code(tmp_path, monkeypatch):
+    """transformers asked all the same, and ran the code of any folder or repo after a `y`."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    (base / "evil.py").write_text("raise SystemExit\n")
+    code = {"AutoModelForCausalLM": "evil.Own"}
+    inner = {"model_type": "vit", "num_hidden_layers": 1}
+    config = {"model_type": "vision-encoder-decoder", "encoder": inner}
+    config |= {"architectures": ["VisionEncoderDecoderModel"]}
+    config |= {"decoder": {**inner, "auto_map": code, "_name_or_path": str(base)}}
+    (base / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+
+    for load_it in (lambda: load_model(base, "cpu", str(base)), lambda: build_named(base, "a/b")):
+        with pytest.raises(LewisHubError, match="needs Python code from its repo, which is not"):
+            load_it()
 
     assert asked == []
 
