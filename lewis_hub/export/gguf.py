@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
 from lewis_hub.display import Advance
@@ -76,11 +77,13 @@ def plan_gguf(
     Raises:
         ExportError: llama.cpp, or the rules here, have no equivalent for a part of the model.
         ExtraMissingError: the package `gguf` is not installed.
+        SourceError: as `require_buildable`.
     """
     label = checkpoint.label
     rules = rules_for(label, config)
     if find_spec("gguf") is None:
         raise ExtraMissingError("Export to GGUF", "gguf")
+    require_buildable(label, config, len(checkpoint.tensors))
     whole = complete_config(label, config)
     try:
         require_expressible(label, rules, whole)

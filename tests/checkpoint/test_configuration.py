@@ -78,6 +78,7 @@ def test_what_models_have_is_within_the_limits():
         ({"attribute_map": {"size": "num_hidden_layers"}}, "other keys for its values, {'size': "),
         ({"a": {"architecture": "hf-hub:evil/model"}}, "a model elsewhere, hf-hub:evil/model"),
         ({"backbone": "local-dir:/home/me"}, "a model elsewhere, local-dir:/home/me"),
+        ({"speculators_config": {"verifier": {"name_or_path": "a/b"}}}, "another model, {'verifi"),
         ({"model_args": {"checkpoint_path": "a.pth"}}, "a file, a.pth"),
         ({"attn_implementation": "evil/kernel"}, "code of the Hub, evil/kernel"),
     ],

@@ -14,7 +14,7 @@ import transformers
 from exported_models import CASES, LONGROPE, PIECES, build, planned, write
 from safetensors.torch import load_file, save_file
 
-from lewis_hub.errors import ExportError
+from lewis_hub.errors import ExportError, SourceError
 
 IDS = torch.tensor([[1, 5, 300, 40, 77, 123, 9, 200, 33, 64, 250, 31]])
 # what transformers does not read from a GGUF file, but takes as a default
@@ -377,6 +377,16 @@ def test_a_tensor_that_does_not_fit_the_format_is_refused_in_time(shape, tmp_pat
     save_file(weights | {"model.norm.weight": torch.zeros(shape)}, folder / "model.safetensors")
 
     with pytest.raises(ExportError):
+        planned(folder)
+
+
+def test_a_configuration_with_very_many_layers_is_refused_in_time(tmp_path):
+    """transformers made a list of them, for minutes."""
+    folder = build("qwen2", tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**7}))
+
+    with pytest.raises(SourceError, match="`num_hidden_layers` of its config.json is above"):
         planned(folder)
 
 
