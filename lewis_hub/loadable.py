@@ -34,8 +34,9 @@ def require_loadable(folder: Path) -> None:
     if (folder / PART).exists():  # what it is made of is in no lock
         remedy = "Remove it in a copy: only the files of a model are used."
         raise TokenizerError(str(folder), f"`{PART}` holds another tokenizer", remedy)
-    is_whole = (folder / "tokenizer.json").exists()
     for name in SETTINGS:
+        # the settings of the second replace files of the folder
+        is_whole = name == SETTINGS[0] and (folder / "tokenizer.json").exists()
         with suppress(FileNotFoundError):
             found = read_json(text_of(folder / name, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
             for key, value in _settings(found):

@@ -1,10 +1,12 @@
 """Settings by which transformers would open files that are not the model's."""
 
 import json
+import shutil
 
 import pytest
 
 from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 
@@ -70,3 +72,15 @@ def test_a_tokenizer_is_made_of_no_other_tokenizers(folder):
         load_tokenizer(str(folder), "zoo/model")
     with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` holds another tokenizer"):
         load_backend(folder, EvaluationSettings())
+
+
+def test_the_tokenizer_json_of_a_folder_is_replaced_by_no_other(tmp_path):
+    """In `special_tokens_map.json` the setting came before the file of the folder."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    secret = shutil.copy(base / "tokenizer.json", tmp_path / "secret.json")
+    (base / "special_tokens_map.json").write_text(json.dumps({"tokenizer_file": str(secret)}))
+
+    with pytest.raises(LewisHubError, match="`tokenizer_file` names a file"):
+        load_tokenizer(str(base), "zoo/model")
+    with pytest.raises(LewisHubError, match="`tokenizer_file` names a file"):
+        load_backend(base, EvaluationSettings())
