@@ -17,7 +17,10 @@ PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; o
 ENDS = ("_file", "_spm")  # of keys that name files, too
 PART = "question_encoder_tokenizer"  # a folder with a tokenizer, of which one of RAG consists
 ARGUMENTS = "init_inputs"  # those without a name
+NEWER = "fast_tokenizer_files"  # in the folder
+HIDDEN = "additional_chat_templates/.*.jinja"  # which are no files of a source
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
+REMEDY = "Remove it in a copy: only the files of a model are used."
 
 
 def require_loadable(folder: Path) -> None:
@@ -31,9 +34,9 @@ def require_loadable(folder: Path) -> None:
         TokenizerError: as said, or as `require_modest_file`.
     """
     require_modest_file(folder)
-    if (folder / PART).exists():  # what it is made of is in no lock
-        remedy = "Remove it in a copy: only the files of a model are used."
-        raise TokenizerError(str(folder), f"`{PART}` holds another tokenizer", remedy)
+    for place in (*folder.glob(PART), *folder.glob(HIDDEN)):
+        problem = f"`{place.relative_to(folder).as_posix()}` is used, but no file of a tokenizer"
+        raise TokenizerError(str(folder), problem, REMEDY)
     for name in SETTINGS:
         # the settings of the second replace files of the folder
         is_whole = name == SETTINGS[0] and (folder / "tokenizer.json").exists()
@@ -42,8 +45,7 @@ def require_loadable(folder: Path) -> None:
             for key, value in _settings(found):
                 if _names_file(key, value, is_whole=is_whole):
                     problem = f"`{key}` names a file, {str(value)[:100]}"
-                    remedy = "Remove it in a copy: only the files of a model are used."
-                    raise TokenizerError(f"{folder}: {name}", problem, remedy)
+                    raise TokenizerError(f"{folder}: {name}", problem, REMEDY)
 
 
 @contextmanager
@@ -72,6 +74,8 @@ def _settings(value: object) -> Iterator[tuple[str, object]]:
 def _names_file(key: str, value: object, *, is_whole: bool) -> bool:
     if key == ARGUMENTS:
         return bool(value)
+    if key == NEWER:
+        return "/" in str(value) or "\\" in str(value)
     if not isinstance(value, str):
         return False
     is_used = key.endswith(ENDS) and key != UNUSED and not is_whole

@@ -68,19 +68,38 @@ def test_a_tokenizer_is_made_of_no_other_tokenizers(folder):
         (folder / f"{part}_tokenizer").mkdir()
         (folder / f"{part}_tokenizer" / "vocab.txt").write_text("[UNK]\n")
 
-    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` holds another tokenizer"):
+    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` is used, but"):
         load_tokenizer(str(folder), "zoo/model")
-    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` holds another tokenizer"):
+    with pytest.raises(LewisHubError, match="`question_encoder_tokenizer` is used, but"):
         load_backend(folder, EvaluationSettings())
 
 
-def test_the_tokenizer_json_of_a_folder_is_replaced_by_no_other(tmp_path):
-    """In `special_tokens_map.json` the setting came before the file of the folder."""
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("special_tokens_map.json", {"tokenizer_file": "SECRET"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["SECRET"]}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json/../../any"]}),
+    ],
+)
+def test_the_tokenizer_json_of_a_folder_is_replaced_by_no_other(file, settings, tmp_path):
+    """These settings came before the file of the folder."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
-    secret = shutil.copy(base / "tokenizer.json", tmp_path / "secret.json")
-    (base / "special_tokens_map.json").write_text(json.dumps({"tokenizer_file": str(secret)}))
+    secret = shutil.copy(base / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
+    (base / file).write_text(json.dumps(settings).replace("SECRET", str(secret)))
 
-    with pytest.raises(LewisHubError, match="`tokenizer_file` names a file"):
+    with pytest.raises(LewisHubError, match="` names a file"):
         load_tokenizer(str(base), "zoo/model")
-    with pytest.raises(LewisHubError, match="`tokenizer_file` names a file"):
+    with pytest.raises(LewisHubError, match="` names a file"):
         load_backend(base, EvaluationSettings())
+
+
+def test_a_hidden_chat_template_is_not_read(tmp_path):
+    """A hidden link of a clone was followed, as nothing looks at hidden files of a source."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    (tmp_path / "secret").write_text("hunter2")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / ".x.jinja").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(LewisHubError, match=r"`additional_chat_templates/\.x\.jinja` is used, but"):
+        load_tokenizer(str(base), "zoo/model")
