@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_yaml
-from lewis_hub.errors import CheckFailedError, MergeError
+from lewis_hub.errors import CheckFailedError, MergeError, OtherOutputError
 from lewis_hub.files import require_no_links, write_whole
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
@@ -58,7 +58,11 @@ def with_parts(
         name, place = str(part.name), folder / _folder_name(number, part, whole.made)
         progress.say(f"Merging {name} ({number} of {len(parts)} before the last merge)")
         _show_report(place)
-        merge(with_made(part, whole.made), place)
+        try:
+            merge(with_made(part, whole.made), place)
+        except OtherOutputError:  # of an interrupted run, before a source got a new commit
+            rmtree(place)
+            merge(with_made(part, whole.made), place)
         made.append(_hide_report(place))
         whole = with_made(whole, {name: place})
         own = {str(one.name) for one in parts}  # others belong to the merge that this is a part of

@@ -1,5 +1,6 @@
 """A rerun with other settings: nothing that the interrupted run left is part of its model."""
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -104,3 +105,22 @@ def test_scores_are_kept_for_weights_and_the_files_beside_them(api, tmp_path):
 
     assert first.identity == again.identity
     assert (other_digest, other.identity != first.identity) == (digest, True)
+
+
+def test_a_step_whose_source_changed_after_an_interruption_is_made_again(tmp_path):
+    expert = shutil.copytree(zoo_folder() / "expert-reverse", tmp_path / "expert")
+    two_steps = parse_recipe(
+        f"name: first\nmodels: [{zoo_folder()}/base, {expert}]\nmerge_method: linear\n---\n"
+        f"models: [first, {zoo_folder()}/base]\nmerge_method: linear\nexport: [gguf:f16]\n",
+        "recipe.yaml",
+    )
+    interrupted(two_steps, tmp_path / "merged")
+    other = zoo_folder() / "expert-cipher" / "model.safetensors"
+    shutil.copyfile(other, expert / "model.safetensors")
+
+    lewis_hub.merge_models(two_steps, tmp_path / "merged")
+
+    lewis_hub.merge_models(two_steps, tmp_path / "at-once")
+    found, expected = (tmp_path / one / "model.safetensors" for one in ("merged", "at-once"))
+    assert found.read_bytes() == expected.read_bytes()
+    assert not (tmp_path / "merged.parts").exists()
