@@ -184,6 +184,10 @@ class OutputError(LocatedError):
     """The output folder cannot be written."""
 
 
+class OtherOutputError(OutputError):
+    """The output folder exists, and holds something else than what is to be written."""
+
+
 class ExportError(LocatedError):
     """A model cannot be written in another format; `where` is the model."""
 

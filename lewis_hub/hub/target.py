@@ -193,7 +193,7 @@ def open_pull_requests(
     """
     n_found = 0
     for page in range(MAX_PULL_REQUESTS):
-        listed = _pull_requests(hub_repo, page)
+        listed = _pull_requests(hub_repo, page, author)
         for one in listed.discussions[: MAX_PULL_REQUESTS - n_found]:
             if author in (None, one.author.name):
                 url = f"{hub_repo.url}/discussions/{one.num}"
@@ -211,8 +211,8 @@ def own_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
     return open_pull_requests(hub_repo, account(hub_repo).name)
 
 
-def _pull_requests(hub_repo: HubRepo, page: int) -> _PullRequests:
-    """A page of the list of open pull requests, the newest first.
+def _pull_requests(hub_repo: HubRepo, page: int, author: str | None) -> _PullRequests:
+    """A page of the list of open pull requests, the newest first; if named, those of an author.
 
     huggingface_hub's own loop over the pages does not end if the Hub always says that there are
     more.
@@ -220,6 +220,7 @@ def _pull_requests(hub_repo: HubRepo, page: int) -> _PullRequests:
     api = hub_repo.api
     url = f"{api.endpoint}/api/models/{hub_repo.name}/discussions"
     asked: dict[str, str | int] = {"type": "pull_request", "status": "open", "p": page}
+    asked |= {"author": author} if author else {}
 
     def ask() -> httpx2.Response:
         answer = get_session().get(url, headers=build_hf_headers(token=api.token), params=asked)

@@ -263,10 +263,11 @@ def _open(call: Call, repo: Repo, base: Commit, title: str, description: str) ->
 
 
 def pull_requests(call: Call) -> dict[str, Any]:
-    """GET .../discussions: the pull requests, newest first. All are open."""
+    """GET .../discussions: the pull requests, maybe of one author, newest first. All are open."""
     repo, query = call.seen_repo(), call.request.query_params
     shown = query.get("status") != "closed" and query.get("type") != "discussion"
-    found = [_summary(repo, item) for item in reversed(repo.pull_requests) if shown]
+    listed = [one for one in repo.pull_requests if query.get("author") in (None, one.author)]
+    found = [_summary(repo, item) for item in reversed(listed) if shown]
     return {"discussions": found, "count": len(found), "start": 0}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
-from lewis_hub.errors import OutputError
+from lewis_hub.errors import OtherOutputError, OutputError
 from lewis_hub.files import require_no_links, text_of, unwritable, write_whole
 from lewis_hub.system import create_binary, rename_folder, sync_folder, try_lock
 
@@ -198,7 +198,7 @@ def _require_free(output: Path, *, replace: bool | None) -> None:
     if replace is not None:
         problem = "it exists and holds something else than this merge."
         other = "replace it with --force."
-    raise OutputError(str(output), problem, f"Name another folder with -o, or {other}")
+    raise OtherOutputError(str(output), problem, f"Name another folder with -o, or {other}")
 
 
 @contextmanager

@@ -37,6 +37,7 @@ PROVENANCE_FILE = "lewis/provenance.json"
 BUILDER = "https://pypi.org/project/lewis-hub/"
 BUILD_TYPE = f"{BUILDER}#merge-v1"
 GIT_SHA_DIGITS = 40
+MAX_CHARACTERS = 100_000_000  # of the values of a lock and the names around each
 
 UNREAD_NAMES = frozenset({"README.md", "mergekit_config.yml"})
 UNREAD_SUFFIXES = frozenset(
@@ -150,6 +151,7 @@ class Lock:
             sealed = {key: part for key, part in document.items() if key != "seal"}
             _, digest, seal = (document.pop(key) for key in ("version", "digest", "seal"))
             lock = TypeAdapter(cls).validate_python(document)
+            _require_few_characters(lock)
             written = lock.to_json()
         except (ValueError, TypeError, KeyError) as error:
             problem = f"it is not the lock of a merge ({_reason(error)})."
@@ -198,6 +200,26 @@ def canonical(document: Any) -> bytes:
 
 def _sha256(document: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
+
+
+def _require_few_characters(lock: Lock) -> None:
+    """Refuse a lock that would take too long to write out, to compare or to describe.
+
+    Indentation and differences repeat the keys around each value, the provenance repeats the name
+    of an input for each of its files.
+    """
+    models, data = ([{one.name: one.files} for one in of] for of in (lock.inputs, lock.calibration))
+    if (n := _n_characters([lock.recipe, models, data])) > MAX_CHARACTERS:
+        raise ValueError(f"{n:,} characters with the names around each value")
+
+
+def _n_characters(value: Any, above: int = 0) -> int:
+    """The characters of all values and of the keys around each."""
+    if isinstance(value, Mapping):
+        return sum(_n_characters(item, above + 2 + len(key)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return sum(_n_characters(item, above + 2) for item in value)
+    return above + len(str(value))
 
 
 def _reason(error: Exception) -> str:

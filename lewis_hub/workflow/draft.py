@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -164,6 +165,12 @@ def render(template: str, **values: object) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["yaml"] = _quoted
     source = resources.files("lewis_hub.templates").joinpath(template).read_text("utf-8")
     return environment.from_string(source).render(values)
+
+
+def _quoted(value: object) -> str:
+    """A value in one line of YAML, in which U+0085, U+2028 and U+2029 would end a comment."""
+    written = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", written)

@@ -17,12 +17,12 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_yaml
-from lewis_hub.errors import CheckFailedError, MergeError
+from lewis_hub.errors import CheckFailedError, MergeError, OtherOutputError
 from lewis_hub.files import require_no_links, write_whole
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.settings import require_valid
-from lewis_hub.merge.workspace import parts_folder
+from lewis_hub.merge.workspace import alone_at, parts_folder
 from lewis_hub.methods import registry
 from lewis_hub.recipe.parts import not_needed, parts_of, references, used, with_made
 from lewis_hub.recipe.reference import ModelReference
@@ -45,6 +45,9 @@ def with_parts(
 
     Yields the recipe, which reads them from their folders. After an error the finished ones stay
     for the next run. `merge` makes a part in a folder.
+
+    Raises:
+        OutputError: another run makes parts for this output.
     """
     parts, folder = parts_of(recipe), parts_folder(output)
     if not parts:
@@ -53,19 +56,35 @@ def with_parts(
     if problems := examine_parameters((*parts, recipe)):
         raise CheckFailedError(tuple(problems))
     require_no_links(folder)
+    with alone_at(folder.with_name(f".{folder.name}.lock"), output):  # at the end they are deleted
+        yield _with_made(recipe, parts, folder, merge, progress)
+        rmtree(folder)
+
+
+def _with_made(
+    recipe: Recipe,
+    parts: Sequence[Recipe],
+    folder: Path,
+    merge: Callable[[Recipe, Path], object],
+    progress: Progress,
+) -> Recipe:
+    """Make the parts of a recipe in a folder; return the recipe, which reads them there."""
     whole, made = recipe, list[Recipe]()
     for number, part in enumerate(parts, start=1):
         name, place = str(part.name), folder / _folder_name(number, part, whole.made)
         progress.say(f"Merging {name} ({number} of {len(parts)} before the last merge)")
         _show_report(place)
-        merge(with_made(part, whole.made), place)
+        try:
+            merge(with_made(part, whole.made), place)
+        except OtherOutputError:  # of an interrupted run, before a source got a new commit
+            rmtree(place)
+            merge(with_made(part, whole.made), place)
         made.append(_hide_report(place))
         whole = with_made(whole, {name: place})
         own = {str(one.name) for one in parts}  # others belong to the merge that this is a part of
         for unused in own.intersection(not_needed(whole, parts[number:])):
             rmtree(whole.made[unused], ignore_errors=True)
-    yield whole.model_copy(update={"intermediate": tuple(made)})
-    rmtree(folder)
+    return whole.model_copy(update={"intermediate": tuple(made)})
 
 
 def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Source]:

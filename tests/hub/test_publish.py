@@ -18,7 +18,7 @@ from lewis_hub.hub.publish import (
     publish,
     publish_tag,
 )
-from lewis_hub.hub.target import ACCOUNT, open_pull_requests, open_target
+from lewis_hub.hub.target import ACCOUNT, open_pull_requests, open_target, own_pull_requests
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.workflow import publish as publishing
 
@@ -327,6 +327,19 @@ def test_only_the_newest_pull_requests_are_compared(hub, api, monkeypatch):
 
     pages = [f"{hub.url}/{REPO}/discussions/{number}" for number in (5, 4, 3)]
     assert [url for url, _ in found] == pages
+
+
+def test_pull_requests_of_strangers_hide_none_of_ours(hub, api, monkeypatch):
+    monkeypatch.setattr(target, "MAX_PULL_REQUESTS", 3)
+    hub.add_token("hf_stranger", "stranger", "write")
+    api.create_repo(REPO)
+    api.create_pull_request(REPO, title="Ours")
+    for number in range(4):
+        hub.api("hf_stranger").create_pull_request(REPO, title=f"Number {number}")
+
+    found = own_pull_requests(HubRepo.to_publish(api, REPO))
+
+    assert [url for url, _ in found] == [f"{hub.url}/{REPO}/discussions/1"]
 
 
 # -- other people

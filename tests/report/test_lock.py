@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -370,6 +370,37 @@ def test_another_document_is_refused(text, problem):
         Lock.from_json(text, "x.json")
 
     assert problem in str(refused.value)
+
+
+def nested(value, depth):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": RECIPE | {"k" * 10**6: dict.fromkeys(map(str, range(101)), 1)}},
+        {"recipe": RECIPE | {"dtype": nested([0] * 600_000, 90)}},
+        {
+            "inputs": (
+                replace(BASE, name="n" * 10**6, files=dict.fromkeys(map(str, range(101)), "")),
+            )
+        },
+        {
+            "calibration": (
+                replace(SUMS, name="n" * 10**6, files=dict.fromkeys(map(str, range(101)), "")),
+            )
+        },
+    ],
+    ids=["long key", "deep list", "name of a model", "name of a dataset"],
+)
+def test_a_small_lock_that_is_written_out_as_a_large_one_is_refused(changes):
+    document = {"version": 1, "digest": "", "seal": "", **asdict(replace(LOCK, **changes))}
+
+    with pytest.raises(OutputError, match="characters with the names around each value"):
+        Lock.from_json(json.dumps(document, separators=(",", ":")))
 
 
 def test_cards_pictures_and_formats_that_are_not_read_stay_out_of_the_lock():

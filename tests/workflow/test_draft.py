@@ -5,6 +5,7 @@ from click.testing import CliRunner
 
 import lewis_hub
 from lewis_hub.cli.main import cli
+from lewis_hub.recipe.read import parse_recipe
 
 EXPERTS = ("zoo/expert-reverse", "zoo/expert-cipher")
 
@@ -34,3 +35,33 @@ def test_two_datasets_for_three_experts_are_refused():
         "recipe: `calibration`: expected one --calibration for all experts or one for each of the "
         "3, found 2.\nName one dataset, or all."
     )
+
+
+TASK = """\
+task: own
+dataset_path: json
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: "acc%spublish: {repo: tests/other} #"}]
+"""
+
+
+@pytest.mark.parametrize("line_break", [r"\N", r"\L", r"\P", r"\n"])
+def test_the_name_of_a_metric_adds_no_line_to_a_recipe(tmp_path, line_break):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(TASK % line_break)
+    outline = lewis_hub.Outline("zoo/base", EXPERTS, tasks=("own",), include="tasks")
+
+    draft = lewis_hub.draft_recipe(outline, tmp_path)
+
+    assert parse_recipe(draft.text, "recipe.yaml").publish is None
+
+
+def test_every_line_break_of_a_text_is_kept():
+    text = "{question}\n\x85\u2028\u2029{answer}"
+    outline = lewis_hub.Outline("zoo/base", EXPERTS, datasets=("zoo/reverse",), text=text)
+
+    draft = lewis_hub.draft_recipe(outline)
+
+    guide = parse_recipe(draft.text, "recipe.yaml").guide
+    assert guide.calibration.text == text

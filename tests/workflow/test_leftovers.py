@@ -1,5 +1,6 @@
 """A rerun with other settings: nothing that the interrupted run left is part of its model."""
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
+from lewis_hub.errors import OutputError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.job import prepare
@@ -104,3 +106,46 @@ def test_scores_are_kept_for_weights_and_the_files_beside_them(api, tmp_path):
 
     assert first.identity == again.identity
     assert (other_digest, other.identity != first.identity) == (digest, True)
+
+
+def test_a_second_run_makes_no_steps_for_an_output_that_another_run_makes(tmp_path):
+    three_steps = parse_recipe(
+        f"name: first\nmodels: [{zoo_folder()}/base]\nmerge_method: linear\n---\n"
+        "name: second\nmodels: [first]\nmerge_method: linear\n---\n"
+        "models: [second]\nmerge_method: linear\nexport: [gguf:f16]\n",
+        "recipe.yaml",
+    )
+    said = []
+
+    class StartsAnother(Silent):
+        def stage(self, title, total, unit):
+            if title.startswith("Exporting"):
+                again = Silent()
+                again.say = said.append
+                with pytest.raises(OutputError, match="merged: another run is working on it"):
+                    lewis_hub.merge_models(three_steps, tmp_path / "merged", None, again)
+            return super().stage(title, total, unit)
+
+    lewis_hub.merge_models(three_steps, tmp_path / "merged", None, StartsAnother())
+
+    assert said == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_a_step_whose_source_changed_after_an_interruption_is_made_again(tmp_path):
+    expert = shutil.copytree(zoo_folder() / "expert-reverse", tmp_path / "expert")
+    two_steps = parse_recipe(
+        f"name: first\nmodels: [{zoo_folder()}/base, {expert}]\nmerge_method: linear\n---\n"
+        f"models: [first, {zoo_folder()}/base]\nmerge_method: linear\nexport: [gguf:f16]\n",
+        "recipe.yaml",
+    )
+    interrupted(two_steps, tmp_path / "merged")
+    other = zoo_folder() / "expert-cipher" / "model.safetensors"
+    shutil.copyfile(other, expert / "model.safetensors")
+
+    lewis_hub.merge_models(two_steps, tmp_path / "merged")
+
+    lewis_hub.merge_models(two_steps, tmp_path / "at-once")
+    found, expected = (tmp_path / one / "model.safetensors" for one in ("merged", "at-once"))
+    assert found.read_bytes() == expected.read_bytes()
+    assert not (tmp_path / "merged.parts").exists()
