@@ -45,6 +45,8 @@ CLASSES = (  # a file of a module -> its key with names of classes
 )
 # settings that a transformer hands on to transformers, among them paths, repos and kernels
 HANDED_ON, OTHER_TOKENIZER = ("_args", "_kwargs"), "tokenizer_name_or_path"
+# a file -> its setting with a model, or a file with weights, that is loaded instead
+ELSEWHERE = {"adapter_config.json": "base_model_name_or_path", "config.json": "path"}
 WORD = re.compile(r"\w*", re.ASCII)
 ACTIVATIONS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
 SIZES = {  # a file of a module -> its settings that have as many weights as their product, or more
@@ -174,8 +176,7 @@ def _require_own_settings(folder: Path) -> None:
             wrong += _texts(found.get(OTHER_TOKENIZER))
             handed = (value for key, value in found.items() if key.endswith(HANDED_ON))
             wrong += (text for text in _texts([*handed]) if not WORD.fullmatch(text))
-        if file.name == "adapter_config.json":
-            wrong += _texts(found.get("base_model_name_or_path"))
+        wrong += _texts(found.get(ELSEWHERE.get(file.name, "")))
         if wrong:
             problem = f"its {file.relative_to(folder).as_posix()} names `{wrong[0][:100]}`, which "
             problem += "is not in its folder"

@@ -160,10 +160,12 @@ def test_settings_lead_to_no_other_model_kernel_or_function(name, settings, name
         ),
         ("preprocessor_config.json", {"repo_path": "/home/me", "class_info_file": "a.json"}),
         ("adapter_config.json", {"base_model_name_or_path": "/home/me"}),
+        ("1_SparseStaticEmbedding/config.json", {"path": "/home/me"}),
     ],
 )
-def test_no_processor_and_adapter_leads_out_of_the_model(name, settings, tmp_path):
+def test_no_processor_adapter_or_module_leads_out_of_the_model(name, settings, tmp_path):
     """transformers loaded any folder of this machine, or repo of the Hub, that one named."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(json.dumps(settings))
 
     with pytest.raises(LewisHubError, match="/home/me"):
