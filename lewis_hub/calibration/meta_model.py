@@ -45,7 +45,7 @@ from lewis_hub.calibration.subject import Weights
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
-from lewis_hub.evaluate.empty_models import build_empty, builder, model_class, require_modest
+from lewis_hub.evaluate.empty_models import build_empty, builder, model_class, require_size_of_files
 
 UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
 SHARES = "its blocks share weights, so it cannot be calibrated block by block"
@@ -211,7 +211,7 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     folder = weights.folder
     stored_bytes = sum(one.n_bytes for one in weights.checkpoint.tensors.values())
     kind = model_class(folder)
-    require_modest(weights.checkpoint.label, build_empty(folder, kind), stored_bytes)
+    require_size_of_files(weights.checkpoint.label, folder, kind, stored_bytes)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     dtype = torch.float32 if device == "cpu" else _own_dtype(config, weights.checkpoint)
     with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):

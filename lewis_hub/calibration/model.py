@@ -21,7 +21,7 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.evaluate.empty_models import build_empty, model_class, require_modest, weight_bytes
+from lewis_hub.evaluate.empty_models import model_class, require_size_of_files
 from lewis_hub.loadable import require_loadable, without_code
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -51,7 +51,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     """
     with refusals(name, "model"), quiet():
         kind = model_class(folder)
-        require_modest(name, build_empty(folder, kind), weight_bytes(folder))
+        require_size_of_files(name, folder, kind)
         model, report = kind.from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",

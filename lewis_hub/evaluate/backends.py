@@ -14,7 +14,7 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_bytes
+from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.loadable import require_loadable, without_code
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.tokenizer import panics_as_errors
@@ -134,8 +134,7 @@ def _transformers(path: str, settings: EvaluationSettings) -> Any:
 
 
 def _whole(automatic: Any, path: str, **options: Any) -> Any:
-    folder = Path(path)
-    require_modest(path, build_empty(folder, automatic), weight_bytes(folder))
+    require_size_of_files(path, Path(path), automatic)
     model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
     if absent := sorted(report["missing_keys"]):
         others = f"{len(absent) - 1} more of the weights that its architecture needs"

@@ -27,7 +27,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
-from lewis_hub.evaluate.empty_models import build_empty, require_modest, weight_bytes
+from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
@@ -102,8 +102,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
             require_loadable(place)
         for place in _models_in(folder):
-            described = build_empty(place, transformers.AutoModel)
-            require_modest(str(place), described, weight_bytes(place))
+            require_size_of_files(str(place), place, transformers.AutoModel)
         kind = getattr(sentence_transformers, _class_of(folder))
         with without_code():
             model = kind(str(folder.resolve()), **own, **settings.backend_args)

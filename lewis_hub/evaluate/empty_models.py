@@ -54,26 +54,27 @@ def build_empty(folder: Path, kind: Any) -> PreTrainedModel:
         return cast("PreTrainedModel", builder(kind)(config, **plain))
 
 
-def weight_bytes(folder: Path) -> int:
-    """The size of the files with a model's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def require_modest(where: str, described: PreTrainedModel, stored_bytes: int) -> None:
+def require_size_of_files(
+    where: str, folder: Path, kind: Any, stored_bytes: int | None = None
+) -> None:
     """Refuse a configuration whose model takes far more memory than its files.
 
     transformers makes weights that no file has, however large, before it tells of them.
 
     Args:
         where: the model, for messages.
-        described: the model that the configuration describes, from `build_empty`.
-        stored_bytes: the size of its weights in the files.
+        folder: has the configuration.
+        kind: the class of transformers that is to load it.
+        stored_bytes: the size of its weights in the files; None: of those in the folder.
 
     Raises:
         SourceError: it is larger.
     """
+    described = build_empty(folder, kind)
     n_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
     n_bytes += sum(one.numel() * one.element_size() for one in described.buffers())
+    if stored_bytes is None:
+        stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if n_bytes > MOST_TIMES * stored_bytes + FREE_BYTES:
         problem = f"its config.json describes a model of {n_bytes:,} bytes, but its weights have "
         problem += f"{stored_bytes:,} bytes in its files"

@@ -152,7 +152,7 @@ def open_workspace(output: Path, *, replace: bool | None) -> Iterator[Workspace]
     _require_free(output, replace=replace)
     folder = unfinished(output)
     # The lock is beside the folder: another run could take one in it while `finish` renames it.
-    with alone_at(_lock_of(output), output):
+    with alone_at(lock_beside(output), output):
         _require_free(output, replace=replace)  # another run may have finished it meanwhile
         require_no_links(folder)
         try:
@@ -176,7 +176,7 @@ def alone_with(output: Path) -> Iterator[None]:
     Raises:
         OutputError: another run works on it.
     """
-    lock = _lock_of(output.resolve())
+    lock = lock_beside(output.resolve())
     with ExitStack() as held:
         try:
             if lock.parent.is_dir():
@@ -187,7 +187,8 @@ def alone_with(output: Path) -> Iterator[None]:
         yield
 
 
-def _lock_of(output: Path) -> Path:
+def lock_beside(output: Path) -> Path:
+    """The file beside an output that a run locks while it works on it."""
     return output.parent / f".{output.name}{LOCK}"
 
 

@@ -19,7 +19,7 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import ShardResult
 from lewis_hub.merge.sidecars import SidecarSettings
-from lewis_hub.merge.workspace import alone_at
+from lewis_hub.merge.workspace import alone_at, lock_beside
 from lewis_hub.recipe.formats import ExportFormat, file_name
 from lewis_hub.workflow.merge import MergedModel, PlanSettings, output_headers
 from lewis_hub.workflow.open import MergeSources
@@ -79,23 +79,27 @@ def write_exports(
     progress: Progress,
 ) -> Mapping[str, ShardResult]:
     """Write files of a model in `folder` to `target`; each gets its name when it is complete."""
-    written = {}
-    for export in exports:
-        name, n_bytes = file_name(export), gguf_bytes(plan, export)
-        with alone_at(target / f".{name}.lock", target / name):
-            require_room(target, n_bytes, f"`{name}`", FREE)
-            partial = target / f".{name}.partial"
-            partial.unlink(missing_ok=True)  # it may be a link
-            title = f"Exporting {name}"
-            try:
-                with (
-                    progress.stage(title, n_bytes, "bytes") as advance,
-                    TensorReader(folder, plan.label) as reader,
-                ):
-                    sha256 = write_gguf(plan, export, reader, partial, advance)
-                size = partial.stat().st_size
-                partial.replace(target / name)
-            finally:
-                partial.unlink(missing_ok=True)
-        written[name] = ShardResult(name, sha256, size)
-    return written
+    written = [_write_export(plan, folder, target, export, progress) for export in exports]
+    return {one.name: one for one in written}
+
+
+def _write_export(
+    plan: GgufPlan, folder: Path, target: Path, export: ExportFormat, progress: Progress
+) -> ShardResult:
+    name, n_bytes = file_name(export), gguf_bytes(plan, export)
+    with alone_at(lock_beside(target / name), target / name):
+        require_room(target, n_bytes, f"`{name}`", FREE)
+        partial = target / f".{name}.partial"
+        partial.unlink(missing_ok=True)  # it may be a link
+        title = f"Exporting {name}"
+        try:
+            with (
+                progress.stage(title, n_bytes, "bytes") as advance,
+                TensorReader(folder, plan.label) as reader,
+            ):
+                sha256 = write_gguf(plan, export, reader, partial, advance)
+            size = partial.stat().st_size
+            partial.replace(target / name)
+        finally:
+            partial.unlink(missing_ok=True)
+    return ShardResult(name, sha256, size)

@@ -22,7 +22,7 @@ from lewis_hub.files import require_no_links, write_whole
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.settings import require_valid
-from lewis_hub.merge.workspace import alone_at, parts_folder
+from lewis_hub.merge.workspace import alone_at, lock_beside, parts_folder
 from lewis_hub.methods import registry
 from lewis_hub.recipe.parts import not_needed, parts_of, references, used, with_made
 from lewis_hub.recipe.reference import ModelReference
@@ -56,7 +56,7 @@ def with_parts(
     if problems := examine_parameters((*parts, recipe)):
         raise CheckFailedError(tuple(problems))
     require_no_links(folder)
-    with alone_at(folder.with_name(f".{folder.name}.lock"), output):  # at the end they are deleted
+    with alone_at(lock_beside(folder), output):  # at the end they are deleted
         yield _with_made(recipe, parts, folder, merge, progress)
         rmtree(folder)
 

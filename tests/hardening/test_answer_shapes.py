@@ -65,10 +65,10 @@ def striking(behind, forward, call, change):
     behind.answered = answered
 
 
-def cases(behind, forward, operation):
-    """Each call with each value of its answer replaced; in the gate some."""
-    found = []
-    for call in calls_of(behind, operation):
+def cases(behind, operation, calls, n_drawn):
+    """Each of these calls with each value of its answer replaced; in the gate some."""
+    forward, found = behind.answered, []
+    for call in calls:
         seen = []
         striking(behind, forward, call, lambda answer, seen=seen: seen.append(answer) or answer)
         operation.prepare()
@@ -77,7 +77,7 @@ def cases(behind, forward, operation):
         paths = places(seen[0]) if seen else ()
         found += [(call, path, other) for path in paths for other in (MISSING, *OTHERS)]
         behind.answered = forward
-    return random.Random(SEED).sample(found, times(DRAWN, len(found)))
+    return random.Random(SEED).sample(found, times(n_drawn, len(found)))
 
 
 def said(operation, url):
@@ -94,7 +94,7 @@ def test_json_of_another_shape_does_no_harm(hub, behind, tmp_path, kind, subtest
     operation, forward = kind(hub), behind.answered
     operation.folder = tmp_path
     told = []
-    for call, path, other in cases(behind, forward, operation):
+    for call, path, other in cases(behind, operation, calls_of(behind, operation), DRAWN):
         with subtests.test(f"{call} {path} {other!r}"):
             operation.prepare()
             behind.reset()

@@ -13,11 +13,10 @@ from dataclasses import replace
 
 import pytest
 from effort import SEED, times
-from faulty_proxy import FAULTS, proxy
+from faulty_proxy import FAULTS
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub import answers
 from lewis_hub.hub.cache import MAX_SMALL_BYTES
 from lewis_hub.hub.fetch import fetch, read_small
 from lewis_hub.hub.publish import Publication, publish
@@ -37,22 +36,6 @@ PUSH = Publication("Second", tag="v2")
 MOST_S = 20.0  # of one operation, whatever is wrong
 LONGEST_PAUSES_S = 700.0  # in all, if they were not skipped: each call pauses for a minute at most
 DRAWN = 10  # of an operation's pairs of a call and a fault, in the gate
-
-
-@pytest.fixture
-def behind(hub):
-    """A proxy of the Hub."""
-    with proxy(hub) as stands:
-        yield stands
-
-
-@pytest.fixture
-def pauses_s(monkeypatch):
-    """The pauses that were asked for, and skipped; a slow answer is known after a moment."""
-    pauses = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    monkeypatch.setattr(answers, "SPEED_AFTER_S", 0.3)
-    return pauses
 
 
 def put(hub, repo, files):

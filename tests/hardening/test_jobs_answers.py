@@ -13,14 +13,14 @@ import random
 
 import pytest
 from effort import SEED, times
-from faulty_proxy import FAULTS, proxy
+from faulty_proxy import FAULTS
 from huggingface_hub import HfApi
 
-from hardening.test_answer_shapes import MISSING, OTHERS, changed, places, striking
+from hardening.test_answer_shapes import cases, changed, striking
 from hardening.test_http import LONGEST_PAUSES_S, calls_of, said
 from lewis_hub.cli.jobs import LogEnd, job_result, printed_document
 from lewis_hub.errors import PublishError
-from lewis_hub.hub import answers, jobs
+from lewis_hub.hub import jobs
 from lewis_hub.hub.failures import HubRepo, call_hub
 from lewis_hub.hub.jobs import JobRequest, SubmittedJob
 from lewis_hub.hub.publish import Publication, publish
@@ -36,22 +36,6 @@ DRAWN_FAULTS, DRAWN_VALUES = 8, 40  # of an operation, in the gate
 def hub(tmp_path_factory):
     with serve(tmp_path_factory.mktemp("jobs") / "hub", jobs=True) as running:
         yield running
-
-
-@pytest.fixture
-def behind(hub):
-    """A proxy of the Hub."""
-    with proxy(hub) as stands:
-        yield stands
-
-
-@pytest.fixture
-def pauses_s(monkeypatch):
-    """The pauses that were asked for, and skipped; a slow answer is known after a moment."""
-    pauses = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    monkeypatch.setattr(answers, "SPEED_AFTER_S", 0.3)
-    return pauses
 
 
 class Schedule:
@@ -122,17 +106,8 @@ def test_a_wrong_answer_to_a_call_of_jobs_is_told(hub, behind, pauses_s, tmp_pat
 
 @pytest.mark.parametrize("kind", [Schedule, Follow])
 def test_json_of_another_shape_is_told(hub, behind, pauses_s, tmp_path, kind, subtests):
-    operation, forward, cases, told = kind(hub, tmp_path), behind.answered, [], []
-    for call in calls(behind, operation):
-        seen = []
-        striking(behind, forward, call, lambda answer, seen=seen: seen.append(answer) or answer)
-        operation.prepare()
-        behind.reset()
-        assert operation.run(behind.url)
-        paths = places(seen[0]) if seen else ()
-        cases += [(call, path, other) for path in paths for other in (MISSING, *OTHERS)]
-        behind.answered = forward
-    for call, path, other in random.Random(SEED).sample(cases, times(DRAWN_VALUES, len(cases))):
+    operation, forward, told = kind(hub, tmp_path), behind.answered, []
+    for call, path, other in cases(behind, operation, calls(behind, operation), DRAWN_VALUES):
         with subtests.test(f"{call} {path} {other!r}"):
             operation.prepare()
             behind.reset()
