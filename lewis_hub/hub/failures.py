@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx2
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub import errors as hf
-from huggingface_hub.utils import get_token, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    _http,
+    get_token,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
@@ -145,13 +150,34 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls."""
-    session = get_session()  # a lost connection makes a new one
+    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls.
+
+    The limits hold in later sessions, too: where huggingface_hub itself repeats a call, a refused
+    connection makes a new one.
+    """
+    make = _http._GLOBAL_CLIENT_FACTORY  # there is no public attribute
+    if not isinstance(make, _LimitedSessions):
+        _http._GLOBAL_CLIENT_FACTORY = _LimitedSessions(make)
+    _limit(get_session())  # it may have been made before
+
+
+@dataclass(frozen=True)
+class _LimitedSessions:
+    """Makes sessions whose calls are limited."""
+
+    make: Callable[[], httpx2.Client]
+
+    def __call__(self) -> httpx2.Client:
+        return _limit(self.make())
+
+
+def _limit(session: httpx2.Client) -> httpx2.Client:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
         requests.extend((note_purpose, limit_pages, limit_silence))
         answers.extend((_require_short_pause, note_next_page, require_true_names, limit_body))
+    return session
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:
@@ -178,12 +204,21 @@ def retry_transfer(call: Callable[[], object], done: Callable[[], int], at_least
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a moment later."""
+    """Whether the same call may succeed a moment later, and was not repeated yet."""
+    if _was_repeated(error):
+        return False
     if isinstance(error, hf.HfHubHTTPError):
         return _is_passing(error.response.status_code)
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, httpx2.UnsupportedProtocol | httpx2.ProxyError)
     return isinstance(error, OSError) and CUT in str(error)
+
+
+def _was_repeated(error: BaseException) -> bool:
+    """Whether huggingface_hub itself repeated the call as often as it does; it repeats some."""
+    found = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = [frame.f_locals for frame in found if frame.f_code is _http._http_backoff_base.__code__]
+    return any(known["nb_tries"] > known["max_retries"] for known in inner)
 
 
 def _is_passing(status: int) -> bool:

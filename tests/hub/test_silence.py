@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
+from running_server import running
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import answers
@@ -74,6 +75,76 @@ def test_limits_of_callers_stay(method, limit_s):
         "read": 7.0,
         "write": limit_s,
     }
+
+
+class Later(BaseHTTPRequestHandler):
+    """Each call is to be repeated later."""
+
+    def do_POST(self):
+        self.server.n_asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Retry-After", self.server.after_s)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def later():
+    """A server that does not answer until it is activated, and then with 503."""
+    server = HTTPServer(("127.0.0.1", 0), Later, bind_and_activate=False)
+    server.server_bind()
+    server.n_asked, server.address = 0, f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+    with ExitStack() as stack:
+
+        def start():
+            server.server_activate()
+            stack.enter_context(running(server))
+
+        server.start = start
+        yield server
+
+
+def refusal_of_an_upload(server):
+    """The error of a call that huggingface_hub itself repeats."""
+    api, addition = HfApi(endpoint=server.address, token="hf_test"), CommitOperationAdd("x", b"x")
+    with pytest.raises(PublishError) as error:
+        call_hub(
+            HubRepo.to_publish(api, "me/merge"),
+            lambda: api.preupload_lfs_files("me/merge", [addition]),
+        )
+    return str(error.value)
+
+
+def test_the_limits_hold_after_a_connection_was_refused(later, monkeypatch):
+    later.after_s, pauses = "86400", []
+
+    def wait(pause_s):
+        if not pauses:
+            later.start()
+        pauses.append(pause_s)
+
+    monkeypatch.setattr("time.sleep", wait)
+    assert refusal_of_an_upload(later) == (
+        f"me/merge: {later.address} answers 503 and requires a pause of 86,400 s.\n"
+        "Calls wait at most 60 s. Wait that long, then run the same command again: finished work "
+        "is kept."
+    )
+    assert (pauses, later.n_asked) == ([1], 1)
+
+
+def test_what_huggingface_hub_repeats_is_not_repeated_once_more(later, no_pauses):
+    later.after_s = "59"
+    later.start()
+    assert refusal_of_an_upload(later) == (
+        f"me/merge: {later.address} still fails with 503 after several attempts.\n"
+        "This is usually temporary: wait a little, then run the same command again: finished work "
+        "is kept."
+    )
+    assert later.n_asked == 6
 
 
 class Endless(BaseHTTPRequestHandler):
