@@ -9,9 +9,10 @@ import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin
 
 import httpx2
 
@@ -23,9 +24,12 @@ MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
 MAX_PAGES = 1000  # of a list, such as that of a repo's files
+# of a file that huggingface_hub downloads itself, in this context; None: what it announces
+FILE_BYTES: ContextVar[int | None] = ContextVar("FILE_BYTES", default=None)
 PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
-    rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
+    rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users"
+    rb"|agent-harnesses)"  # which huggingface_hub asks for once a day
 )
 AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
 PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
@@ -79,6 +83,20 @@ def limit_silence(request: httpx2.Request) -> None:
     request.extensions["timeout"] = limits | set_by_caller
 
 
+LISTED: dict[bytes, frozenset[str]] = {}  # address of the files of a commit -> their paths
+
+
+def hide_unlisted(answer: httpx2.Response) -> None:
+    """Let a file that was not listed not exist: `datasets` asks for cards and the like by name."""
+    path = answer.request.url.raw_path.partition(b"?")[0]
+    if (found := AT_COMMIT.search(path)) is None or answer.is_error:
+        return
+    paths = LISTED.get(path[: found.end()])
+    if paths is not None and unquote(path[found.end() :].decode()) not in paths:
+        answer.status_code = httpx2.codes.NOT_FOUND
+        answer.headers["X-Error-Code"] = "EntryNotFound"
+
+
 REDIRECTED: dict[str, str] = {}  # address that a HEAD was redirected to -> the commit that it asked
 
 
@@ -123,7 +141,8 @@ def _purpose(request: httpx2.Request) -> Purpose:
 def limit_body(answer: httpx2.Response) -> None:
     """Limit the speed and the size of an answer, as its request's purpose allows.
 
-    A file is as long as it announces. A line of a log has at most the length of a lookup.
+    A file is as long as it announces, or has at most FILE_BYTES. A line of a log has at most the
+    length of a lookup.
 
     Raises:
         RemoteProtocolError: a file is compressed.
@@ -137,14 +156,17 @@ def limit_body(answer: httpx2.Response) -> None:
             problem = f"compressed bytes ({encoding[:40]}) came in place of the file's"
             raise httpx2.RemoteProtocolError(problem)
         pieces = fast_enough(answer.stream)
-        pieces = pieces if is_whole else _limited(pieces, "a file without a length")
+        if (max_bytes := FILE_BYTES.get()) is not None:
+            pieces = _limited(pieces, f"a file has more than {max_bytes:,} bytes", max_bytes)
+        elif not is_whole:
+            pieces = _limited(pieces, _too_large("a file without a length"), MAX_LOOKUP_BYTES)
     else:
         answer.headers.pop("Content-Encoding", None)  # httpx2 would decompress without a limit
         if answer.is_success and purpose == "log":
             pieces = _limited_lines(_decompressed(answer.stream, encoding))
         else:
             pieces = _decompressed(fast_enough(answer.stream), encoding)
-            pieces = _limited(pieces, "an answer to a lookup")
+            pieces = _limited(pieces, _too_large("an answer to a lookup"), MAX_LOOKUP_BYTES)
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -196,12 +218,12 @@ def _decompressed(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
             rest = decompressor.unconsumed_tail
 
 
-def _limited(pieces: Iterable[bytes], what: str) -> Iterator[bytes]:
+def _limited(pieces: Iterable[bytes], problem: str, max_bytes: int) -> Iterator[bytes]:
     n_bytes = 0
     for piece in pieces:
         n_bytes += len(piece)
-        if n_bytes > MAX_LOOKUP_BYTES:
-            raise _too_large(what)
+        if n_bytes > max_bytes:
+            raise httpx2.DecodingError(problem)
         yield piece
 
 
@@ -211,9 +233,9 @@ def _limited_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         end = piece.rfind(b"\n")
         n_bytes = n_bytes + len(piece) if end < 0 else len(piece) - end - 1
         if n_bytes > MAX_LOOKUP_BYTES:
-            raise _too_large("a line of a log")
+            raise httpx2.DecodingError(_too_large("a line of a log"))
         yield piece
 
 
-def _too_large(what: str) -> httpx2.DecodingError:
-    return httpx2.DecodingError(f"{what} has more than {MAX_LOOKUP_BYTES >> 20} MiB")
+def _too_large(what: str) -> str:
+    return f"{what} has more than {MAX_LOOKUP_BYTES >> 20} MiB"

@@ -31,6 +31,7 @@ from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.hub.answers import (
     COMPRESSION,
+    hide_unlisted,
     limit_body,
     limit_pages,
     limit_silence,
@@ -176,7 +177,8 @@ def _limit(session: httpx2.Client) -> httpx2.Client:
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
         requests.extend((note_purpose, limit_pages, limit_silence))
-        answers.extend((_require_short_pause, note_next_page, require_true_names, limit_body))
+        answers.extend((hide_unlisted, _require_short_pause, note_next_page))
+        answers.extend((require_true_names, limit_body))
     return session
 
 

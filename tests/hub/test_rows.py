@@ -164,7 +164,7 @@ def test_rows_are_read_from_the_files_that_the_hub_lists(hub, api, push):
     true = files["train.jsonl"]
     stored = hub.store.blobs.add(lines(others))
     files["train.jsonl"] = replace(true, sha256=stored, size_bytes=len(lines(others)))
-    said = "`train.jsonl` is another file than"
+    said = "`train.jsonl` does not have the digest that"
 
     assert said in message(api, "tests/sums")
     commits = {("tests/sums", None): sha}
@@ -469,7 +469,6 @@ def test_files_that_are_no_tables_are_not_opened(api, push, name, reader):
         ("train.jsonl", b"{}", {"configs": [{"data_files": [{"split": "train", "path": [[]]}]}]}),
         ("train.jsonl", b"{}", {"dataset_info": {"features": 5}}),
         ("dataset_infos.json", b'{"default": 5}', {}),
-        ("dataset_infos.json", b"[" * 100_000, {}),
     ],
 )
 def test_what_datasets_cannot_read_is_one_message(tmp_path, api, name, content, card):
