@@ -42,6 +42,8 @@ from lewis_hub.hub.answers import (
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
@@ -218,9 +220,13 @@ def is_transient(error: BaseException) -> bool:
 
 def _was_repeated(error: BaseException) -> bool:
     """Whether huggingface_hub itself repeated the call as often as it does; it repeats some."""
-    found = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    inner = [frame.f_locals for frame in found if frame.f_code is _http._http_backoff_base.__code__]
-    return any(known["nb_tries"] > known["max_retries"] for known in inner)
+    found = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    known = [frame.f_locals for frame in found if _package(frame) == "huggingface_hub"]
+    return any(one["nb_tries"] >= one["max_retries"] for one in known if "nb_tries" in one)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _is_passing(status: int) -> bool:
@@ -287,9 +293,8 @@ def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
     if isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
         return error.__cause__  # huggingface_hub wraps the errors of an upload
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
     has_cause = error.__cause__ is not None or getattr(error, "errno", None) is not None
-    if package != "huggingface_hub" or has_cause:  # hf-xet has neither frames nor numbers
+    if _package(frame) != "huggingface_hub" or has_cause:  # hf-xet has neither frames nor numbers
         return None
     number = int(found[1]) if (found := OS_ERROR.search(str(error))) else 0
     if number in DISK_FULL:
@@ -299,8 +304,7 @@ def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
 
 def _is_misread(error: Exception) -> bool:
     """Whether a client of the Hub failed in an answer, and not what it called or its caller."""
-    frames = traceback.walk_tb(error.__traceback__)
-    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
+    packages = [_package(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return (
         not {"huggingface_hub", "httpx2"}.isdisjoint(packages)
         and "datasets" not in packages
