@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
@@ -83,16 +83,18 @@ def limit_silence(request: httpx2.Request) -> None:
     request.extensions["timeout"] = limits | set_by_caller
 
 
-LISTED: dict[bytes, frozenset[str]] = {}  # address of the files of a commit -> their paths
+# In this context, of some repos: address of the files of a commit -> their paths
+LISTED: ContextVar[Mapping[bytes, Collection[str]] | None] = ContextVar("LISTED", default=None)
 
 
 def hide_unlisted(answer: httpx2.Response) -> None:
     """Let a file that was not listed not exist: `datasets` asks for cards and the like by name."""
-    path = answer.request.url.raw_path.partition(b"?")[0]
-    if (found := AT_COMMIT.search(path)) is None or answer.is_error:
+    path, listed = answer.request.url.raw_path.partition(b"?")[0], LISTED.get()
+    if answer.is_error or not listed or not (found := AT_COMMIT.search(path)):
         return
-    paths = LISTED.get(path[: found.end()])
-    if paths is not None and unquote(path[found.end() :].decode()) not in paths:
+    repo, commit = path[: found.start(1)], path[: found.end()]
+    is_known = any(address.startswith(repo) for address in listed)
+    if is_known and unquote(path[found.end() :].decode()) not in listed.get(commit, ()):
         answer.status_code = httpx2.codes.NOT_FOUND
         answer.headers["X-Error-Code"] = "EntryNotFound"
 

@@ -16,14 +16,12 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-import httpx2
 from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import sha256_of, starts_like_path, visible_files, write_whole
-from lewis_hub.hub.answers import LISTED
 from lewis_hub.hub.cache import has_digest
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
@@ -283,9 +281,6 @@ def _repo(hub_repo: HubRepo) -> Source:
         sha = listed_sha(info.sha)
         listed = map(listed_file, getattr(info, "siblings", None) or ())
         files = tuple(file for file in listed if _is_below(PurePath(file.path)))
-    if repo_type == "dataset":
-        address = httpx2.URL(replace(hub_repo, revision=sha).file_url("")).raw_path
-        LISTED[address] = frozenset(file.path for file in files)
     _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"

@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL, is_hidden, require_inside
+from lewis_hub.hub.answers import LISTED
 from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
@@ -160,11 +161,18 @@ def only_tables(*sources: Source) -> Iterator[None]:
     Of the repos of `sources` it reads the files at their commits.
     """
     library()
-    before = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
+    listed = dict(LISTED.get() or {})
+    for source in sources:
+        if source.folder is None:
+            address = httpx2.URL(HubRepo.of(HfApi(), source).file_url("")).raw_path
+            listed[address] = {file.path for file in source.files}
+    tables = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
+    files = LISTED.set(listed)
     try:
         yield
     finally:
-        TABLES_OF.reset(before)
+        TABLES_OF.reset(tables)
+        LISTED.reset(files)
 
 
 @cache
@@ -332,7 +340,7 @@ def describe_dataset(
     call = _dataset_call(source, config, split)
     if source.folder and source.folder.is_file():
         return DatasetDescription((ONLY_SPLIT,), ())
-    with _dataset_failures(api, source, config, split):
+    with _dataset_failures(api, source, config, split), only_tables(source):
         builder = retry(lambda: datasets.load_dataset_builder(**call, token=api.token))
         splits = tuple(builder.info.splits or builder.config.data_files or ())
         columns = tuple(builder.info.features or ())

@@ -41,6 +41,21 @@ def test_a_card_that_was_not_listed_says_nothing(hub, api, push, name):
     assert not (source.snapshot / name).exists()
 
 
+def test_the_card_of_another_commit_says_nothing(hub, api, push):
+    """A Hub may say that the commit that is asked for is another one."""
+    sha = push("me/rows", {"train.jsonl": ROWS}, "dataset")
+    source = resolve_dataset(api, "me/rows")
+    commits = hub.store.find("datasets", "me/rows").commits
+    other = commits[push("me/rows", {"README.md": CARD, "other.jsonl": OTHERS}, "dataset")]
+    files = {path: file for path, file in other.files.items() if path != "README.md"}
+    commits[sha] = replace(other, files=files)
+
+    assert describe_dataset(api, source, None, "train").splits == ("train",)
+    with pytest.raises(SourceError, match=f"`{other.sha}/train.jsonl` is another file than"):
+        load_rows(api, source, None, "train")
+    assert not list(cache_root().rglob("snapshots/*/README.md"))
+
+
 def test_a_file_of_rows_has_no_more_bytes_than_were_listed(hub, api, push, no_pauses):
     sha = push("me/rows", {"train.jsonl": ROWS}, "dataset")
     source = resolve_dataset(api, "me/rows")
