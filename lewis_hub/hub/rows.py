@@ -57,7 +57,10 @@ OUTSIDE_OF_TEXTS = re.compile(
 )
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 # errors of the cache that rows are written to
-OF_THE_DISK = {*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+OF_THE_DISK = {
+    *DISK_FULL,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),
+}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 

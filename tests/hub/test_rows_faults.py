@@ -119,7 +119,7 @@ def test_a_card_of_a_folder_is_not_read_whole_if_it_is_large(tmp_path, api):
     )
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE])
 def test_a_cache_that_cannot_be_written_is_no_fault_of_the_file(tmp_path, api, monkeypatch, number):
     """The command line has a message for each."""
     (tmp_path / "train.jsonl").write_bytes(ROWS)
