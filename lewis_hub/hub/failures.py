@@ -108,10 +108,12 @@ class HubRepo:
             return None
         if isinstance(self.api.token, str):
             return self.api.token
+        limit_waiting()  # trusted publishing and a login that has ended ask the Hub for a token
         try:
-            return get_token()
-        except (hf.OIDCError, hf.HfHubHTTPError, httpx2.TransportError):
-            return None  # trusted publishing failed: the calls themselves report the cause
+            found = get_token()
+        except (hf.OIDCError, httpx2.HTTPError, ValueError, *MISREAD):
+            return None  # the calls themselves report the cause
+        return found if isinstance(found, str) else None
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, each part on a line, without tokens and without credentials in addresses."""
@@ -343,7 +345,7 @@ def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> tuple[str, str]:
     status, host, noun = error.response.status_code, hub_repo.api.endpoint, hub_repo.repo_type
     said = " ".join((error.server_message or "").split()).rstrip(".")[:300]
     because = f": {said}" if said else ""
-    if error.response.url.path == SIGN_IN and status < 500:
+    if error.response.url.path == SIGN_IN and not _is_passing(status):
         remedy = f"Name this workflow in {hub_repo.url}/settings as a trusted publisher."
         return f"trusted publishing was refused{because}", remedy
     if isinstance(error, hf.GatedRepoError):
