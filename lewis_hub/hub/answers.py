@@ -57,7 +57,8 @@ def limit_pages(request: httpx2.Request) -> None:
     Raises:
         DecodingError: it has too many pages.
     """
-    number = PAGES.get(str(request.url), 0)
+    # a redirection of a page has its note, and no address of a page
+    number = max(PAGES.get(str(request.url), 0), request.extensions.get(PAGE, 0))
     request.extensions[PAGE] = number
     if number > MAX_PAGES:
         raise httpx2.DecodingError(f"a list has more than {MAX_PAGES:,} pages")

@@ -148,14 +148,19 @@ def test_what_huggingface_hub_repeats_is_not_repeated_once_more(later, no_pauses
 
 
 class Endless(BaseHTTPRequestHandler):
-    """Each page of a list names another one."""
+    """Each page of a list names another one, maybe one that is elsewhere."""
 
     def do_GET(self):
         self.server.n_asked += 1
+        here = f"http://{self.headers['Host']}"
+        if self.server.moves and self.path.startswith("/api/"):
+            self.send_response(302)
+            self.send_header("Location", f"{here}/elsewhere?x={self.server.n_asked}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(200)
-        following = (
-            f"http://{self.headers['Host']}/api/models/a/b/tree/main?x={self.server.n_asked}"
-        )
+        following = f"{here}/api/models/a/b/tree/main?x={self.server.n_asked}"
         self.send_header("Link", f'<{following}>; rel="next"')
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -165,10 +170,11 @@ class Endless(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_a_list_without_end_is_given_up(monkeypatch, no_pauses):
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_list_without_end_is_given_up(monkeypatch, no_pauses, moves):
     monkeypatch.setattr(answers, "MAX_PAGES", 5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        server.n_asked = 0
+        server.n_asked, server.moves = 0, moves
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = "http://{}:{}".format(*server.server_address)
         api = HfApi(endpoint=url, token=False)
@@ -176,4 +182,4 @@ def test_a_list_without_end_is_given_up(monkeypatch, no_pauses):
             call_hub(HubRepo.to_publish(api, "a/b"), lambda: [*api.list_repo_tree("a/b")])
         server.shutdown()
     assert str(error.value).startswith(f"a/b: cannot reach {url} (a list has more than 5 pages).\n")
-    assert server.n_asked == 6
+    assert server.n_asked == 6 * (1 + moves)
