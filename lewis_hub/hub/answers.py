@@ -70,7 +70,7 @@ def note_next_page(answer: httpx2.Response) -> None:
     if following:
         if len(PAGES) > 100 * MAX_PAGES:
             PAGES.clear()
-        address = str(answer.request.url.join(following))
+        address = str(httpx2.URL(following))  # as it is asked for: huggingface_hub joins nothing
         PAGES[address] = answer.request.extensions.get(PAGE, 0) + 1
 
 

@@ -160,7 +160,7 @@ class Endless(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
-        following = f"{here}/api/models/a/b/tree/main?x={self.server.n_asked}"
+        following = f"{here}/api/models/a/b/tree/main?x={self.server.n_asked}{self.server.end}"
         self.send_header("Link", f'<{following}>; rel="next"')
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -170,11 +170,11 @@ class Endless(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_a_list_without_end_is_given_up(monkeypatch, no_pauses, moves):
+@pytest.mark.parametrize(("moves", "end"), [(False, ""), (True, ""), (False, "#"), (True, "?")])
+def test_a_list_without_end_is_given_up(monkeypatch, no_pauses, moves, end):
     monkeypatch.setattr(answers, "MAX_PAGES", 5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        server.n_asked, server.moves = 0, moves
+        server.n_asked, server.moves, server.end = 0, moves, end
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = "http://{}:{}".format(*server.server_address)
         api = HfApi(endpoint=url, token=False)
