@@ -5,16 +5,21 @@ What the first request of a call asks for decides; a redirect cannot make a file
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urljoin
 
 import httpx2
+
+if TYPE_CHECKING:
+    from lewis_hub.hub.source import SourceFile
 
 MIN_BYTES_PER_S = 1024  # a slower answer is given up
 SPEED_AFTER_S = 30.0  # the speed is measured over so long
@@ -84,20 +89,69 @@ def limit_silence(request: httpx2.Request) -> None:
     request.extensions["timeout"] = limits | set_by_caller
 
 
-# In this context, of some repos: address of the files of a commit -> their paths
-LISTED: ContextVar[Mapping[bytes, Collection[str]] | None] = ContextVar("LISTED", default=None)
+# In this context, of some datasets: address of the files of a commit -> its files by path
+LISTED: ContextVar[Mapping[bytes, Mapping[str, SourceFile]] | None] = ContextVar(
+    "LISTED", default=None
+)
+TREE = re.compile(rb"/api(/datasets/[^/]+(?:/[^/]+)?)/tree/([0-9a-f]{40})(?:/(.*))?")
 
 
 def hide_unlisted(answer: httpx2.Response) -> None:
-    """Let a file that was not listed not exist: `datasets` asks for cards and the like by name."""
-    path, listed = answer.request.url.raw_path.partition(b"?")[0], LISTED.get()
-    if answer.is_error or not listed or not (found := AT_COMMIT.search(path)):
+    """Let a dataset have the files that it was resolved with, and no others, whatever is answered.
+
+    `datasets` lists them again, and asks for cards and the like by name.
+    """
+    path, _, query = answer.request.url.raw_path.partition(b"?")
+    listed, is_missing = LISTED.get(), answer.status_code == httpx2.codes.NOT_FOUND
+    if not listed or (answer.is_error and not is_missing):
         return
-    repo, commit = path[: found.start(1)], path[: found.end()]
-    is_known = any(address.startswith(repo) for address in listed)
-    if is_known and unquote(path[found.end() :].decode()) not in listed.get(commit, ()):
-        answer.status_code = httpx2.codes.NOT_FOUND
-        answer.headers["X-Error-Code"] = "EntryNotFound"
+    if found := TREE.search(path):
+        files = listed.get(path[: found.start()] + found[1] + b"/resolve/" + found[2] + b"/")
+        if files is not None:
+            folder = unquote((found[3] or b"").decode())
+            _answer_tree(answer, _tree(files, folder, recursive=b"recursive=true" in query.lower()))
+    elif found := AT_COMMIT.search(path):
+        repo, commit = path[: found.start(1)], path[: found.end()]
+        is_known = any(address.startswith(repo) for address in listed)
+        if is_known and unquote(path[found.end() :].decode()) not in listed.get(commit, ()):
+            _hide(answer)
+
+
+def _hide(answer: httpx2.Response) -> None:
+    answer.status_code = httpx2.codes.NOT_FOUND
+    answer.headers["X-Error-Code"] = "EntryNotFound"
+
+
+def _answer_tree(answer: httpx2.Response, entries: Sequence[Mapping[str, object]]) -> None:
+    if not entries:
+        _hide(answer)
+        return
+    assert isinstance(answer.stream, httpx2.SyncByteStream)
+    content = json.dumps(entries).encode()
+    for name in ("Link", "Content-Encoding", "Transfer-Encoding"):
+        answer.headers.pop(name, None)
+    answer.headers |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    answer.status_code, answer.stream = httpx2.codes.OK, _Body(answer.stream, iter([content]))
+
+
+def _tree(
+    files: Mapping[str, SourceFile], folder: str, *, recursive: bool
+) -> list[dict[str, object]]:
+    """The files and folders in a folder, and maybe in those, as the Hub lists them."""
+    inside = PurePosixPath(folder)
+    below = [path for path in map(PurePosixPath, files) if inside in path.parents]
+    folders = {one for path in below for one in path.parents if inside in one.parents}
+    shown = [path for path in (*folders, *below) if recursive or path.parent == inside]
+    return [_entry(str(path), files.get(str(path))) for path in sorted(shown)]
+
+
+def _entry(path: str, file: SourceFile | None) -> dict[str, object]:
+    if file is None:
+        return {"type": "directory", "path": path, "oid": "", "size": 0}
+    kind, _, oid = file.digest.partition(":")
+    lfs = {"oid": oid, "size": file.size_bytes, "pointerSize": 0}
+    entry: dict[str, object] = {"type": "file", "path": path, "oid": oid, "size": file.size_bytes}
+    return entry | ({"lfs": lfs} if kind == "sha256" else {})
 
 
 REDIRECTED: dict[str, str] = {}  # address that a HEAD was redirected to -> the commit that it asked

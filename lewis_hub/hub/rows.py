@@ -168,7 +168,7 @@ def only_tables(*sources: Source) -> Iterator[None]:
     for source in sources:
         if source.folder is None:
             address = httpx2.URL(HubRepo.of(HfApi(), source).file_url("")).raw_path
-            listed[address] = {file.path for file in source.files}
+            listed[address] = {file.path: file for file in source.files}
     tables = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
     files = LISTED.set(listed)
     try:

@@ -8,13 +8,15 @@ import os
 from dataclasses import replace
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.hf_api import RepoFolder
 
 from lewis_hub.cli.main import disk_failure
 from lewis_hub.documents import MAX_JSON_BYTES, MAX_JSON_VALUES
 from lewis_hub.errors import SourceError
 from lewis_hub.hub import fetch
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import describe_dataset, load_rows
+from lewis_hub.hub.rows import describe_dataset, load_rows, only_tables
 from lewis_hub.hub.source import cache_root
 
 ROWS, OTHERS = (b'{"text": "%s"}\n' % text for text in (b"yes", b"no"))
@@ -54,6 +56,44 @@ def test_the_card_of_another_commit_says_nothing(hub, api, push):
     with pytest.raises(SourceError, match=f"`{other.sha}/train.jsonl` is another file than"):
         load_rows(api, source, None, "train")
     assert not list(cache_root().rglob("snapshots/*/README.md"))
+
+
+@pytest.mark.parametrize("name", ["train-1.jsonl", "more/train.jsonl", "data/train.jsonl"])
+def test_a_file_that_the_hub_does_not_list_again_is_missed(hub, api, push, name):
+    sha = push("me/rows", {"train-0.jsonl": ROWS, name: OTHERS}, "dataset")
+    source = resolve_dataset(api, "me/rows")
+    kept = files_of(hub, sha).pop(name)
+
+    with pytest.raises(SourceError, match=f"it has no (file `{name}`|readable data files)"):
+        load_rows(api, source, None, "train")
+
+    files_of(hub, sha)[name] = kept
+    rows = load_rows(api, source, None, "train")
+    assert {row["text"] for row in rows.rows(range(len(rows)))} <= {"yes", "no"}
+
+
+def test_the_files_of_a_dataset_are_listed_as_the_hub_lists_them(hub, api, push):
+    large = {"deep/a/train.parquet": bytes(100), "deep/b.txt": b"b", "c d/é.txt": b"c", "e": b""}
+    source = resolve_dataset(api, "me/rows", push("me/rows", large, "dataset"))
+
+    def listed(folder, recursive):
+        found = api.list_repo_tree(
+            "me/rows", folder, recursive=recursive, revision=source.commit_sha, repo_type="dataset"
+        )
+        return {one.path: described(one) for one in found}
+
+    def described(one):
+        if isinstance(one, RepoFolder):
+            return "a folder"
+        return one.size, one.lfs.sha256 if one.lfs else one.blob_id
+
+    for folder in ("", "deep", "deep/a", "c d"):
+        for recursive in (False, True):
+            expected = listed(folder, recursive)
+            with only_tables(source):
+                assert listed(folder, recursive) == expected
+    with only_tables(source), pytest.raises(EntryNotFoundError):
+        listed("none", recursive=True)
 
 
 def test_a_file_of_rows_has_no_more_bytes_than_were_listed(hub, api, push, no_pauses):
