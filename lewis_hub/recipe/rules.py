@@ -109,7 +109,7 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         if embedding.source is None and embedding.force:
             remedy = "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
             yield ("tokenizer", "tokens", token), "`force` is set without a `source`.", remedy
-        if model and model not in by_name:
+        if model is not None and model not in by_name:
             problem = f"`{model}` is not one of the models."
             yield ("tokenizer", "tokens", token, "source"), problem, f"Write one of {models}."
     template = recipe.chat_template
