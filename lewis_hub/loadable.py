@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
-from lewis_hub.errors import TokenizerError
-from lewis_hub.files import text_of
+from lewis_hub.errors import SourceError, TokenizerError
+from lewis_hub.files import require_inside, text_of
 from lewis_hub.text_growth import require_modest_file
 
 # their settings become arguments of the tokenizer's class
@@ -20,6 +20,7 @@ PART = "question_encoder_tokenizer"  # a folder with a tokenizer, of which one o
 ARGUMENTS = "init_inputs"  # those without a name
 NEWER = "fast_tokenizer_files"  # in the folder
 HIDDEN = "additional_chat_templates/.*.jinja"  # which are no files of a source
+WEIGHTS = "*.safetensors"
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
 
@@ -54,10 +55,25 @@ def only_files_of(folder: Path) -> Iterator[None]:
     """Let transformers open no file but those of a folder, and run no code of a model.
 
     Raises:
-        SourceError: it fails, as it opens another file or a connection.
+        SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
     with without_code(), confined_to(folder):
+        _require_own_weights(folder)
         yield
+
+
+def _require_own_weights(folder: Path) -> None:
+    """Refuse weights elsewhere: safetensors opens files in Rust, which no hook sees."""
+    for file in folder.rglob(WEIGHTS):
+        require_inside(folder, file, SourceError)
+    for index in folder.rglob(f"{WEIGHTS}.index.json"):
+        found = read_json(text_of(index, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        shards = found.get("weight_map") if isinstance(found, dict) else None
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if not (isinstance(shard, str) and PureWindowsPath(shard).name == shard):
+                where = f"{folder}: {index.relative_to(folder).as_posix()}"
+                problem = f"it names {str(shard)[:100]!r}, which is no file beside it"
+                raise SourceError(where, problem, REMEDY)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import pytest
 
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+from lewis_hub.loadable import only_files_of
 
 ARGUMENTS = {"init_inputs": ["SECRET"]}
 
@@ -103,3 +104,24 @@ def test_a_hidden_chat_template_is_not_read(tmp_path):
 
     with pytest.raises(LewisHubError, match=r"`additional_chat_templates/\.x\.jinja` is used, but"):
         load_tokenizer(str(base), "zoo/model")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../elsewhere.safetensors", "ELSEWHERE", ".hidden.safetensors", "..", None]
+)
+def test_weights_elsewhere_are_none_of_a_model(shard, tmp_path):
+    """safetensors opens files in Rust, which no hook sees."""
+    module = tmp_path / "model" / "0_Transformer"
+    module.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes(b"")
+    (module / ".hidden.safetensors").symlink_to(elsewhere)
+    named = str(elsewhere) if shard == "ELSEWHERE" else shard
+    index = {"metadata": {}, "weight_map": {"a.weight": named}}
+    (module / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with (
+        pytest.raises(SourceError, match="is a link to outside|is no file beside it"),
+        only_files_of(tmp_path / "model"),
+    ):
+        pass

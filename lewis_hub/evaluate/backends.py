@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.loadable import only_files_of, require_loadable, without_code
-from lewis_hub.recipe.backend import ADDRESS, Backend, Option
+from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
 
 MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
@@ -81,9 +82,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
-        # vLLM starts processes and compilers
-        own = without_code() if settings.backend == "vllm" else only_files_of(folder)
-        with panics_as_errors(), own:
+        with panics_as_errors(), confinement(folder, settings):
             _require_loadable(folder)
             lm = load(path, settings)
             limit_tokenizer(path, getattr(lm, "tokenizer", None))
@@ -100,6 +99,17 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
             "Expected: config.json, tokenizer files and safetensors that transformers can load."
         )
         raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def confinement(folder: Path, settings: EvaluationSettings) -> AbstractContextManager[None]:
+    """What a model is loaded in: no code of it is run, and only its files are opened.
+
+    vLLM starts processes and compilers. What no recipe may set is of the user, and may name an
+    adapter or a kernel: files elsewhere are opened then.
+    """
+    yours = [name for name, _ in unsafe_args(settings.backend_args) if name != ADDRESS]
+    is_free = yours or settings.backend == "vllm"
+    return without_code() if is_free else only_files_of(folder)
 
 
 def _require_loadable(folder: Path) -> None:
