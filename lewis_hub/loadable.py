@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 
@@ -10,8 +10,9 @@ from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import SourceError, TokenizerError
 from lewis_hub.files import require_inside, text_of
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.text_growth import require_modest
 
+TOKENIZERS = "*tokenizer.*json"  # settings may choose one for a version of transformers
 # their settings become arguments of the tokenizer's class
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; of what to open
@@ -33,9 +34,14 @@ def require_loadable(folder: Path) -> None:
     folder instead, if there is one.
 
     Raises:
-        TokenizerError: as said, or as `require_modest_file`.
+        TokenizerError: as said, or as `require_modest`.
     """
-    require_modest_file(folder)
+    for file in filter(Path.is_file, folder.glob(TOKENIZERS)):
+        found = read_json(text_of(file, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        if isinstance(found, dict):
+            require_modest(str(folder), found)
+            model = found.get("model")
+            _require_values(file, model.items() if isinstance(model, dict) else (), is_whole=True)
     for place in (*folder.glob(PART), *folder.glob(HIDDEN)):
         problem = f"`{place.relative_to(folder).as_posix()}` is used, but no file of a tokenizer"
         raise TokenizerError(str(folder), problem, REMEDY)
@@ -44,10 +50,14 @@ def require_loadable(folder: Path) -> None:
         is_whole = name == SETTINGS[0] and (folder / "tokenizer.json").exists()
         with suppress(FileNotFoundError):
             found = read_json(text_of(folder / name, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
-            for key, value in _settings(found):
-                if _names_file(key, value, is_whole=is_whole):
-                    problem = f"`{key}` names a file, {str(value)[:100]}"
-                    raise TokenizerError(f"{folder}: {name}", problem, REMEDY)
+            _require_values(folder / name, _settings(found), is_whole=is_whole)
+
+
+def _require_values(file: Path, settings: Iterable[tuple[str, object]], *, is_whole: bool) -> None:
+    for key, value in settings:
+        if _names_file(key, value, is_whole=is_whole):
+            problem = f"`{key}` names a file, {str(value)[:100]}"
+            raise TokenizerError(f"{file.parent}: {file.name}", problem, REMEDY)
 
 
 @contextmanager

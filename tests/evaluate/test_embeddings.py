@@ -184,6 +184,27 @@ def test_no_module_is_read_outside_of_the_model(tmp_path):
         load_embedder(model, EvaluationSettings(backend="mteb"))
 
 
+@pytest.mark.parametrize("inner", [None, ".m", "q/.m"])
+def test_no_module_is_hidden(inner, tmp_path):
+    """Its files are none of the source: links in it were followed, and Rust opened the files."""
+    modules(tmp_path, "sentence_transformers.models.Router")
+    (tmp_path / ".m").mkdir()
+    if inner:
+        types = {inner: "sentence_transformers.models.StaticEmbedding"}
+        (tmp_path / "1_Dense" / "router_config.json").write_text(json.dumps({"types": types}))
+    else:
+        text = (tmp_path / "modules.json").read_text()
+        (tmp_path / "modules.json").write_text(text.replace("1_Dense", ".m"))
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(caught.value) == (
+        f"{tmp_path}: its module `{inner or '.m'}` is hidden, and so no file of the model.\n"
+        "Only the files of the model are used: use another one."
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "shape"),
     [
