@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PureWindowsPath
 
 from lewis_hub.audit_hook import confined_to
@@ -61,13 +61,17 @@ def _require_values(file: Path, settings: Iterable[tuple[str, object]], *, is_wh
 
 
 @contextmanager
-def only_files_of(folder: Path) -> Iterator[None]:
+def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     """Let transformers open no file but those of a folder, and run no code of a model.
+
+    Args:
+        folder: of the model.
+        and_others: also what options of the user name: only the weights are looked at.
 
     Raises:
         SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    with without_code(), confined_to(folder):
+    with without_code(), nullcontext() if and_others else confined_to(folder):
         _require_own_weights(folder)
         yield
 

@@ -137,8 +137,9 @@ def test_weights_elsewhere_are_none_of_a_model(shard, tmp_path):
     index = {"metadata": {}, "weight_map": {"a.weight": named}}
     (module / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    with (
-        pytest.raises(SourceError, match="is a link to outside|is no file beside it"),
-        only_files_of(tmp_path / "model"),
-    ):
-        pass
+    for and_others in (False, True):
+        with (
+            pytest.raises(SourceError, match="is a link to outside|is no file beside it"),
+            only_files_of(tmp_path / "model", and_others=and_others),
+        ):
+            pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import require_size_of_files
-from lewis_hub.loadable import only_files_of, require_loadable, without_code
+from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -82,7 +81,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
-        with panics_as_errors(), confinement(folder, settings):
+        with panics_as_errors(), only_files_of(folder, and_others=leads_elsewhere(settings)):
             _require_loadable(folder)
             lm = load(path, settings)
             limit_tokenizer(path, getattr(lm, "tokenizer", None))
@@ -101,15 +100,14 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
         raise EvaluationError(str(folder), problem, remedy) from error
 
 
-def confinement(folder: Path, settings: EvaluationSettings) -> AbstractContextManager[None]:
-    """What a model is loaded in: no code of it is run, and only its files are opened.
+def leads_elsewhere(settings: EvaluationSettings) -> bool:
+    """Whether loading a model has to open more than its files.
 
     vLLM starts processes and compilers. What no recipe may set is of the user, and may name an
-    adapter or a kernel: files elsewhere are opened then.
+    adapter or a kernel.
     """
     yours = [name for name, _ in unsafe_args(settings.backend_args) if name != ADDRESS]
-    is_free = yours or settings.backend == "vllm"
-    return without_code() if is_free else only_files_of(folder)
+    return bool(yours) or settings.backend == "vllm"
 
 
 def _require_loadable(folder: Path) -> None:

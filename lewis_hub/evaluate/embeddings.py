@@ -24,14 +24,14 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.display import Advance
 from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.backends import EvaluationSettings, confinement
+from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import is_hidden, require_inside
-from lewis_hub.loadable import require_loadable
+from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -99,7 +99,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
-        with confinement(folder, settings):
+        with only_files_of(folder, and_others=leads_elsewhere(settings)):
             _require_no_code(folder)
             for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
                 require_loadable(place)
