@@ -118,6 +118,7 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
             {"tokenizer_args": {"tokenizer_file": "/tmp/tokenizer.json"}},
             "/tmp/tokenizer.json",
         ),
+        ("sentence_bert_config.json", {"tokenizer_args": {"vocab": "LICENSE"}}, "LICENSE"),
         ("0_A/sentence_xlnet_config.json", {"tokenizer_name_or_path": "gpt2"}, "gpt2"),
         (
             "config.json",
@@ -131,7 +132,11 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
         ),
     ],
 )
-def test_settings_lead_to_no_other_model_kernel_or_function(name, settings, named, tmp_path):
+def test_settings_lead_to_no_other_model_kernel_or_function(
+    name, settings, named, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path.parent / "LICENSE").write_text("hunter2")  # in the working folder
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(settings))
