@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lewis_hub.recipe.backend import ADDRESS
+from lewis_hub.recipe.backend import ADDRESS, unsafe_args
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.parts import last_sections
@@ -59,7 +59,8 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 def only_by_options(recipe: Recipe) -> Iterator[Complaint]:
     """Find what the file of a recipe, which may be of someone else, may not set."""
-    for name, problem in recipe.evaluate.unsafe_args() if recipe.evaluate else ():
+    given = recipe.evaluate.backend_args if recipe.evaluate else None
+    for name, problem in unsafe_args(given or {}):
         remedy = "Remove it, and give it as an option, if you trust it: "
         if name == ADDRESS:  # which the backend needs
             remedy = "Remove `backend` and `backend_args`, and give them as options, if you trust "
