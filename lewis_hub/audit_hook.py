@@ -126,8 +126,8 @@ class _Rule:
 
     @classmethod
     def of(cls, folder: Path) -> _Rule:
-        folders = Path(_plain(folder)), Path(os.path.realpath(folder))
-        return cls(folders, _packages(), os.path.realpath(tempfile.gettempdir()), _n_exempt())
+        folders = Path(_plain(folder)), Path(_real(folder))
+        return cls(folders, _packages(), _real(tempfile.gettempdir()), _n_exempt())
 
     def allows(self, path: str, flags: int) -> bool:
         whole = Path.cwd() / path
@@ -137,7 +137,7 @@ class _Rule:
             if whole.is_relative_to(folder):
                 return _is_own(folder, whole)
         if flags & NEW == NEW:
-            return _is_in(os.path.realpath(path), {self.temporary})
+            return _is_in(_real(path), {self.temporary})
         return whole.is_dir()  # has no content; Python names it for a file without a name
 
 
@@ -166,12 +166,16 @@ def _packages() -> set[str]:
 
 def _both_forms(places: Set[str]) -> set[str]:
     """Folders as they are written, and without links."""
-    return {form(place) for place in places if place for form in (_plain, os.path.realpath)}
+    return {form(place) for place in places if place for form in (_plain, _real)}
 
 
 def _plain(path: str | Path) -> str:
     """An absolute path without `..`, whatever is a link in it."""
-    return os.path.normpath(Path(path).absolute())
+    return os.path.normcase(os.path.normpath(Path(path).absolute()))  # Windows has no case
+
+
+def _real(path: str | Path) -> str:
+    return os.path.normcase(os.path.realpath(path))
 
 
 def _is_in(path: str, folders: Set[str]) -> bool:
