@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import TokenizerError
 from lewis_hub.files import text_of
@@ -46,6 +47,17 @@ def require_loadable(folder: Path) -> None:
                 if _names_file(key, value, is_whole=is_whole):
                     problem = f"`{key}` names a file, {str(value)[:100]}"
                     raise TokenizerError(f"{folder}: {name}", problem, REMEDY)
+
+
+@contextmanager
+def only_files_of(folder: Path) -> Iterator[None]:
+    """Let transformers open no file but those of a folder, and run no code of a model.
+
+    Raises:
+        SourceError: it fails, as it opens another file or a connection.
+    """
+    with without_code(), confined_to(folder):
+        yield
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
 from lewis_hub.evaluate.empty_models import build_empty, builder, model_class, require_size_of_files
+from lewis_hub.loadable import only_files_of
 
 UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
 SHARES = "its blocks share weights, so it cannot be calibrated block by block"
@@ -184,7 +185,7 @@ def build_stacks(weights: Weights, device: str) -> list[MetaModel]:
     """Build a model, as `build_meta_model` does: its decoder, after its encoder if it has one."""
     checkpoint = weights.checkpoint
     try:
-        with refusals(checkpoint.label, "model"), quiet():
+        with refusals(checkpoint.label, "model"), quiet(), only_files_of(weights.folder):
             model, loading = _empty(weights, device)
         stacks: list[tuple[Any, Any]] = [(model, cast("Any", model).get_decoder())]
         if model.config.is_encoder_decoder:
@@ -233,7 +234,7 @@ def build_named(folder: Path, label: str) -> PreTrainedModel:
 
     A CalibrationModelError says that transformers cannot build it, or that it names none.
     """
-    with refusals(label, "model"), quiet():
+    with refusals(label, "model"), quiet(), only_files_of(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if not config.architectures:
             problem = "its config.json names no architecture"

@@ -22,7 +22,7 @@ from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import model_class, require_size_of_files
-from lewis_hub.loadable import require_loadable, without_code
+from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
     auto = transformers.AutoTokenizer
-    with refusals(name, "tokenizer"), panics_as_errors():
+    with refusals(name, "tokenizer"), panics_as_errors(), only_files_of(Path(folder)):
         require_loadable(Path(folder))
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         limit_tokenizer(name, loaded)
@@ -49,7 +49,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     A CalibrationModelError says that transformers cannot load it, that it needs own code, that
     weights of the architecture are not in the files, or that the GPUs have no room for it.
     """
-    with refusals(name, "model"), quiet():
+    with refusals(name, "model"), quiet(), only_files_of(folder):
         kind = model_class(folder)
         require_size_of_files(name, folder, kind)
         model, report = kind.from_pretrained(
@@ -253,13 +253,9 @@ def matrix(module: Linear) -> Tensor:
 
 @contextmanager
 def refusals(name: str, what: str) -> Iterator[None]:
-    """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one.
-
-    It runs none of its code meanwhile.
-    """
+    """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one."""
     try:
-        with without_code():
-            yield
+        yield
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where a configuration has values of other types

@@ -30,7 +30,7 @@ ELSEWHERE = {  # keys that lead out of `config.json` -> what is in a value that 
     re.compile(r"configuration_files"): ("", "another configuration"),
     re.compile(r"attribute_map"): ("", "other keys for its values"),
 }
-WITHOUT = "Remove it in a copy of the model: code of others is not run."
+WITHOUT = "Remove it in a copy of the model: only its own values and weights are used."
 DAMAGED = "The file is damaged: use an intact copy of the model."
 
 

@@ -15,7 +15,7 @@ from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import require_size_of_files
-from lewis_hub.loadable import require_loadable, without_code
+from lewis_hub.loadable import only_files_of, require_loadable, without_code
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -81,7 +81,9 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
-        with panics_as_errors(), without_code():
+        # vLLM starts processes and compilers
+        own = without_code() if settings.backend == "vllm" else only_files_of(folder)
+        with panics_as_errors(), own:
             _require_loadable(folder)
             lm = load(path, settings)
             limit_tokenizer(path, getattr(lm, "tokenizer", None))

@@ -31,7 +31,7 @@ from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
-from lewis_hub.loadable import require_loadable, without_code
+from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
@@ -98,13 +98,13 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
-        _require_no_code(folder)
-        for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
-            require_loadable(place)
-        for place in _models_in(folder):
-            require_size_of_files(str(place), place, transformers.AutoModel)
-        kind = getattr(sentence_transformers, _class_of(folder))
-        with without_code():
+        with only_files_of(folder):
+            _require_no_code(folder)
+            for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
+                require_loadable(place)
+            for place in _models_in(folder):
+                require_size_of_files(str(place), place, transformers.AutoModel)
+            kind = getattr(sentence_transformers, _class_of(folder))
             model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"

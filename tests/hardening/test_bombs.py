@@ -125,7 +125,7 @@ def test_a_kernel_of_the_hub_is_not_run(key, named, tmp_path):
 
     assert str(caught.value) == (
         f"{base}: `{key}` of its config.json names code of the Hub, {named}.\n"
-        "Remove it in a copy of the model: code of others is not run."
+        "Remove it in a copy of the model: only its own values and weights are used."
     )
 
 
