@@ -159,8 +159,8 @@ class _Value:
 def _require_limits(text: str, loader: type[yaml.SafeLoader]) -> None:
     """Refuse a document by its events, before PyYAML recurses into it."""
     if found := TAGS.search(text):  # libyaml compares each with all others; values repeat its text
-        line = text.count("\n", 0, found.end()) + 1
-        raise DocumentError("it has a `%TAG` directive, which is not read", line)
+        n_lines = text.count("\n", 0, found.end())
+        raise DocumentError("it has a `%TAG` directive, which is not read", n_lines + 1)
     around = [_Value(None)]  # the collections that an event is in
     complete: dict[str | None, _Value] = {}
     for event in yaml.parse(text, Loader=loader):

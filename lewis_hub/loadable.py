@@ -1,10 +1,11 @@
-"""What transformers must not do when it loads: files elsewhere, endless texts, code of a model."""
+"""What transformers must not do when it loads: files elsewhere, maps, endless texts, code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
@@ -51,13 +52,33 @@ def require_loadable(folder: Path) -> None:
 
 @contextmanager
 def only_files_of(folder: Path) -> Iterator[None]:
-    """Let transformers open no file but those of a folder, and run no code of a model.
+    """Let transformers open no file but those of a folder, map none, and run no code of a model.
 
     Raises:
         SourceError: it fails, as it opens another file or a connection.
     """
-    with without_code(), confined_to(folder):
+    with without_code(), weights_copied(), confined_to(folder):
         yield
+
+
+@contextmanager
+def weights_copied() -> Iterator[None]:
+    """Have transformers read weights: a file that is truncated under a map ends the process."""
+    import safetensors.torch
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    def read(*args: Any, **options: Any) -> Any:
+        return safe_open(*args, **{**options, "backend": "pread"})
+
+    modules: tuple[Any, ...] = (safetensors.torch, modeling_utils)
+    for module in modules:
+        module.safe_open = read
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.safe_open = safe_open
 
 
 @contextmanager
