@@ -8,6 +8,7 @@ that a library opens in C or Rust.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import sysconfig
@@ -24,16 +25,23 @@ from typing import Any
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_inside
 
-CONNECTIONS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+EVENTS = frozenset(  # of several hundred: most, such as that of `id`, are far more frequent
+    ("open", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+)
 PROGRAMS = (  # what is the same for all users, without secrets
-    *("/usr", "/lib", "/lib64", "/bin", "/opt", "/nix", "/sys", "/System", "/Library"),
+    *("/usr/lib", "/usr/lib64", "/usr/share", "/lib", "/lib64", "/nix", "/sys"),
+    *("/System", "/Library"),
     *("/etc/localtime", "/etc/mime.types", "/etc/os-release", "/etc/timezone"),
-    *("/dev/null", "/dev/urandom", "/proc/driver", "/proc/sys"),
+    *(os.devnull, "/dev/urandom", "/proc/driver", "/proc/sys"),
     *("/proc/cpuinfo", "/proc/filesystems", "/proc/meminfo", "/proc/mounts", "/proc/stat"),
     *("/proc/self/cgroup", "/proc/self/maps", "/proc/self/mountinfo", "/proc/self/mounts"),
     *("/proc/self/stat", "/proc/self/statm", "/proc/self/status", "/proc/version"),
 )
-IMPORT = ("<frozen importlib._bootstrap>", "_find_and_load")
+# what these functions open is not of a model: modules and what they read at once, logs
+NOT_OF_A_MODEL = {
+    ("<frozen importlib._bootstrap>", "_find_and_load"),
+    (logging.Logger.callHandlers.__code__.co_filename, "callHandlers"),
+}
 NEW = os.O_CREAT | os.O_EXCL
 REMEDY = "Its settings lead there; only the files of a model are used. Remove them in a copy."
 
@@ -48,7 +56,8 @@ class _OutsideError(PermissionError):
 def confined_to(folder: Path) -> Iterator[None]:
     """Let code of this thread open only files of a folder and of installed packages.
 
-    What a package opens when it is imported is allowed, too. Connections are refused.
+    What a package opens when it is imported is allowed, and what a log writes. Connections are
+    refused.
 
     Raises:
         SourceError: the block failed, as it opened another file or a connection.
@@ -85,7 +94,7 @@ def _install() -> None:
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event != "open" and event not in CONNECTIONS:
+    if event not in EVENTS:
         return
     rule: _Rule | None = getattr(_thread, "rule", None)
     if rule is None:
@@ -96,14 +105,14 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
         return
     else:
         refused = os.fsdecode(args[0])
-    if _n_imports() == rule.n_imports:
+    if _n_exempt() == rule.n_exempt:
         raise _OutsideError(errno.EACCES, "no file of the model", refused)
 
 
-def _n_imports() -> int:
-    """The imports in which this thread is."""
+def _n_exempt() -> int:
+    """The functions of NOT_OF_A_MODEL in which this thread is."""
     frames = (frame.f_code for frame, _ in walk_stack(sys._getframe()))
-    return sum((code.co_filename, code.co_name) == IMPORT for code in frames)
+    return sum((code.co_filename, code.co_name) in NOT_OF_A_MODEL for code in frames)
 
 
 @dataclass(frozen=True)
@@ -113,12 +122,12 @@ class _Rule:
     folders: Sequence[Path]  # the folder as it is written, and without links
     packages: Set[str]
     temporary: str  # the folder for temporary files; new ones are allowed
-    n_imports: int  # in which the block itself is run
+    n_exempt: int  # functions in which the block itself is run, such as the import of a script
 
     @classmethod
     def of(cls, folder: Path) -> _Rule:
         folders = Path(_plain(folder)), Path(os.path.realpath(folder))
-        return cls(folders, _packages(), os.path.realpath(tempfile.gettempdir()), _n_imports())
+        return cls(folders, _packages(), os.path.realpath(tempfile.gettempdir()), _n_exempt())
 
     def allows(self, path: str, flags: int) -> bool:
         whole = Path.cwd() / path
@@ -142,13 +151,22 @@ def _is_own(folder: Path, path: Path) -> bool:
 
 
 def _packages() -> set[str]:
-    """The folders from which Python and its packages are loaded, but not the working folder."""
+    """The folders from which Python and its packages are loaded.
+
+    The working folder and that of the script are in the path of Python, too, and may have any file.
+    """
     modules = list(sys.modules.items())
     ways = [getattr(one, "__path__", ()) for name, one in modules if "." not in name]
     found = {*sys.path, sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *PROGRAMS}
     found |= {str(place) for way in ways for place in way}
-    places = {_plain(place) for place in found if place}
-    return (places | {os.path.realpath(place) for place in places}) - {str(Path.cwd()), os.sep}
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""  # a notebook has none
+    yours = {str(Path.cwd()), str(Path(script).parent)}
+    return _both_forms(found) - _both_forms(yours) - {os.sep}
+
+
+def _both_forms(places: Set[str]) -> set[str]:
+    """Folders as they are written, and without links."""
+    return {form(place) for place in places if place for form in (_plain, os.path.realpath)}
 
 
 def _plain(path: str | Path) -> str:

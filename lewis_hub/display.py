@@ -22,6 +22,10 @@ CONTROL = re.compile(
 )
 COMMAND = re.compile(r"^([^\S\n]*:)(?=:)|##(?=\[)", re.MULTILINE)  # of a log of GitHub Actions
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]*@")
+# of the addresses that storage signs: who knows one can read or write the file for a while
+SIGNED = re.compile(
+    r"(?i)(?<=[?&])([\w-]*(?:signature|credential|policy|token|sig)=)[^\s&'\"<>)\\]+"
+)
 
 
 class Progress(Protocol):
@@ -93,8 +97,8 @@ def size(n_bytes: float) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """The text with addresses that name no user and no password."""
-    return USER_INFO.sub("", text)
+    """The text with addresses that have no user, no password and no signature."""
+    return SIGNED.sub(r"\1...", USER_INFO.sub("", text))
 
 
 def visible(text: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
-from lewis_hub.errors import TokenizerError
-from lewis_hub.files import text_of
-from lewis_hub.text_growth import require_modest_file
+from lewis_hub.errors import SourceError, TokenizerError
+from lewis_hub.files import require_inside, text_of
+from lewis_hub.text_growth import require_modest
 
+TOKENIZERS = "*tokenizer.*json"  # settings may choose one for a version of transformers
 # their settings become arguments of the tokenizer's class
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 PATHS = frozenset({"vocab", "merges", "gguf_file", "model_file"})  # as texts; of what to open
@@ -21,6 +22,7 @@ PART = "question_encoder_tokenizer"  # a folder with a tokenizer, of which one o
 ARGUMENTS = "init_inputs"  # those without a name
 NEWER = "fast_tokenizer_files"  # in the folder
 HIDDEN = "additional_chat_templates/.*.jinja"  # which are no files of a source
+WEIGHTS = "*.safetensors"
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
 
@@ -33,9 +35,14 @@ def require_loadable(folder: Path) -> None:
     folder instead, if there is one.
 
     Raises:
-        TokenizerError: as said, or as `require_modest_file`.
+        TokenizerError: as said, or as `require_modest`.
     """
-    require_modest_file(folder)
+    for file in filter(Path.is_file, folder.glob(TOKENIZERS)):
+        found = read_json(text_of(file, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        if isinstance(found, dict):
+            require_modest(str(folder), found)
+            model = found.get("model")
+            _require_values(file, model.items() if isinstance(model, dict) else (), is_whole=True)
     for place in (*folder.glob(PART), *folder.glob(HIDDEN)):
         problem = f"`{place.relative_to(folder).as_posix()}` is used, but no file of a tokenizer"
         raise TokenizerError(str(folder), problem, REMEDY)
@@ -44,21 +51,45 @@ def require_loadable(folder: Path) -> None:
         is_whole = name == SETTINGS[0] and (folder / "tokenizer.json").exists()
         with suppress(FileNotFoundError):
             found = read_json(text_of(folder / name, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
-            for key, value in _settings(found):
-                if _names_file(key, value, is_whole=is_whole):
-                    problem = f"`{key}` names a file, {str(value)[:100]}"
-                    raise TokenizerError(f"{folder}: {name}", problem, REMEDY)
+            _require_values(folder / name, _settings(found), is_whole=is_whole)
+
+
+def _require_values(file: Path, settings: Iterable[tuple[str, object]], *, is_whole: bool) -> None:
+    for key, value in settings:
+        if _names_file(key, value, is_whole=is_whole):
+            problem = f"`{key}` names a file, {str(value)[:100]}"
+            raise TokenizerError(f"{file.parent}: {file.name}", problem, REMEDY)
 
 
 @contextmanager
-def only_files_of(folder: Path) -> Iterator[None]:
+def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     """Let transformers open no file but those of a folder, map none, and run no code of a model.
 
+    Args:
+        folder: of the model.
+        and_others: also what options of the user name: only the weights are looked at.
+
     Raises:
-        SourceError: it fails, as it opens another file or a connection.
+        SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    with without_code(), weights_copied(), confined_to(folder):
+    only = nullcontext() if and_others else confined_to(folder)
+    with without_code(), weights_copied(), only:
+        _require_own_weights(folder)
         yield
+
+
+def _require_own_weights(folder: Path) -> None:
+    """Refuse weights elsewhere: safetensors opens files in Rust, which no hook sees."""
+    for file in folder.rglob(WEIGHTS):
+        require_inside(folder, file, SourceError)
+    for index in folder.rglob(f"{WEIGHTS}.index.json"):
+        found = read_json(text_of(index, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+        shards = found.get("weight_map") if isinstance(found, dict) else None
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if not (isinstance(shard, str) and PureWindowsPath(shard).name == shard):
+                where = f"{folder}: {index.relative_to(folder).as_posix()}"
+                problem = f"it names {str(shard)[:100]!r}, which is no file beside it"
+                raise SourceError(where, problem, REMEDY)
 
 
 @contextmanager

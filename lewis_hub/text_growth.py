@@ -12,12 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.documents import read_json
 from lewis_hub.errors import TokenizerError
-from lewis_hub.files import text_of
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
@@ -55,14 +53,6 @@ def require_modest(label: str, document: Mapping[str, Any]) -> None:
                 problem = f"it may make a text more than {limit:,} times as long"
                 remedy = "The file is damaged: use an intact copy."
                 raise TokenizerError(f"{label}: tokenizer.json", problem, remedy)
-
-
-def require_modest_file(folder: Path) -> None:
-    """Refuse what `require_modest` does in a folder, before transformers loads it."""
-    with suppress(FileNotFoundError):
-        found = read_json(text_of(folder / "tokenizer.json", MAX_TABLE_BYTES), MAX_TABLE_BYTES)
-        if isinstance(found, dict):
-            require_modest(str(folder), found)
 
 
 def require_modest_steps(label: str, tokenizer: Any) -> None:

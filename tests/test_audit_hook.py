@@ -1,6 +1,7 @@
 """Code that loads a model of others opens files of this model only."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -156,6 +157,39 @@ def test_the_working_folder_is_none_of_a_package(model, secret, monkeypatch):
 
     with pytest.raises(SourceError), confined_to(model):
         Path("secret").read_text()
+
+
+def test_the_folder_of_a_script_is_none_of_a_package(model, secret, tmp_path_factory):
+    """It is the first in the path of Python, and often the home of a user."""
+    script = secret.parent / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom lewis_hub.audit_hook import confined_to\n"
+        f"with confined_to(Path({str(model)!r})):\n    Path({str(secret)!r}).read_text()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    )
+
+    assert f"to load it opens {secret}, which is no file" in ended.stderr
+
+
+def test_a_log_file_of_yours_is_written(model, tmp_path):
+    """Libraries tell what they load, and a log may be opened, or begun anew, only then."""
+    handler = logging.FileHandler(tmp_path / "log", delay=True)
+    logger = logging.getLogger("library")
+    logger.addHandler(handler)
+    try:
+        with confined_to(model):
+            logger.warning("loaded")
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+    assert (tmp_path / "log").read_text() == "loaded\n"
 
 
 def test_packages_new_files_and_other_threads_go_on(model, secret):

@@ -156,6 +156,23 @@ def test_a_recipe_with_thousands_of_bad_entries_lists_the_first():
     assert (len(others), last) == (50, "There are more problems.")
 
 
+MANY = ", ".join(f"a/{n:x}" for n in range(6_000))
+GIVEN = ", ".join(f"t{n:x}: *t" for n in range(6_000))
+
+
+def test_a_recipe_of_very_many_models_and_tokens_is_read_in_linear_time():
+    head, parameters = "base_model: a/b\nmerge_method: linear\n", "parameters: {weight: 1}\n"
+    tokens = f"tokenizer: {{tokens: {{t: &t {{source: a/176f}}, {GIVEN}}}}}\n"
+    recipe = parse_recipe(f"{head}{parameters}models: [{MANY}]\n{tokens}", "r.yaml")
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"{head}models: [{', '.join(['a/b', *['a/c'] * 20_000])}]\n", "r.yaml")
+
+    assert (len(recipe.models), len(recipe.tokenizer.tokens)) == (6_000, 6_001)
+    assert str(caught.value) == (
+        "r.yaml:3: `models`: `a/c` is listed twice.\nList each expert once, with its weight."
+    )
+
+
 @pytest.mark.parametrize("text", [text for text, _ in YAML.values()], ids=YAML)
 def test_a_card_with_a_bomb_states_nothing(text, tmp_path, api):
     (tmp_path / "model.safetensors").write_bytes(b"weights")

@@ -7,8 +7,9 @@ import pytest
 
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+from lewis_hub.loadable import only_files_of
 
 ARGUMENTS = {"init_inputs": ["SECRET"]}
 
@@ -94,6 +95,23 @@ def test_the_tokenizer_json_of_a_folder_is_replaced_by_no_other(file, settings, 
         load_backend(base, EvaluationSettings())
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.4.0.0.json"])
+def test_the_vocabulary_of_a_tokenizer_is_in_its_file(name, folder, tmp_path_factory):
+    """transformers hands on what is there as a vocabulary, and Rust opens a text."""
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    secret.write_text("hunter2\n[UNK]\n")
+    model = {"type": "WordPiece", "vocab": str(secret), "unk_token": "[UNK]"}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    (folder / name).write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    settings = {"tokenizer_class": "BertTokenizer", "fast_tokenizer_files": [name]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(LewisHubError, match="`vocab` names a file"):
+        load_tokenizer(str(folder), "zoo/model")
+    with pytest.raises(LewisHubError, match="`vocab` names a file"):
+        load_backend(folder, EvaluationSettings())
+
+
 def test_a_hidden_chat_template_is_not_read(tmp_path):
     """A hidden link of a clone was followed, as nothing looks at hidden files of a source."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
@@ -103,3 +121,25 @@ def test_a_hidden_chat_template_is_not_read(tmp_path):
 
     with pytest.raises(LewisHubError, match=r"`additional_chat_templates/\.x\.jinja` is used, but"):
         load_tokenizer(str(base), "zoo/model")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../elsewhere.safetensors", "ELSEWHERE", ".hidden.safetensors", "..", None]
+)
+def test_weights_elsewhere_are_none_of_a_model(shard, tmp_path):
+    """safetensors opens files in Rust, which no hook sees."""
+    module = tmp_path / "model" / "0_Transformer"
+    module.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    elsewhere.write_bytes(b"")
+    (module / ".hidden.safetensors").symlink_to(elsewhere)
+    named = str(elsewhere) if shard == "ELSEWHERE" else shard
+    index = {"metadata": {}, "weight_map": {"a.weight": named}}
+    (module / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    for and_others in (False, True):
+        with (
+            pytest.raises(SourceError, match="is a link to outside|is no file beside it"),
+            only_files_of(tmp_path / "model", and_others=and_others),
+        ):
+            pass

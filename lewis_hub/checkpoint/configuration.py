@@ -27,6 +27,7 @@ ELSEWHERE = {  # keys that lead out of `config.json` -> what is in a value that 
     re.compile(r"checkpoint_path"): ("", "a file"),  # which timm opens
     re.compile(r"audio_tokenizer_name_or_path|class_info_file|repo_path"): ("", "files elsewhere"),
     re.compile(r"speculators_config"): ("name_or_path", "another model"),  # that vLLM runs instead
+    re.compile(r"transformers_weights"): ("", "other weights"),
     re.compile(r"configuration_files"): ("", "another configuration"),
     re.compile(r"attribute_map"): ("", "other keys for its values"),
 }

@@ -15,8 +15,8 @@ from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import require_size_of_files
-from lewis_hub.loadable import only_files_of, require_loadable, without_code
-from lewis_hub.recipe.backend import ADDRESS, Backend, Option
+from lewis_hub.loadable import only_files_of, require_loadable
+from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
 
 MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
@@ -81,9 +81,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
-        # vLLM starts processes and compilers
-        own = without_code() if settings.backend == "vllm" else only_files_of(folder)
-        with panics_as_errors(), own:
+        with panics_as_errors(), only_files_of(folder, and_others=leads_elsewhere(settings)):
             _require_loadable(folder)
             lm = load(path, settings)
             limit_tokenizer(path, getattr(lm, "tokenizer", None))
@@ -100,6 +98,16 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
             "Expected: config.json, tokenizer files and safetensors that transformers can load."
         )
         raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def leads_elsewhere(settings: EvaluationSettings) -> bool:
+    """Whether loading a model has to open more than its files.
+
+    vLLM starts processes and compilers. What no recipe may set is of the user, and may name an
+    adapter or a kernel.
+    """
+    yours = [name for name, _ in unsafe_args(settings.backend_args) if name != ADDRESS]
+    return bool(yours) or settings.backend == "vllm"
 
 
 def _require_loadable(folder: Path) -> None:

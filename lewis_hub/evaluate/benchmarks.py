@@ -31,8 +31,9 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden
+from lewis_hub.hub.dataset_cards import ELSEWHERE
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import ELSEWHERE, commit_cache, library, only_listed, only_tables
+from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (

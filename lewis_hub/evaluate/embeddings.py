@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,19 +24,20 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.display import Advance
 from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
-from lewis_hub.files import require_inside
+from lewis_hub.files import is_hidden, require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
+OTHER = "Only the files of the model are used: use another one."
 SAVE_AGAIN = "Load it in sentence-transformers and save it again."
 OWN, TOKENIZER = "sentence_transformers.", "tokenizer_class"
 CLASSES = (  # a file of a module -> its key with names of classes
@@ -98,7 +99,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
-        with only_files_of(folder):
+        with only_files_of(folder, and_others=leads_elsewhere(settings)):
             _require_no_code(folder)
             for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
                 require_loadable(place)
@@ -133,7 +134,12 @@ def _require_no_code(folder: Path) -> None:
         place = folder / str(module.get("path"))
         if place.exists():  # a module without settings needs no folder
             require_inside(folder, place, EvaluationError)
-        for kind in (str(module.get("type")), *_named_classes(place)):
+        inner = list(_inner_modules(place))
+        for path in (str(module.get("path")), *(path for path, _ in inner)):
+            if is_hidden(PurePath(path)):
+                problem = f"its module `{path}` is hidden, and so no file of the model"
+                raise EvaluationError(str(folder), problem, OTHER)
+        for kind in (str(module.get("type")), *(kind for _, kind in inner)):
             if not kind.startswith(OWN):
                 problem = f"its module `{kind}` is no class of sentence-transformers"
                 remedy = "No other code is run: use another model."
@@ -174,13 +180,13 @@ def _require_own_settings(folder: Path) -> None:
         if file.name.startswith("sentence_"):
             wrong += _texts(found.get(OTHER_TOKENIZER))
             handed = (value for key, value in found.items() if key.endswith(HANDED_ON))
-            wrong += (text for text in _texts([*handed]) if not WORD.fullmatch(text))
+            texts = _texts([*handed])  # Rust opens a file of the working folder, too
+            wrong += (one for one in texts if not WORD.fullmatch(one) or Path(one).is_file())
         wrong += _texts(found.get(ELSEWHERE.get(file.name, "")))
         if wrong:
             problem = f"its {file.relative_to(folder).as_posix()} names `{wrong[0][:100]}`, which "
             problem += "is not in its folder"
-            remedy = "Only the files of the model are used: use another one."
-            raise EvaluationError(str(folder), problem, remedy)
+            raise EvaluationError(str(folder), problem, OTHER)
         require_buildable(str(file.parent), found)
         _require_stored(folder, file, found)
 
@@ -196,15 +202,18 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _named_classes(place: Path) -> Iterator[str]:
-    """The classes that the configurations in a module's folder name; a router has other modules."""
+def _inner_modules(place: Path) -> Iterator[tuple[str, str]]:
+    """The paths and classes that the configurations in a module's folder name.
+
+    A router has other modules; a tokenizer has no path.
+    """
     for name, key in CLASSES:
         for file in sorted(place.rglob(name)):
             named = _read(file).get(key)
             if isinstance(named, Mapping):
-                yield from map(str, named.values())
+                yield from ((path, str(kind)) for path, kind in named.items())
             elif key == TOKENIZER and named is not None:
-                yield str(named)
+                yield "", str(named)
 
 
 def _class_of(folder: Path) -> str:

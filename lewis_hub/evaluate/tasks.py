@@ -51,6 +51,7 @@ TYPES: Mapping[str, tuple[Check, str]] = {
     "tag": (_are_texts, TEXTS),
     "dataset_path": (lambda value: isinstance(value, str), "text"),
     "dataset_kwargs": (lambda value: isinstance(value, Mapping), "mapping"),
+    "repeats": (lambda value: type(value) is int and value > 0, "whole number from 1 up"),
     **{
         f"{kind}_split": (lambda value: isinstance(value, str), "text")
         for kind in ("training", "validation", "test", "fewshot")
@@ -321,7 +322,7 @@ def locate_tasks(selection: TaskSelection) -> LocatedTasks:
 
 def _refuse_code(file: TaskFile, include: Path | None) -> None:
     config = file.config
-    metrics = [m.get("metric") for m in config.get("metric_list") or () if isinstance(m, Mapping)]
+    metrics = [metric.get("metric") for metric in _listed(config, "metric_list")]
     unsafe = config.get("unsafe_code", False) is not False or "code_eval" in metrics
     bundled = [m for m in file.modules if include not in {*m.parents, *file.path.parents}]
     if unsafe or runs_code(bundled, bundled_folder()):

@@ -5,15 +5,21 @@ What the first request of a call asks for decides; a redirect cannot make a file
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
-from urllib.parse import urljoin
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote, urljoin
 
 import httpx2
+
+if TYPE_CHECKING:
+    from lewis_hub.hub.source import SourceFile
 
 MIN_BYTES_PER_S = 1024  # a slower answer is given up
 SPEED_AFTER_S = 30.0  # the speed is measured over so long
@@ -23,9 +29,12 @@ MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
 MAX_PAGES = 1000  # of a list, such as that of a repo's files
+# of a file that huggingface_hub downloads itself, in this context; None: what it announces
+FILE_BYTES: ContextVar[int | None] = ContextVar("FILE_BYTES", default=None)
 PURPOSE = "lewis_hub.purpose"  # of a request: the key of its note
 LOOKUP = re.compile(
-    rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users)"
+    rb"/api/(models|datasets|spaces|jobs|scheduled-jobs|buckets|repos|whoami|organizations|users"
+    rb"|agent-harnesses)"  # which huggingface_hub asks for once a day
 )
 AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
 PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
@@ -53,7 +62,8 @@ def limit_pages(request: httpx2.Request) -> None:
     Raises:
         DecodingError: it has too many pages.
     """
-    number = PAGES.get(str(request.url), 0)
+    # a redirection of a page has its note, and no address of a page
+    number = max(PAGES.get(str(request.url), 0), request.extensions.get(PAGE, 0))
     request.extensions[PAGE] = number
     if number > MAX_PAGES:
         raise httpx2.DecodingError(f"a list has more than {MAX_PAGES:,} pages")
@@ -65,7 +75,7 @@ def note_next_page(answer: httpx2.Response) -> None:
     if following:
         if len(PAGES) > 100 * MAX_PAGES:
             PAGES.clear()
-        address = str(answer.request.url.join(following))
+        address = str(httpx2.URL(following))  # as it is asked for: huggingface_hub joins nothing
         PAGES[address] = answer.request.extensions.get(PAGE, 0) + 1
 
 
@@ -77,6 +87,71 @@ def limit_silence(request: httpx2.Request) -> None:
     asked = request.extensions.get("timeout") or {}
     set_by_caller = {kind: limit for kind, limit in asked.items() if limit is not None}
     request.extensions["timeout"] = limits | set_by_caller
+
+
+# In this context, of some datasets: address of the files of a commit -> its files by path
+LISTED: ContextVar[Mapping[bytes, Mapping[str, SourceFile]] | None] = ContextVar(
+    "LISTED", default=None
+)
+TREE = re.compile(rb"/api(/datasets/[^/]+(?:/[^/]+)?)/tree/([0-9a-f]{40})(?:/(.*))?")
+
+
+def hide_unlisted(answer: httpx2.Response) -> None:
+    """Let a dataset have the files that it was resolved with, and no others, whatever is answered.
+
+    `datasets` lists them again, and asks for cards and the like by name.
+    """
+    path, _, query = answer.request.url.raw_path.partition(b"?")
+    listed, is_missing = LISTED.get(), answer.status_code == httpx2.codes.NOT_FOUND
+    if not listed or (answer.is_error and not is_missing):
+        return
+    if found := TREE.search(path):
+        files = listed.get(path[: found.start()] + found[1] + b"/resolve/" + found[2] + b"/")
+        if files is not None:
+            folder = unquote((found[3] or b"").decode())
+            _answer_tree(answer, _tree(files, folder, recursive=b"recursive=true" in query.lower()))
+    elif found := AT_COMMIT.search(path):
+        repo, commit = path[: found.start(1)], path[: found.end()]
+        is_known = any(address.startswith(repo) for address in listed)
+        if is_known and unquote(path[found.end() :].decode()) not in listed.get(commit, ()):
+            _hide(answer)
+
+
+def _hide(answer: httpx2.Response) -> None:
+    answer.status_code = httpx2.codes.NOT_FOUND
+    answer.headers["X-Error-Code"] = "EntryNotFound"
+
+
+def _answer_tree(answer: httpx2.Response, entries: Sequence[Mapping[str, object]]) -> None:
+    if not entries:
+        _hide(answer)
+        return
+    assert isinstance(answer.stream, httpx2.SyncByteStream)
+    content = json.dumps(entries).encode()
+    for name in ("Link", "Content-Encoding", "Transfer-Encoding"):
+        answer.headers.pop(name, None)
+    answer.headers |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
+    answer.status_code, answer.stream = httpx2.codes.OK, _Body(answer.stream, iter([content]))
+
+
+def _tree(
+    files: Mapping[str, SourceFile], folder: str, *, recursive: bool
+) -> list[dict[str, object]]:
+    """The files and folders in a folder, and maybe in those, as the Hub lists them."""
+    inside = PurePosixPath(folder)
+    below = [path for path in map(PurePosixPath, files) if inside in path.parents]
+    folders = {one for path in below for one in path.parents if inside in one.parents}
+    shown = [path for path in (*folders, *below) if recursive or path.parent == inside]
+    return [_entry(str(path), files.get(str(path))) for path in sorted(shown)]
+
+
+def _entry(path: str, file: SourceFile | None) -> dict[str, object]:
+    if file is None:
+        return {"type": "directory", "path": path, "oid": "", "size": 0}
+    kind, _, oid = file.digest.partition(":")
+    lfs = {"oid": oid, "size": file.size_bytes, "pointerSize": 0}
+    entry: dict[str, object] = {"type": "file", "path": path, "oid": oid, "size": file.size_bytes}
+    return entry | ({"lfs": lfs} if kind == "sha256" else {})
 
 
 REDIRECTED: dict[str, str] = {}  # address that a HEAD was redirected to -> the commit that it asked
@@ -123,7 +198,8 @@ def _purpose(request: httpx2.Request) -> Purpose:
 def limit_body(answer: httpx2.Response) -> None:
     """Limit the speed and the size of an answer, as its request's purpose allows.
 
-    A file is as long as it announces. A line of a log has at most the length of a lookup.
+    A file is as long as it announces, or has at most FILE_BYTES. A line of a log has at most the
+    length of a lookup.
 
     Raises:
         RemoteProtocolError: a file is compressed.
@@ -137,14 +213,17 @@ def limit_body(answer: httpx2.Response) -> None:
             problem = f"compressed bytes ({encoding[:40]}) came in place of the file's"
             raise httpx2.RemoteProtocolError(problem)
         pieces = fast_enough(answer.stream)
-        pieces = pieces if is_whole else _limited(pieces, "a file without a length")
+        if (max_bytes := FILE_BYTES.get()) is not None:
+            pieces = _limited(pieces, f"a file has more than {max_bytes:,} bytes", max_bytes)
+        elif not is_whole:
+            pieces = _limited(pieces, _too_large("a file without a length"), MAX_LOOKUP_BYTES)
     else:
         answer.headers.pop("Content-Encoding", None)  # httpx2 would decompress without a limit
         if answer.is_success and purpose == "log":
             pieces = _limited_lines(_decompressed(answer.stream, encoding))
         else:
             pieces = _decompressed(fast_enough(answer.stream), encoding)
-            pieces = _limited(pieces, "an answer to a lookup")
+            pieces = _limited(pieces, _too_large("an answer to a lookup"), MAX_LOOKUP_BYTES)
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -196,12 +275,12 @@ def _decompressed(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
             rest = decompressor.unconsumed_tail
 
 
-def _limited(pieces: Iterable[bytes], what: str) -> Iterator[bytes]:
+def _limited(pieces: Iterable[bytes], problem: str, max_bytes: int) -> Iterator[bytes]:
     n_bytes = 0
     for piece in pieces:
         n_bytes += len(piece)
-        if n_bytes > MAX_LOOKUP_BYTES:
-            raise _too_large(what)
+        if n_bytes > max_bytes:
+            raise httpx2.DecodingError(problem)
         yield piece
 
 
@@ -211,9 +290,9 @@ def _limited_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         end = piece.rfind(b"\n")
         n_bytes = n_bytes + len(piece) if end < 0 else len(piece) - end - 1
         if n_bytes > MAX_LOOKUP_BYTES:
-            raise _too_large("a line of a log")
+            raise httpx2.DecodingError(_too_large("a line of a log"))
         yield piece
 
 
-def _too_large(what: str) -> httpx2.DecodingError:
-    return httpx2.DecodingError(f"{what} has more than {MAX_LOOKUP_BYTES >> 20} MiB")
+def _too_large(what: str) -> str:
+    return f"{what} has more than {MAX_LOOKUP_BYTES >> 20} MiB"

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx2
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub import errors as hf
-from huggingface_hub.utils import get_token, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    _http,
+    get_token,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.display import without_credentials
@@ -26,6 +31,7 @@ from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.hub.answers import (
     COMPRESSION,
+    hide_unlisted,
     limit_body,
     limit_pages,
     limit_silence,
@@ -36,6 +42,8 @@ from lewis_hub.hub.answers import (
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
@@ -100,10 +108,12 @@ class HubRepo:
             return None
         if isinstance(self.api.token, str):
             return self.api.token
+        limit_waiting()  # trusted publishing and a login that has ended ask the Hub for a token
         try:
-            return get_token()
-        except (hf.OIDCError, hf.HfHubHTTPError, httpx2.TransportError):
-            return None  # trusted publishing failed: the calls themselves report the cause
+            found = get_token()
+        except (hf.OIDCError, httpx2.HTTPError, ValueError, *MISREAD):
+            return None  # the calls themselves report the cause
+        return found if isinstance(found, str) else None
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, each part on a line, without tokens and without credentials in addresses."""
@@ -145,13 +155,35 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls."""
-    session = get_session()  # a lost connection makes a new one
+    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls.
+
+    The limits hold in later sessions, too: where huggingface_hub itself repeats a call, a refused
+    connection makes a new one.
+    """
+    make = _http._GLOBAL_CLIENT_FACTORY  # there is no public attribute
+    if not isinstance(make, _LimitedSessions):
+        _http._GLOBAL_CLIENT_FACTORY = _LimitedSessions(make)
+    _limit(get_session())  # it may have been made before
+
+
+@dataclass(frozen=True)
+class _LimitedSessions:
+    """Makes sessions whose calls are limited."""
+
+    make: Callable[[], httpx2.Client]
+
+    def __call__(self) -> httpx2.Client:
+        return _limit(self.make())
+
+
+def _limit(session: httpx2.Client) -> httpx2.Client:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
         requests.extend((note_purpose, limit_pages, limit_silence))
-        answers.extend((_require_short_pause, note_next_page, require_true_names, limit_body))
+        answers.extend((hide_unlisted, _require_short_pause, note_next_page))
+        answers.extend((require_true_names, limit_body))
+    return session
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:
@@ -178,12 +210,25 @@ def retry_transfer(call: Callable[[], object], done: Callable[[], int], at_least
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a moment later."""
+    """Whether the same call may succeed a moment later, and was not repeated yet."""
+    if _was_repeated(error):
+        return False
     if isinstance(error, hf.HfHubHTTPError):
         return _is_passing(error.response.status_code)
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, httpx2.UnsupportedProtocol | httpx2.ProxyError)
     return isinstance(error, OSError) and CUT in str(error)
+
+
+def _was_repeated(error: BaseException) -> bool:
+    """Whether huggingface_hub itself repeated the call as often as it does; it repeats some."""
+    found = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    known = [frame.f_locals for frame in found if _package(frame) == "huggingface_hub"]
+    return any(one["nb_tries"] >= one["max_retries"] for one in known if "nb_tries" in one)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _is_passing(status: int) -> bool:
@@ -250,9 +295,8 @@ def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
     if isinstance(error.__cause__, (httpx2.HTTPError, *MISREAD, ValueError)):
         return error.__cause__  # huggingface_hub wraps the errors of an upload
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
     has_cause = error.__cause__ is not None or getattr(error, "errno", None) is not None
-    if package != "huggingface_hub" or has_cause:  # hf-xet has neither frames nor numbers
+    if _package(frame) != "huggingface_hub" or has_cause:  # hf-xet has neither frames nor numbers
         return None
     number = int(found[1]) if (found := OS_ERROR.search(str(error))) else 0
     if number in DISK_FULL:
@@ -262,8 +306,7 @@ def _cause_of(error: OSError | RuntimeError) -> BaseException | None:
 
 def _is_misread(error: Exception) -> bool:
     """Whether a client of the Hub failed in an answer, and not what it called or its caller."""
-    frames = traceback.walk_tb(error.__traceback__)
-    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
+    packages = [_package(frame) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return (
         not {"huggingface_hub", "httpx2"}.isdisjoint(packages)
         and "datasets" not in packages
@@ -302,7 +345,7 @@ def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> tuple[str, str]:
     status, host, noun = error.response.status_code, hub_repo.api.endpoint, hub_repo.repo_type
     said = " ".join((error.server_message or "").split()).rstrip(".")[:300]
     because = f": {said}" if said else ""
-    if error.response.url.path == SIGN_IN and status < 500:
+    if error.response.url.path == SIGN_IN and not _is_passing(status):
         remedy = f"Name this workflow in {hub_repo.url}/settings as a trusted publisher."
         return f"trusted publishing was refused{because}", remedy
     if isinstance(error, hf.GatedRepoError):

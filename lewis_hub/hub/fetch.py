@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from lewis_hub.display import Advance
 from lewis_hub.documents import MAX_JSON_VALUES, count_values
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_inside, require_room
+from lewis_hub.hub.answers import FILE_BYTES
 from lewis_hub.hub.cache import (
     MAX_SMALL_BYTES,
     blob_path,
@@ -117,7 +118,20 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         require_small(source, file)
     if source.local_folder:
         return _with_few_values(source, source.local_folder)
-    received = ByteCounter(bytes_to_download(source, only), advance)
+    fetch_files(api, source, _missing_files(source, only), advance)
+    return _with_few_values(source, source.snapshot)
+
+
+def fetch_files(
+    api: HfApi, source: Source, files: Sequence[SourceFile], advance: Advance = lambda _: None
+) -> None:
+    """Download files of a repo into the cache, each with the digest that the Hub lists.
+
+    Raises:
+        OutputError, SourceError: as `fetch`.
+    """
+    missing = _not_cached(source, files)
+    received = ByteCounter(_bytes_to_download(source, missing), advance)
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
         content = f"the files of {source.pinned}"
@@ -127,14 +141,12 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     pool = ThreadPoolExecutor(N_DOWNLOADS)
     try:
         with hub_failures(hub_repo):
-            missing = _missing_files(source, only)
             for _ in pool.map(lambda file: _fetch_file(hub_repo, file, received, stop), missing):
                 pass
     finally:
         stop.set()  # after an interruption the threads end at their next piece
         pool.shutdown(wait=False, cancel_futures=True)
     received.add(received.total - received.n_bytes)
-    return _with_few_values(source, source.snapshot)
 
 
 def _with_few_values(source: Source, folder: Path) -> Path:
@@ -153,7 +165,11 @@ def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
     """The bytes that `fetch` would download; files and parts that are cached do not count."""
     if source.local_folder:
         return 0
-    blobs = {blob_path(source.name, source.repo_type, f): f for f in _missing_files(source, only)}
+    return _bytes_to_download(source, _missing_files(source, only))
+
+
+def _bytes_to_download(source: Source, files: Sequence[SourceFile]) -> int:
+    blobs = {blob_path(source.name, source.repo_type, file): file for file in files}
     return sum(
         max(0, file.size_bytes - (size_of(blob) or size_of(partial_path(blob))))
         for blob, file in blobs.items()
@@ -262,7 +278,11 @@ def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFil
     allowed = (f for f in selected if f.path in weights or not f.path.endswith(NEVER))
     if not source.is_adapter:  # with peft, transformers would look for an adapter beside the model
         allowed = (f for f in allowed if f.path not in ADAPTERS)
-    return [file for file in allowed if not (source.snapshot / file.path).exists()]
+    return _not_cached(source, allowed)
+
+
+def _not_cached(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
+    return [file for file in files if not (source.snapshot / file.path).exists()]
 
 
 def _fetch_file(
@@ -288,7 +308,11 @@ def _download_from_xet(hub_repo: HubRepo, file: SourceFile, received: ByteCounte
     Raises:
         SourceError: it is not the file that the Hub lists; the cache does not have it then.
     """
-    path = retry(lambda: _through_cache(hub_repo, file.path, received.add))
+    before = FILE_BYTES.set(file.size_bytes)
+    try:
+        path = retry(lambda: _through_cache(hub_repo, file.path, received.add))
+    finally:
+        FILE_BYTES.reset(before)
     blob = blob_path(hub_repo.name, hub_repo.repo_type, file)
     named = blob.with_name(path.readlink().name) if path.is_symlink() else blob
     is_listed = (path, named) == (snapshot_path(hub_repo, file), blob)

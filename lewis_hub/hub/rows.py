@@ -24,11 +24,12 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, constants
 
-from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import is_hidden, require_inside
+from lewis_hub.files import DISK_FULL, is_hidden, require_inside
+from lewis_hub.hub.answers import LISTED
+from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
-from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.fetch import fetch_files
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
 from lewis_hub.limits import TooMuchError, limited
@@ -40,19 +41,6 @@ READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
 TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
-README = "README.md"
-CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
-ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
-# options of a card that are letters: pandas reads longer ones as patterns
-LETTERS = ("sep", "delimiter", "thousands", "decimal", "comment", "quotechar", "escapechar")
-SPACES = r"\s+"
-# texts that are in tables, and name no data
-CONTENTS = frozenset(
-    {"description", "names", "column_names", "index_col", "usecols", "columns", "field"}
-    | {"na_values", "true_values", "false_values"}
-)
-# `datasets` tries all places for each wildcard in a name, and for each `**`
-MAX_STARS, MAX_DOUBLE_STARS = 3, 2
 ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
@@ -68,6 +56,11 @@ OUTSIDE_OF_TEXTS = re.compile(
     rb"([\[\]{}]|null|\Z)"
 )
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
+# errors of the cache that rows are written to
+OF_THE_DISK = {
+    *DISK_FULL,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),
+}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -171,11 +164,18 @@ def only_tables(*sources: Source) -> Iterator[None]:
     Of the repos of `sources` it reads the files at their commits.
     """
     library()
-    before = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
+    listed = dict(LISTED.get() or {})
+    for source in sources:
+        if source.folder is None:
+            address = httpx2.URL(HubRepo.of(HfApi(), source).file_url("")).raw_path
+            listed[address] = {file.path: file for file in source.files}
+    tables = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
+    files = LISTED.set(listed)
     try:
         yield
     finally:
-        TABLES_OF.reset(before)
+        TABLES_OF.reset(tables)
+        LISTED.reset(files)
 
 
 @cache
@@ -200,7 +200,7 @@ def _limit_readers() -> None:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
         for source in sources:
-            _require_at_commit(source, self.config.data_files or {})
+            _fetch_rows(HfApi(token=self.token), source, self.config.data_files or {})
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
@@ -298,13 +298,17 @@ def _undecoded(features: Any) -> Any:
     return features and _visit(features, leave)
 
 
-def _require_at_commit(source: Source, data_files: Mapping[str, Sequence[str]]) -> None:
-    """Refuse addresses of other files of a repo than it had when it was resolved."""
+def _fetch_rows(api: HfApi, source: Source, data_files: Mapping[str, Sequence[str]]) -> None:
+    """Download what `datasets` will read of a repo: it would take as many bytes as are answered.
+
+    Addresses of other files than the repo had when it was resolved are refused.
+    """
     repo = f"hf://datasets/{source.name}@"
-    listed = {f"{repo}{source.commit_sha}/{file.path}" for file in source.files}
-    for address in chain.from_iterable(data_files.values()):
-        if address.startswith(repo) and address not in listed:
-            raise HubRepo.of(HfApi(), source).another_file(address.removeprefix(repo))
+    listed = {f"{repo}{source.commit_sha}/{file.path}": file for file in source.files}
+    named = [one for one in chain.from_iterable(data_files.values()) if one.startswith(repo)]
+    if others := [address for address in named if address not in listed]:
+        raise HubRepo.of(api, source).another_file(others[0].removeprefix(repo))
+    fetch_files(api, source, [listed[address] for address in named])
 
 
 def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
@@ -339,74 +343,13 @@ def describe_dataset(
     call = _dataset_call(source, config, split)
     if source.folder and source.folder.is_file():
         return DatasetDescription((ONLY_SPLIT,), ())
-    with _dataset_failures(api, source, config, split):
+    with _dataset_failures(api, source, config, split), only_tables(source):
         builder = retry(lambda: datasets.load_dataset_builder(**call, token=api.token))
         splits = tuple(builder.info.splits or builder.config.data_files or ())
         columns = tuple(builder.info.features or ())
         if splits and re.split(r"\W", split)[0] not in splits:
             raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
     return DatasetDescription(splits, columns)
-
-
-def require_own_files(api: HfApi, source: Source) -> None:
-    """Refuse a dataset whose card names data elsewhere: `datasets` would ask any host for it.
-
-    Raises:
-        SourceError: the card, which `datasets` reads without limits, names an address or a path
-            out of the repo, or is beyond the limits.
-    """
-    if source.folder and source.folder.is_file():
-        return
-    for name in CARDS:
-        content = _local(source.folder, name) if source.folder else read_small(api, source, name)
-        text = (content or b"").decode("utf-8", errors="replace")
-        try:
-            card = read_yaml(front_matter(text.removeprefix("\ufeff")) if name == README else text)
-        except DocumentError as error:
-            remedy = "Repair its card, or use another dataset."
-            raise SourceError(source.pinned, f"`{name}` cannot be read: {error}", remedy) from None
-        configs = card.get("configs") if isinstance(card, dict) else None
-        for problem, remedy in _wrongs(configs):
-            raise SourceError(source.pinned, f"`{name}` {problem}", remedy)
-
-
-def _wrongs(configs: Any) -> Iterator[tuple[str, str]]:
-    """Problem and remedy of each part of a card that `datasets` must not read."""
-    for key, text in _texts(configs):
-        n_stars = max(part.count("*") for part in text.split("/"))
-        if key in LETTERS:
-            if len(text) > 2 and text != SPACES:
-                problem = f"sets `{key}` to a pattern: {text[:100]}"
-                yield problem, "Use a dataset whose tables are separated by one letter."
-        elif ELSEWHERE.search(text):
-            problem = f"names data that is not in it: {text[:100]}"
-            yield problem, "Use a dataset that has its data itself."
-        elif text.count("**") > MAX_DOUBLE_STARS or n_stars > MAX_STARS:
-            problem = f"names its data by too many wildcards: {text[:100]}"
-            yield problem, "Use a dataset that names its files."
-
-
-def _local(folder: Path, name: str) -> bytes:
-    file = folder / name
-    if os.path.lexists(file):  # a link to nothing, too
-        require_inside(folder, file, SourceError)
-    if not file.is_file():
-        return b""
-    with file.open("rb") as opened:
-        return opened.read(MAX_JSON_BYTES)
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The texts in `configs` that may name data, each with the key that it has."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            if key or name not in CONTENTS:
-                yield from _texts(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
 
 
 def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, Any]:
@@ -448,8 +391,9 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where cards and files have values of other types
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
+        for cause in (error, error.__cause__):
+            if isinstance(cause, OSError) and cause.errno in OF_THE_DISK:
+                raise cause from None
         raise _unloadable(source, config, split, error) from error
 
 

@@ -65,7 +65,7 @@ def _folders(source: Source, listed: bytes) -> Iterator[str]:
     except (ValueError, TypeError, KeyError) as error:
         problem = f"`{MODULES}` is no list of modules: {error}"
         raise SourceError(source.pinned, problem, DAMAGED) from None
-    for folder in filter(None, folders):
+    for folder in dict.fromkeys(filter(None, folders)):  # a list of 16 MB may repeat one
         if not FOLDER.fullmatch(folder):
             problem = f"`{MODULES}` names the folder {folder!r}, whose files are not carried"
             remedy = "Load it in sentence-transformers and save it again: it writes `1_Pooling`."

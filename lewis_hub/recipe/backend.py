@@ -103,12 +103,13 @@ class Running(Part):
             raise ValueError(f"`{other[0]}` does not apply to `backend: mteb`")
         return self
 
-    def unsafe_args(self) -> Iterator[tuple[str, str]]:
-        """Yield the names of `backend_args` that a recipe may not set, and why."""
-        for name, value in (self.backend_args or {}).items():
-            if name == ADDRESS and not HERE.fullmatch(str(value)):
-                yield name, "it is not on this machine, and would get the prompts and your API key."
-            elif name not in (ADDRESS, *TEXTS, *EXACTNESS, *SIZE):
-                yield name, "it may name code, files or hosts, and a recipe may be of someone else."
-            elif name in EXACTNESS and isinstance(value, str) and not WORD.fullmatch(value):
-                yield name, "it may name code of the Hub, and a recipe may be of someone else."
+
+def unsafe_args(given: Mapping[str, Option]) -> Iterator[tuple[str, str]]:
+    """Yield the names of `backend_args` that a recipe may not set, and why."""
+    for name, value in given.items():
+        if name == ADDRESS and not HERE.fullmatch(str(value)):
+            yield name, "it is not on this machine, and would get the prompts and your API key."
+        elif name not in (ADDRESS, *TEXTS, *EXACTNESS, *SIZE):
+            yield name, "it may name code, files or hosts, and a recipe may be of someone else."
+        elif name in EXACTNESS and isinstance(value, str) and not WORD.fullmatch(value):
+            yield name, "it may name code of the Hub, and a recipe may be of someone else."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lewis_hub.recipe.backend import ADDRESS
+from lewis_hub.recipe.backend import ADDRESS, unsafe_args
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.parts import last_sections
@@ -58,7 +59,8 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 def only_by_options(recipe: Recipe) -> Iterator[Complaint]:
     """Find what the file of a recipe, which may be of someone else, may not set."""
-    for name, problem in recipe.evaluate.unsafe_args() if recipe.evaluate else ():
+    given = recipe.evaluate.backend_args if recipe.evaluate else None
+    for name, problem in unsafe_args(given or {}):
         remedy = "Remove it, and give it as an option, if you trust it: "
         if name == ADDRESS:  # which the backend needs
             remedy = "Remove `backend` and `backend_args`, and give them as options, if you trust "
@@ -98,13 +100,9 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
-    tokenizer = recipe.effective_tokenizer
+    tokenizer, by_name = recipe.effective_tokenizer, recipe.by_name
     path: FieldPath = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
-    if (
-        tokenizer
-        and tokenizer.source not in ("base", "union")
-        and not recipe.reference(tokenizer.source)
-    ):
+    if tokenizer and tokenizer.source not in ("base", "union") and tokenizer.source not in by_name:
         problem = f"`{tokenizer.source}` is not one of the models."
         yield path, problem, f"Write `base`, `union` or one of {models}."
     for token, embedding in (tokenizer.tokens if tokenizer else {}).items():
@@ -112,12 +110,12 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         if embedding.source is None and embedding.force:
             remedy = "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
             yield ("tokenizer", "tokens", token), "`force` is set without a `source`.", remedy
-        if model and not recipe.reference(model):
+        if model is not None and model not in by_name:
             problem = f"`{model}` is not one of the models."
             yield ("tokenizer", "tokens", token, "source"), problem, f"Write one of {models}."
     template = recipe.chat_template
     named = template in ("auto", *CHAT_TEMPLATES)
-    if template and not named and "{" not in template and not recipe.reference(template):
+    if template and not named and "{" not in template and template not in by_name:
         problem = f"`{template}` is neither one of the models nor a template."
         listed = ", ".join(f"`{name}`" for name in CHAT_TEMPLATES)
         remedy = f"Write `auto`, one of {models}, {listed}, or the template's text (Jinja)."
@@ -234,8 +232,8 @@ def _places_of_experts(recipe: Recipe) -> Iterator[tuple[FieldPath, RoutedExpert
 def _repeated(recipe: Recipe, models: Iterable[ModelReference]) -> list[str]:
     """The models that are listed more than once; adapters are put on `base_model` by default."""
     base = recipe.base_model
-    names = [str(one.model_copy(update={"on": None}) if one.on == base else one) for one in models]
-    return sorted({name for name in names if names.count(name) > 1})
+    names = (str(one.model_copy(update={"on": None}) if one.on == base else one) for one in models)
+    return sorted(name for name, n_times in Counter(names).items() if n_times > 1)
 
 
 def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -330,11 +328,12 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 def _align_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     first = recipe.base_model or next((one.model for one in recipe.models), None)
+    by_texts = aligns_by_texts(recipe)
     for index, entry in enumerate(recipe.models):
         if entry.align and entry.model == first:
             problem = f"`{entry.model}` is the model that the others are aligned with."
             yield ("models", index, "align"), problem, "Remove it here, and set it on the others."
-        if recipe.calibration_of(entry) is None and aligns_by_texts(recipe):
+        if recipe.calibration_of(entry) is None and by_texts:
             problem = f"`align` needs calibration data, but `{entry.model}` has none."
             remedy = "Add `calibration` to the recipe."
             if not any(one.align and one.align.always_runs for one in recipe.models):

@@ -439,12 +439,13 @@ class Recipe(Mixture):
         source = self.tokenizer_source
         return self.tokenizer if source is None else Tokenizer(source=source)
 
-    def reference(self, name: str) -> ModelReference | None:
-        """The base or model with this name, given with or without its revision."""
+    @property
+    def by_name(self) -> Mapping[str, ModelReference]:
+        """The base and the models by their names with and without revisions, the first of each."""
         listed = [entry.model for entry in self.models or self.experts]
         known = [self.base_model, *listed] if self.base_model else listed
-        exact = [model for model in known if str(model) == name]
-        return next(iter(exact or [model for model in known if model.name == name]), None)
+        exact = {str(model): model for model in reversed(known)}
+        return {model.name: model for model in reversed(known)} | exact
 
     @property
     def output_dtype(self) -> DType | None:

@@ -169,7 +169,8 @@ def _tokenizer_request(
     if tokenizer:
         tokens = (token.model for token in tokenizer.tokens.values())
         names += [tokenizer.source, *(model for model in tokens if model)]
-    named = {name: references[model] for name in names if (model := recipe.reference(name))}
+    by_name = recipe.by_name
+    named = {name: references[by_name[name]] for name in names if name in by_name}
     models = (sources.donor,) if recipe.mixed else sources.models
     if recipe.slices and not tokenizer and not measurement.calibrations:
         ends = (recipe.slices[0], recipe.slices[-1])

@@ -126,13 +126,14 @@ def _pin_calibration(
 
 def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, names: Mapping[str, str]) -> None:
     """Pin models that are named as source of the tokenizer, a token or the chat template."""
+    by_name = recipe.by_name
 
     def pin(place: dict[str, Any], key: str) -> None:
         name = place.get(key)
         if not isinstance(name, str) or name in ("base", "union"):
             return
-        if model := recipe.reference(name):
-            place[key] = names[str(model)]
+        if name in by_name:
+            place[key] = names[str(by_name[name])]
 
     pin(document, "tokenizer_source")
     pin(document, "chat_template")

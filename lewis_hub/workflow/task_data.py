@@ -13,8 +13,8 @@ from lewis_hub.errors import EvaluationError, SourceError
 from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import require_own_files
 from lewis_hub.hub.source import Source
 
 

@@ -240,9 +240,10 @@ def verify_files(
     problems: list[str] = []
     total = sum(file.n_bytes for file in lock.outputs.values())
     found: dict[str, str] = {}
+    files = {file.path: file for file in source.files}
     with progress.stage("Verifying", total, "bytes") as advance:
         for path, expected in lock.outputs.items():
-            if file := source.file(path):
+            if file := files.get(path):
                 found[path] = _sha256(source, path, file.digest, api)
             problems += _problems(file, expected, path, found.get(path))
             advance(expected.n_bytes)

@@ -80,6 +80,7 @@ def test_what_models_have_is_within_the_limits():
         ({"backbone": "local-dir:/home/me"}, "a model elsewhere, local-dir:/home/me"),
         ({"speculators_config": {"verifier": {"name_or_path": "a/b"}}}, "another model, {'verifi"),
         ({"model_args": {"checkpoint_path": "a.pth"}}, "a file, a.pth"),
+        ({"transformers_weights": "b.safetensors"}, "other weights, b.safetensors"),
         ({"attn_implementation": "evil/kernel"}, "code of the Hub, evil/kernel"),
     ],
 )

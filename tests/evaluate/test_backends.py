@@ -126,6 +126,16 @@ def test_arguments_that_a_backend_lacks_are_refused(good_model):
         load(good_model, EvaluationSettings(backend_args={"no_such": 1}))
 
 
+def test_an_option_of_yours_may_name_another_model(good_model, poor_model):
+    """Such as an adapter: only the settings of a model lead nowhere else."""
+    plain = load(poor_model, EvaluationSettings()).model
+    both = load(poor_model, EvaluationSettings(backend_args={"delta": str(good_model)})).model
+
+    added = load(good_model, EvaluationSettings()).model.state_dict()
+    expected = {name: one + added[name] for name, one in plain.state_dict().items()}
+    assert all(one.equal(expected[name]) for name, one in both.state_dict().items())
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="it is installed")
 def test_vllm_is_an_extra(good_model):
     with pytest.raises(ExtraMissingError) as caught:

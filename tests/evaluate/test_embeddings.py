@@ -118,6 +118,7 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
             {"tokenizer_args": {"tokenizer_file": "/tmp/tokenizer.json"}},
             "/tmp/tokenizer.json",
         ),
+        ("sentence_bert_config.json", {"tokenizer_args": {"vocab": "LICENSE"}}, "LICENSE"),
         ("0_A/sentence_xlnet_config.json", {"tokenizer_name_or_path": "gpt2"}, "gpt2"),
         (
             "config.json",
@@ -131,7 +132,11 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
         ),
     ],
 )
-def test_settings_lead_to_no_other_model_kernel_or_function(name, settings, named, tmp_path):
+def test_settings_lead_to_no_other_model_kernel_or_function(
+    name, settings, named, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path.parent / "LICENSE").write_text("hunter2")  # in the working folder
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(settings))
@@ -182,6 +187,27 @@ def test_no_module_is_read_outside_of_the_model(tmp_path):
 
     with pytest.raises(EvaluationError, match="`../other` is a link to outside of the folder"):
         load_embedder(model, EvaluationSettings(backend="mteb"))
+
+
+@pytest.mark.parametrize("inner", [None, ".m", "q/.m"])
+def test_no_module_is_hidden(inner, tmp_path):
+    """Its files are none of the source: links in it were followed, and Rust opened the files."""
+    modules(tmp_path, "sentence_transformers.models.Router")
+    (tmp_path / ".m").mkdir()
+    if inner:
+        types = {inner: "sentence_transformers.models.StaticEmbedding"}
+        (tmp_path / "1_Dense" / "router_config.json").write_text(json.dumps({"types": types}))
+    else:
+        text = (tmp_path / "modules.json").read_text()
+        (tmp_path / "modules.json").write_text(text.replace("1_Dense", ".m"))
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(caught.value) == (
+        f"{tmp_path}: its module `{inner or '.m'}` is hidden, and so no file of the model.\n"
+        "Only the files of the model are used: use another one."
+    )
 
 
 @pytest.mark.parametrize(

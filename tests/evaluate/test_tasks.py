@@ -361,6 +361,8 @@ def listed_twice():
         ({"one.yaml": "task: one\ndataset_path: [json]\n"}, "`dataset_path` is no text."),
         ({"one.yaml": "task: one\ndataset_kwargs: [1]\n"}, "`dataset_kwargs` is no mapping."),
         ({"one.yaml": f"task: one\nfewshot_split: [a]\n{SCORED}"}, "`fewshot_split` is no text."),
+        ({"one.yaml": f"task: one\nrepeats: '2'\n{SCORED}"}, "`repeats` is no whole number from 1"),
+        ({"one.yaml": f"task: one\nrepeats: true\n{SCORED}"}, "`repeats` is no whole number"),
     ],
 )
 def test_task_files_without_end_or_of_other_types_are_refused(tmp_path, files, problem):

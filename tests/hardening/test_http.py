@@ -14,7 +14,8 @@ from dataclasses import replace
 import pytest
 from effort import SEED, times
 from faulty_proxy import FAULTS
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.utils import _auth
 
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub.cache import MAX_SMALL_BYTES
@@ -234,6 +235,56 @@ def test_a_refusal_is_one_message_whatever_the_hub_answers_about_it(
         resolve_model(HfApi(endpoint=behind.url, token=False), name, revision)
 
     assert behind.n_struck
+    assert len(str(raised.value).splitlines()) == 2
+
+
+SIGN_IN = ("POST", "/oauth/token", 0)
+NO_TOKENS = (b"{}", b"[]", b"5", b'{"access_token": 5}', b'{"access_token": null}')
+
+
+@pytest.fixture
+def published_by_identity(hub, behind, pauses_s, tmp_path, monkeypatch):
+    """A push with a token that the Hub gives to the identity of a workflow."""
+    operation = Push(hub)
+    operation.folder = tmp_path
+    operation.prepare()
+    monkeypatch.setattr(constants, "ENDPOINT", behind.url)
+    monkeypatch.setattr(_auth, "_OIDC_TOKEN_CACHE", None)
+    monkeypatch.setenv("HF_OIDC_RESOURCE", operation.repo)
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "signed by GitHub")
+    hub.publishers["signed by GitHub"] = operation.repo
+    api = HfApi(endpoint=behind.url)
+    return lambda: publish(api, tmp_path, operation.repo, PUSH, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["a page", "too deep", "nothing", "a redirect loop", "not compressed", "cut", "429 for a day"],
+)
+def test_a_wrong_answer_to_a_sign_in_is_one_message(behind, published_by_identity, fault):
+    behind.reset((SIGN_IN, fault, True))
+    with pytest.raises(PublishError) as raised:
+        published_by_identity()
+
+    assert behind.n_struck
+    assert len(str(raised.value).splitlines()) == 2
+    assert ("limits the rate of requests" in str(raised.value)) == (fault == "429 for a day")
+    behind.reset()
+    assert published_by_identity().changed
+
+
+@pytest.mark.parametrize("token", NO_TOKENS)
+def test_a_sign_in_without_a_token_is_one_message(behind, published_by_identity, token):
+    forward = behind.answered
+
+    def without(method, target, answer):
+        answer = forward(method, target, answer)
+        return answer.sending(token) if target == SIGN_IN[1] else answer
+
+    behind.answered = without
+    with pytest.raises(PublishError) as raised:
+        published_by_identity()
+
     assert len(str(raised.value).splitlines()) == 2
 
 

@@ -154,6 +154,17 @@ def test_a_lookup_reads_a_limited_answer(no_pauses, wrong):
     assert peak_bytes < 2 * answers.MAX_LOOKUP_BYTES + 16_000_000
 
 
+@pytest.mark.parametrize("path", ["/api/whoami-v2", "/api/models/a", "/api/agent-harnesses"])
+def test_what_huggingface_hub_reads_whole_is_a_lookup(no_pauses, monkeypatch, path):
+    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    with (
+        answering(200, {}, bytes(60_000)) as api,
+        pytest.raises(SourceError, match="an answer to a lookup has more than"),
+        hub_failures(HubRepo(api, "tests/model")),
+    ):
+        get_session().get(api.endpoint + path)
+
+
 SHA1 = "0" * 40
 WRONGLY_LISTED = [
     {"sha": 5},

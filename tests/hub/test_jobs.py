@@ -104,6 +104,19 @@ def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_paus
     api.cancel_job(job_id=job.id, namespace=ME)
 
 
+def test_a_log_that_never_comes_is_asked_for_six_times(api, running, no_pauses):
+    """huggingface_hub itself repeats this call five times."""
+    job = run(api, "import time; time.sleep(60)")
+    fault = running.fail("/logs", "drop", times=100)
+
+    with pytest.raises(PublishError, match="cannot reach"):
+        jobs.follow(api, job, lambda _: None)
+
+    assert fault.times == 100 - 6
+    running.faults.clear()
+    api.cancel_job(job_id=job.id, namespace=ME)
+
+
 def test_a_cancelled_job_ends_with_its_children(api, tmp_path):
     sign = tmp_path / "alive"
     child = f"import time; time.sleep(2); open({str(sign)!r}, 'w')"

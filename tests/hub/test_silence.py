@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
+from running_server import running
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import answers
@@ -76,15 +77,90 @@ def test_limits_of_callers_stay(method, limit_s):
     }
 
 
+class Later(BaseHTTPRequestHandler):
+    """Each call is to be repeated later."""
+
+    def do_POST(self):
+        self.server.n_asked += 1
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Retry-After", self.server.after_s)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def later():
+    """A server that does not answer until it is activated, and then with 503."""
+    server = HTTPServer(("127.0.0.1", 0), Later, bind_and_activate=False)
+    server.server_bind()
+    server.n_asked, server.address = 0, f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+    with ExitStack() as stack:
+
+        def start():
+            server.server_activate()
+            stack.enter_context(running(server))
+
+        server.start = start
+        yield server
+
+
+def refusal_of_an_upload(server):
+    """The error of a call that huggingface_hub itself repeats."""
+    api, addition = HfApi(endpoint=server.address, token="hf_test"), CommitOperationAdd("x", b"x")
+    with pytest.raises(PublishError) as error:
+        call_hub(
+            HubRepo.to_publish(api, "me/merge"),
+            lambda: api.preupload_lfs_files("me/merge", [addition]),
+        )
+    return str(error.value)
+
+
+def test_the_limits_hold_after_a_connection_was_refused(later, monkeypatch):
+    later.after_s, pauses = "86400", []
+
+    def wait(pause_s):
+        if not pauses:
+            later.start()
+        pauses.append(pause_s)
+
+    monkeypatch.setattr("time.sleep", wait)
+    assert refusal_of_an_upload(later) == (
+        f"me/merge: {later.address} answers 503 and requires a pause of 86,400 s.\n"
+        "Calls wait at most 60 s. Wait that long, then run the same command again: finished work "
+        "is kept."
+    )
+    assert (pauses, later.n_asked) == ([1], 1)
+
+
+def test_what_huggingface_hub_repeats_is_not_repeated_once_more(later, no_pauses):
+    later.after_s = "59"
+    later.start()
+    assert refusal_of_an_upload(later) == (
+        f"me/merge: {later.address} still fails with 503 after several attempts.\n"
+        "This is usually temporary: wait a little, then run the same command again: finished work "
+        "is kept."
+    )
+    assert later.n_asked == 6
+
+
 class Endless(BaseHTTPRequestHandler):
-    """Each page of a list names another one."""
+    """Each page of a list names another one, maybe one that is elsewhere."""
 
     def do_GET(self):
         self.server.n_asked += 1
+        here = f"http://{self.headers['Host']}"
+        if self.server.moves and self.path.startswith("/api/"):
+            self.send_response(302)
+            self.send_header("Location", f"{here}/elsewhere?x={self.server.n_asked}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(200)
-        following = (
-            f"http://{self.headers['Host']}/api/models/a/b/tree/main?x={self.server.n_asked}"
-        )
+        following = f"{here}/api/models/a/b/tree/main?x={self.server.n_asked}{self.server.end}"
         self.send_header("Link", f'<{following}>; rel="next"')
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -94,10 +170,11 @@ class Endless(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def test_a_list_without_end_is_given_up(monkeypatch, no_pauses):
+@pytest.mark.parametrize(("moves", "end"), [(False, ""), (True, ""), (False, "#"), (True, "?")])
+def test_a_list_without_end_is_given_up(monkeypatch, no_pauses, moves, end):
     monkeypatch.setattr(answers, "MAX_PAGES", 5)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        server.n_asked = 0
+        server.n_asked, server.moves, server.end = 0, moves, end
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = "http://{}:{}".format(*server.server_address)
         api = HfApi(endpoint=url, token=False)
@@ -105,4 +182,4 @@ def test_a_list_without_end_is_given_up(monkeypatch, no_pauses):
             call_hub(HubRepo.to_publish(api, "a/b"), lambda: [*api.list_repo_tree("a/b")])
         server.shutdown()
     assert str(error.value).startswith(f"a/b: cannot reach {url} (a list has more than 5 pages).\n")
-    assert server.n_asked == 6
+    assert server.n_asked == 6 * (1 + moves)

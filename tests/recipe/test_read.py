@@ -55,6 +55,10 @@ BROKEN = {
         "r.yaml:6: `tokenizer.tokens.<x>.source`: `a/x` is not one of the models.\n"
         "Write one of `a/b`, `a/c@main`."
     ),
+    GOOD + "tokenizer: {tokens: {<x>: {source: ''}}}\n": (
+        "r.yaml:6: `tokenizer.tokens.<x>.source`: `` is not one of the models.\n"
+        "Write one of `a/b`, `a/c@main`."
+    ),
     GOOD + "tokenizer: {tokens: {<x>: {force: true}}}\n": (
         "r.yaml:6: `tokenizer.tokens.<x>`: `force` is set without a `source`.\n"
         "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."

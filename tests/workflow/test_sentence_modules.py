@@ -59,6 +59,20 @@ def test_other_weights_of_a_module_are_a_problem_before_any_download(tmp_path):
     assert problem in str(caught.value)
 
 
+def test_the_weights_of_a_module_that_is_listed_very_often_are_compared_once(api, tmp_path):
+    base, expert = embedder(tmp_path / "base", 0), embedder(tmp_path / "expert", 1, dense=1)
+    sources = [resolve_model(api, str(folder), None) for folder in (base, expert)]
+    read = []
+
+    def content(source, path):
+        read.append(path)
+        listed = json.dumps([{"path": "2_Dense"}] * 1000).encode()
+        return listed if path == "modules.json" else source.name.encode()
+
+    assert len(module_problems(sources, content)) == 1
+    assert read == ["modules.json", *["2_Dense/model.safetensors"] * 2]
+
+
 def test_pickled_weights_of_a_module_are_a_problem(tmp_path):
     base, expert = embedder(tmp_path / "base", 0), embedder(tmp_path / "expert", 1)
     weights = base / "2_Dense" / "model.safetensors"
