@@ -26,6 +26,7 @@ MAX_TABLE_BYTES = 100_000_000  # of a vocabulary, a header, an index of shards, 
 MAX_JSON_VALUES = 4_000_000  # a header of some 300,000 tensors, a vocabulary of a million tokens
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
+TAGS = re.compile("(?:^\ufeff?|[\r\n\x85\u2028\u2029])%TAG")  # a directive that shortens tags
 END_OF_FRONT_MATTER = re.compile(r"[\r\n]---(?:\r\n|\n|\Z)")
 
 QuickLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -105,6 +106,7 @@ def _opened(
     """Open a text within the limits; PyYAML's errors are raised as DocumentErrors."""
     _require_size(text, max_bytes)
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         _require_limits(text, loader)
         reader = loader(text)
         try:
@@ -154,8 +156,11 @@ class _Value:
         self.height = max(self.height, inner.height + 1)
 
 
-def _require_limits(text: str | bytes, loader: type[yaml.SafeLoader]) -> None:
+def _require_limits(text: str, loader: type[yaml.SafeLoader]) -> None:
     """Refuse a document by its events, before PyYAML recurses into it."""
+    if found := TAGS.search(text):  # libyaml compares each with all others; values repeat its text
+        n_lines = text.count("\n", 0, found.end())
+        raise DocumentError("it has a `%TAG` directive, which is not read", n_lines + 1)
     around = [_Value(None)]  # the collections that an event is in
     complete: dict[str | None, _Value] = {}
     for event in yaml.parse(text, Loader=loader):

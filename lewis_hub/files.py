@@ -182,6 +182,11 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
+def path_of(name: str) -> Path:
+    """The path that a name is, below a home folder if it starts with `~` and there is one."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (a Path raises an error if there is none)
+
+
 def starts_like_path(name: str) -> bool:
     """Whether a name of a model or dataset can only be a path, on Windows also with a drive."""
     return name.startswith((".", "/", "~")) or Path(name).is_absolute()

@@ -1,10 +1,11 @@
-"""What transformers must not do when it loads: files elsewhere, endless texts, code of a model."""
+"""What transformers must not do when it loads: files elsewhere, maps, endless texts, code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
@@ -62,7 +63,7 @@ def _require_values(file: Path, settings: Iterable[tuple[str, object]], *, is_wh
 
 @contextmanager
 def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
-    """Let transformers open no file but those of a folder, and run no code of a model.
+    """Let transformers open no file but those of a folder, map none, and run no code of a model.
 
     Args:
         folder: of the model.
@@ -71,7 +72,8 @@ def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     Raises:
         SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    with without_code(), nullcontext() if and_others else confined_to(folder):
+    only = nullcontext() if and_others else confined_to(folder)
+    with without_code(), weights_copied(), only:
         _require_own_weights(folder)
         yield
 
@@ -88,6 +90,26 @@ def _require_own_weights(folder: Path) -> None:
                 where = f"{folder}: {index.relative_to(folder).as_posix()}"
                 problem = f"it names {str(shard)[:100]!r}, which is no file beside it"
                 raise SourceError(where, problem, REMEDY)
+
+
+@contextmanager
+def weights_copied() -> Iterator[None]:
+    """Have transformers read weights: a file that is truncated under a map ends the process."""
+    import safetensors.torch
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    def read(*args: Any, **options: Any) -> Any:
+        return safe_open(*args, **{**options, "backend": "pread"})
+
+    modules: tuple[Any, ...] = (safetensors.torch, modeling_utils)
+    for module in modules:
+        module.safe_open = read
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.safe_open = safe_open
 
 
 @contextmanager

@@ -26,6 +26,7 @@ Flags = Mapping[str, bool]
 Document = Mapping[str, Any]
 
 # a token that a recipe names, as transformers' `add_tokens` makes it
+NO_WORDS = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
 LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain letters"
 DAMAGED = "The file is damaged: use an intact copy."
@@ -140,14 +141,28 @@ def _is_token(entry: object) -> bool:
 
 
 def load_tokenizer(label: str, document: Document) -> Tokenizer:
-    """Load a `tokenizer.json`, which neither pads nor truncates then.
+    """Load a `tokenizer.json`, which neither normalizes, pads nor truncates then.
+
+    The library would pass each added token through the normalizer, whose patterns may take for
+    ever; it is read alone.
 
     Raises:
         TokenizerError: the tokenizers library cannot read it, or it makes texts very long.
     """
+    require_modest(label, document)
+    _loaded(label, {"model": NO_WORDS, "normalizer": document.get("normalizer")})
+    return _loaded(label, {**document, "normalizer": None})
+
+
+def load_without_added(label: str, document: Document) -> Tokenizer:
+    """Load a `tokenizer.json` without its added tokens, as `load_tokenizer` does, to encode."""
+    require_modest(label, document)
+    return _loaded(label, {**document, "added_tokens": []})
+
+
+def _loaded(label: str, document: Document) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    require_modest(label, document)  # before its steps change its added tokens
     with refused_by_library(label):
         tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.no_padding()

@@ -32,6 +32,7 @@ DEEP_ALIASES = "".join(
 )
 SAME_HASH = f"{{{', '.join(f'{(2**61 - 1) * k}: 1' for k in range(1, 20_000))}}}"
 TOO_MANY = "it has more than 200,000 values once its aliases are written out"
+SHORT_TAGS = "it has a `%TAG` directive, which is not read"
 TOO_DEEP = "its values are in each other more than 100 deep"
 YAML = {
     "aliases": (ALIASES, TOO_MANY),
@@ -44,6 +45,9 @@ YAML = {
     "deep by aliases": (DEEP_ALIASES, TOO_DEEP),
     "sixties": ("a: 1" + ":1" * 200_000, "a number has more than 1,000 characters"),
     "keys of one hash": (SAME_HASH, TOO_MANY),
+    "names of tags": ("".join(f"%TAG !{i:x}! b\n" for i in range(99_000)) + "--- a", SHORT_TAGS),
+    "a long tag": (f"%TAG !a! {'b' * 10**6}\n--- [{'!a!x v, ' * 9000}]", SHORT_TAGS),
+    "a later tag": ("--- a\n...\n%TAG !a! b\n--- a", SHORT_TAGS),
     "large": ("x" * 3_000_000, "it has 3.0 MB, the limit is 2.1 MB"),
 }
 

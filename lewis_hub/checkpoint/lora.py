@@ -6,7 +6,6 @@ model, `base_model.model.<module>.lora_A.weight`; `names.find` maps these to the
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -242,16 +241,21 @@ class _AdapterFile:
     base: Checkpoint
     config: AdapterConfig
 
+    @cached_property
+    def names(self) -> names.TensorNames:
+        """The names of the base's tensors."""
+        return names.TensorNames(self.base.tensors)
+
     def error(self, problem: str, remedy: str = FOLD) -> AdapterError:
         return AdapterError(self.where, problem, remedy)
 
     def target(self, name: str, key: str) -> TensorHeader:
         """The base's tensor that the file's tensor `key` changes."""
-        found = names.find(name, self.base.tensors)
+        found = self.names.find(name)
         if len(found) != 1:
             which = "several tensors" if found else "no tensor"
-            near = difflib.get_close_matches(name, self.base.tensors, n=1, cutoff=0.8)
-            hint = f" (the nearest is {near[0]})" if near else ""
+            near = names.nearest(name, self.base.tensors, cutoff=0.8)
+            hint = f" (the nearest is {near})" if near else ""
             problem = f"`{key}` matches {which} of the base {self.base.label}{hint}"
             remedy = "Name the base that it was trained on as `base_model`. If that is the one, "
             raise self.error(problem, remedy + FOLD[0].lower() + FOLD[1:])
@@ -269,7 +273,7 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
     changes: dict[str, Adapted] = {}
     for name, tensor in saved.items():
         twin = _twin(file, name, saved)
-        if twin and not names.find(name, file.base.tensors):
+        if twin and not file.names.find(name):
             continue  # the base ties its head
         target = file.target(name, tensor.name)
         if target.name in changes:

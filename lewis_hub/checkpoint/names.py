@@ -5,10 +5,14 @@ String functions for every architecture: the first number in a name is the block
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property, lru_cache
 
+LAST = chr(0x10FFFF)  # behind all letters
+MAX_COMPARED = 200_000  # letters of names: 2 s if all are the same, which is the slowest
 BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.")
 EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
@@ -103,24 +107,65 @@ def is_input_side(name: str) -> bool:
 
 
 def find(name: str, tensors: Collection[str]) -> list[str]:
-    """The checkpoint's tensors that `name` of a loaded model can stand for; one if it is unique.
-
-    The model may have a prefix that its file lacks (`transformer.h.0` for `h.0`), or the file a
-    prefix that the model lacks; the rest of the name must agree. Else the words count, without
-    those that wrap a model of texts or images, in which versions of transformers and files differ
-    (`model.language_model.layers.0` for `language_model.model.layers.0`).
-    """
-    parts = name.split(".")
-    for start in range(len(parts) - 1):
-        shorter = ".".join(parts[start:])
-        if shorter in tensors and block(shorter) == block(name):
-            return [shorter]
-    found = [tensor for tensor in tensors if tensor.endswith(f".{name}")]
-    unwrapped = _unwrapped(name)
-    return found or [tensor for tensor in tensors if _unwrapped(tensor) == unwrapped]
+    """The tensors that `name` of a loaded model can stand for, as `TensorNames.find`."""
+    known = tensors if isinstance(tensors, TensorNames) else TensorNames(tensors)
+    return known.find(name)
 
 
-@lru_cache(maxsize=1 << 18)  # an adapter asks for all tensors of the base many times
+class TensorNames(Collection[str]):
+    """The names of a checkpoint's tensors, of which many are looked up: they are sorted once."""
+
+    def __init__(self, tensors: Collection[str]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def find(self, name: str) -> list[str]:
+        """The tensors that `name` of a loaded model can stand for; one if it is unique.
+
+        The model may have a prefix that its file lacks (`transformer.h.0` for `h.0`), or the file a
+        prefix that the model lacks; the rest of the name must agree. Else the words count, without
+        those that wrap a model of texts or images, in which versions of transformers and files
+        differ (`model.language_model.layers.0` for `language_model.model.layers.0`).
+        """
+        parts = name.split(".")
+        for start in range(len(parts) - 1):
+            shorter = ".".join(parts[start:])
+            if shorter in self._tensors and block(shorter) == block(name):
+                return [shorter]
+        end = f".{name}"[::-1]
+        first, behind = (bisect_left(self._reversed, one) for one in (end, end + LAST))
+        found = [tensor[::-1] for tensor in self._reversed[first:behind]]
+        return found or self._by_words.get(_unwrapped(name), [])
+
+    @cached_property
+    def _reversed(self) -> list[str]:
+        """Each name from its end, in order: names with one end follow each other."""
+        return sorted(tensor[::-1] for tensor in self._tensors)
+
+    @cached_property
+    def _by_words(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for tensor in self._tensors:
+            found.setdefault(_unwrapped(tensor), []).append(tensor)
+        return found
+
+
+def nearest(name: str, tensors: Collection[str], cutoff: float = 0.6) -> str | None:
+    """The name that is most like another; None if there is none, or comparing them takes long."""
+    if sum(map(len, tensors)) > MAX_COMPARED:
+        return None
+    return next(iter(difflib.get_close_matches(name, tensors, n=1, cutoff=cutoff)), None)
+
+
+@lru_cache(maxsize=1 << 18)  # single names are looked up many times, among the same tensors
 def _unwrapped(name: str) -> str:
     """A name without wrappers, and with one name for all heads."""
     words = ("lm_head" if word == "embed_out" else word for word in name.split("."))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
+MAX_TENSORS = 1_000_000  # of all files; Kimi K2 with scales has 210,000
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,20 @@ def read_headers(
     for shard in shards:
         if shard not in sizes:
             raise _bad_index(label, f"it names the shard `{shard}`, which does not exist")
+    n_tensors, counting = 0, threading.Lock()
+
+    def header(shard: str) -> tuple[TensorHeader, ...]:
+        nonlocal n_tensors
+        found = () if n_tensors > MAX_TENSORS else read_header(label, shard, sizes[shard], read)
+        with counting:
+            n_tensors += len(found)
+        if n_tensors > MAX_TENSORS:
+            problem = f"its files have more than {MAX_TENSORS:,} tensors"
+            raise BrokenCheckpointError(label, problem, "Use an intact copy.")
+        return found
+
     with ThreadPoolExecutor(min(N_REQUESTS, len(shards))) as pool:
-        headers = pool.map(lambda shard: read_header(label, shard, sizes[shard], read), shards)
-        by_shard = dict(zip(shards, headers, strict=True))
+        by_shard = dict(zip(shards, pool.map(header, shards), strict=True))
     stored = {(tensor.name, shard) for shard in shards for tensor in by_shard[shard]}
     for name, shard in located.items():
         if (name, shard) not in stored:

@@ -21,7 +21,7 @@ from lewis_hub.tokenizer import (
     TEMPLATE_SOURCES,
     Vocabulary,
     json_object,
-    load_tokenizer,
+    load_without_added,
     read_vocabulary,
     refused_by_library,
     template_of,
@@ -223,7 +223,7 @@ class _Texts:
 
     def __init__(self, label: str, found: Vocabulary, special: Mapping[str, int]) -> None:
         assert found.document is not None
-        tokenizer = load_tokenizer(label, found.document)
+        tokenizer = load_without_added(label, found.document)
         self._special = special
         with refused_by_library(label):
             self._whole = tokenizer.encode("a").ids

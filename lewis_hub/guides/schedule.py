@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections import defaultdict
@@ -158,8 +157,8 @@ def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
     found = names.find(name, tensors)
     if len(found) == 1:
         return found[0]
-    near = difflib.get_close_matches(name, tensors, n=1)
-    hint = f"The nearest is {near[0]}. " if near else ""
+    near = names.nearest(name, tensors)
+    hint = f"The nearest is {near}. " if near else ""
     problem = f"a density is given to {name}, which {'several' if found else 'no'} tensors match"
     remedy = hint + "The checkpoint stores this architecture otherwise: use guide `uniform`."
     raise GuideError("schedule", problem, remedy)
@@ -289,10 +288,10 @@ def _statistics(  # noqa: PLR0913
 
     def of_matrices(values: Values) -> Values:
         """The values of matrices of blocks, by the checkpoint's own names."""
-        named = {names.module(checkpoint_tensor(m, tensors)): v for m, v in values.items()}
+        named = {names.module(checkpoint_tensor(m, known)): v for m, v in values.items()}
         return {module: value for module, value in named.items() if module in inside}
 
-    inside = set(matrices)
+    inside, known = set(matrices), names.TensorNames(tensors)
     for measure in guide.needs:
         measured = profile.by(measure) if profile else None
         if measured is None or i >= len(measured.experts):
@@ -313,8 +312,10 @@ def _on_tensors(
     decided: Decision,
     tensors: Mapping[str, Sequence[int]],
 ) -> ExpertSchedule:
+    known = names.TensorNames(tensors)
+
     def named(values: Values) -> dict[str, float]:
-        return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
+        return {checkpoint_tensor(module, known): value for module, value in values.items()}
 
     densities = named(decided.densities) if settings.apply_to != "weight" else {}
     if settings.mean is not None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import sha256_of, starts_like_path, visible_files, write_whole
+from lewis_hub.files import path_of, sha256_of, starts_like_path, visible_files, write_whole
 from lewis_hub.hub.cache import has_digest
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
@@ -226,7 +226,7 @@ def missing_path_error(written: str, places: Iterable[Path]) -> SourceError:
 
 
 def _local_path(name: str, revision: str | None) -> Path | None:
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.exists():
         return path
     if is_path(f"{name}@{revision}" if revision else name):

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
-from lewis_hub.files import starts_like_path
+from lewis_hub.files import path_of, starts_like_path
 from lewis_hub.recipe.alignment import Alignment
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import Exports
@@ -417,7 +417,7 @@ class Recipe(Mixture):
         """
         if name in self._made:
             return str(self._made[name])
-        for candidate in (self._folder / Path(name).expanduser(), Path(name).expanduser()):
+        for candidate in (self._folder / path_of(name), path_of(name)):
             if candidate.exists():
                 return str(candidate.resolve())
         return str(self._folder.resolve() / name) if starts_like_path(name) else name

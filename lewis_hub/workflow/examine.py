@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -425,9 +426,12 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
         notes.append("without a guide the merge equals its uniform twin, so it is scored once.")
 
     def is_base(name: str) -> bool:
-        if folder := donor.source.folder:
+        folder = donor.source.folder
+        if folder is None:
+            return name == donor.name
+        with suppress(OSError, ValueError, RuntimeError):  # any text may stand there
             return Path(recipe.locate(name)).resolve() == folder.resolve()
-        return name == donor.name
+        return False
 
     notes += opening.adapter_notes(sources, is_base)
     notes += heads.copy_notes(donor)

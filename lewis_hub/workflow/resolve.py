@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lewis_hub.checkpoint.lora import read_config
 from lewis_hub.errors import GuideError, RecipeError, SourceError, SourcesError
-from lewis_hub.files import visible_files
+from lewis_hub.files import path_of, visible_files
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.failures import is_transient
@@ -197,7 +197,7 @@ def find_place(written: str, locate: Locate) -> str:
     """Return the path of a local source, or the name of a repo; a missing path is refused."""
     located = locate(written)
     if is_path(written) and not Path(located).exists():
-        path = Path(written).expanduser()
+        path = path_of(written)
         raise missing_path_error(written, [Path(locate(".")) / path, path])
     return located
 

@@ -25,6 +25,7 @@ from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import (
+    path_of,
     require_inside,
     require_no_links_among,
     require_room,
@@ -140,7 +141,7 @@ def evaluate_model(
 
 def _in_working_folder(name: str) -> str:
     """Return the path of a file in the working folder, or the name if there is no such file."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     return str(path.resolve()) if path.exists() else name
 
 
@@ -237,7 +238,7 @@ def read_profile(name: Path | str) -> ImportanceProfile:
         True
     """
     name = str(name)
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_file():
         return ImportanceProfile.from_json(_text_in(path), name)
     if path.is_dir():

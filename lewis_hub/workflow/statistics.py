@@ -180,8 +180,9 @@ def _statistics(
         for tensor in local_header(label, folder / file)
     }
     grams: dict[str, Gram] = {}
+    known = names.TensorNames(tensors)
     for module, gram in files.modules.items():
-        named = names.find(f"{module}.weight", tensors) or names.find(module, tensors)
+        named = known.find(f"{module}.weight") or known.find(module)
         if len(named) == 1:
             grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
     return Statistics(label, files.digest, grams)

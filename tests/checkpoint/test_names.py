@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from lewis_hub.checkpoint import names
@@ -138,3 +140,24 @@ def test_the_head_of_a_file_may_have_its_old_name():
 def test_another_block_or_component_is_not_found():
     assert names.find("model.language_model.layers.1.self_attn.q_proj.weight", TOWERS) == []
     assert names.find("model.language_model.layers.0.self_attn.k_proj.weight", TOWERS) == []
+
+
+def test_the_nearest_of_very_many_names_is_not_looked_for():
+    """It took 40 s among 20,000 names."""
+    long = "a" * 199
+    assert names.nearest(f"{long}b", [f"{long}c", "b"]) == f"{long}c"
+    assert names.nearest("b", ["xyz"]) is None
+    began = time.process_time()
+    assert names.nearest(f"{long}b", [f"{long}{i}" for i in range(20_000)]) is None
+    assert time.process_time() - began < 1
+
+
+def test_very_many_names_are_found_among_very_many():
+    """An adapter whose names lack a prefix took minutes: each was compared with all of the base."""
+    tensors = {f"model.layers.{i % 60}.experts.{i // 60}.up.weight" for i in range(30_000)}
+    known, began = names.TensorNames(tensors), time.process_time()
+
+    for tensor in tensors:
+        assert known.find(tensor.removeprefix("model.")) == [tensor]
+        assert known.find(f"model.language_{tensor}") == [tensor]
+    assert time.process_time() - began < 5

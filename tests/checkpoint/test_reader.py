@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lewis_hub.checkpoint import reader
 from lewis_hub.checkpoint.reader import TensorReader, read_headers, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 
@@ -151,6 +152,30 @@ def test_two_copies_that_the_index_does_not_tell_apart_are_refused():
     index = {"weight_map": {"b": "1.safetensors", "c": "2.safetensors"}}
 
     assert "`a` is in both `1.safetensors` and `2.safetensors`" in problem(two, index)
+
+
+def test_a_model_of_more_tensors_than_any_is_refused_before_all_its_headers_are_read(monkeypatch):
+    """Each header has a limit, but a model may have any number of files."""
+    monkeypatch.setattr(reader, "MAX_TENSORS", 1000)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    files = {
+        f"{k}.safetensors": file({f"{k}.{i}": empty for i in range(100)}, 0) for k in range(100)
+    }
+    index = {"weight_map": {f"{k}.0": f"{k}.safetensors" for k in range(100)}}
+    sizes, asked = {path: len(content) for path, content in files.items()}, []
+
+    def counted(path, start, stop):
+        asked.append(path)
+        return files[path][start:stop]
+
+    with pytest.raises(BrokenCheckpointError) as caught:
+        read_headers(LABEL, sizes, counted, json.dumps(index).encode())
+
+    assert (
+        str(caught.value)
+        == f"{LABEL}: its files have more than 1,000 tensors.\nUse an intact copy."
+    )
+    assert len(asked) < 30
 
 
 def test_shards_without_an_index_are_refused():

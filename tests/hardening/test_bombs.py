@@ -369,6 +369,21 @@ def test_added_tokens_are_not_made_very_long_while_they_are_read():
     assert found is None
 
 
+def test_added_tokens_pass_through_no_pattern_while_they_are_read():
+    """The library took 4 s for each of them, in one call that nothing could stop."""
+    added = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)}
+    tokens = [{**added, "id": 390 + i, "content": f"{i}" + "x" * 4000} for i in range(5)]
+    document = {
+        **json.loads((zoo_folder() / "base" / "tokenizer.json").read_text()),
+        "added_tokens": [{**one, "normalized": True} for one in tokens],
+        "normalizer": {"type": "Replace", "pattern": {"Regex": r"(x+)\1+y"}, "content": "y"},
+    }
+    with limits():
+        found = failure(read_tokenizers, {"a/base: tokenizer.json": document})
+
+    assert found is None
+
+
 def test_only_limited_parsers_read_what_others_wrote():
     found = {
         path.relative_to(PACKAGE).as_posix()

@@ -17,9 +17,12 @@ from safetensors.torch import load, load_file, save_file
 
 import lewis_hub
 from lewis_hub import pipeline
+from lewis_hub.calibration.model import load_model
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
 from lewis_hub.errors import SourceError
+from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+from lewis_hub.evaluate.embeddings import load_embedder
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
@@ -232,6 +235,35 @@ def test_no_trial_is_kept_of_weights_that_changed_while_they_were_tuned(measured
     assert again.n_begun == 2
     assert [trial.value for trial in again.trials] == [trial.value for trial in clean.trials]
     assert tune({}).n_begun == 0
+
+
+LOADED = {
+    "scored": lambda base: load_backend(base, EvaluationSettings()).model,
+    "measured": lambda base: load_model(base, "cpu", str(base)),
+    "embedding": lambda base: load_embedder(base, EvaluationSettings(backend="mteb")),
+}
+
+
+@pytest.mark.parametrize("load_base", LOADED.values(), ids=LOADED)
+def test_no_weights_of_a_model_that_runs_are_mapped(load_base, tmp_path):
+    """A file that was truncated while its model was scored ended the process by a signal."""
+    if load_base is LOADED["embedding"]:
+        pytest.importorskip("sentence_transformers")
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    weights = base / "model.safetensors"
+    tensors = {name: one.float() for name, one in load_file(weights).items()}
+    for n in range(64):  # until the values begin at a cache line: else some are copied at once
+        save_file(tensors, weights, {"format": "pt", "padding": "x" * n})
+        if int.from_bytes(weights.read_bytes()[:8], "little") % 64 == 56:
+            break
+    model = load_base(base)
+    before = {name: one.clone() for name, one in model.named_parameters()}
+
+    with weights.open("rb+") as file:
+        file.write(bytes(weights.stat().st_size))
+
+    assert before
+    assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
 
 
 TEXTS = "calibration: {dataset: texts.jsonl, text: '{text}', samples: 6}"

@@ -440,3 +440,8 @@ def test_a_revision_names_no_file_outside_of_the_cache(tmp_path, revision):
     outside.write_text("0" * 40)
     assert cached_sha("me/model", "model", named) is None
     assert cached_sha("me/model", "model", "a/branch") == "0" * 40
+
+
+def test_a_home_folder_of_nobody_is_a_path_that_does_not_exist():
+    with pytest.raises(SourceError, match="no such file or folder: looked for"):
+        resolve_model(HfApi(), "~nobody-here/base")

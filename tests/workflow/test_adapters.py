@@ -292,6 +292,18 @@ def test_another_base_than_the_adapter_names_is_a_note(api, tmp_path):
     )
 
 
+@pytest.mark.parametrize("told", ["\ud800", "a\0b", "a" * 300, "~nobody-here/base"])
+def test_the_base_that_an_adapter_names_may_be_no_path_and_no_repo(api, tmp_path, told):
+    adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path=told)
+    text = RECIPE.replace("base_model: zoo/base", f"base_model: {zoo_folder() / 'base'}")
+
+    report = pipeline.check(parse_recipe(text.replace("ADAPTER", str(adapter)) + DENSITY, "r.yaml"))
+
+    assert [note.startswith(f"{adapter} was trained on {told!r}") for note in report.notes] == [
+        True
+    ]
+
+
 def test_embeddings_that_are_the_head_as_well_are_a_note(api, adapter):
     path = adapter / "adapter_model.safetensors"
     key = "base_model.model.model.embed_tokens"
