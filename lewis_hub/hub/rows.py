@@ -199,7 +199,8 @@ def _limit_readers() -> None:
         if reader not in READERS:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
-        for source in sources:
+        is_read = Path(self.cache_dir, datasets.config.DATASET_INFO_FILENAME).is_file()
+        for source in () if is_read else sources:
             _fetch_rows(HfApi(token=self.token), source, self.config.data_files or {})
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
