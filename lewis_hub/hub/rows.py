@@ -193,9 +193,8 @@ def _limit_readers() -> None:
         if reader not in READERS:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
-        is_read = Path(self.cache_dir, datasets.config.DATASET_INFO_FILENAME).is_file()
-        for source in () if is_read else sources:
-            _fetch_rows(HfApi(token=self.token), source, self.config.data_files or {})
+        for source in sources:
+            _fetch_rows(source, self)
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
@@ -293,17 +292,22 @@ def _undecoded(features: Any) -> Any:
     return features and _visit(features, leave)
 
 
-def _fetch_rows(api: HfApi, source: Source, data_files: Mapping[str, Sequence[str]]) -> None:
-    """Download what `datasets` will read of a repo: it would take as many bytes as are answered.
+def _fetch_rows(source: Source, builder: Any) -> None:
+    """Download what a builder of `datasets` will read of a repo, unless its rows are in the cache.
 
-    Addresses of other files than the repo had when it was resolved are refused.
+    `datasets` would take as many bytes as are answered. Addresses of other files than the repo had
+    when it was resolved are refused.
     """
-    repo = f"hf://datasets/{source.name}@"
+    from datasets.config import DATASET_INFO_FILENAME
+
+    api, repo = HfApi(token=builder.token), f"hf://datasets/{source.name}@"
     listed = {f"{repo}{source.commit_sha}/{file.path}": file for file in source.files}
-    named = [one for one in chain.from_iterable(data_files.values()) if one.startswith(repo)]
+    addresses = chain.from_iterable((builder.config.data_files or {}).values())
+    named = [address for address in addresses if address.startswith(repo)]
     if others := [address for address in named if address not in listed]:
         raise HubRepo.of(api, source).another_file(others[0].removeprefix(repo))
-    fetch_files(api, source, [listed[address] for address in named])
+    if not Path(builder.cache_dir, DATASET_INFO_FILENAME).is_file():
+        fetch_files(api, source, [listed[address] for address in named])
 
 
 def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
