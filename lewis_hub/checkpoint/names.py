@@ -140,10 +140,19 @@ class TensorNames(Collection[str]):
             shorter = ".".join(parts[start:])
             if shorter in self._tensors and block(shorter) == block(name):
                 return [shorter]
-        end = f".{name}"[::-1]
-        first, behind = (bisect_left(self._reversed, one) for one in (end, end + LAST))
+        first, behind = self._with_end(name)
         found = [tensor[::-1] for tensor in self._reversed[first:behind]]
         return found or self._by_words.get(_unwrapped(name), [])
+
+    def has_end(self, name: str) -> bool:
+        """Whether a name is `name`, or ends with it behind a dot."""
+        first, behind = self._with_end(name)
+        return name in self._tensors or first < behind
+
+    def _with_end(self, name: str) -> tuple[int, int]:
+        """The first place in `_reversed` of names that end with `.name`, and that behind them."""
+        end = f".{name}"[::-1]
+        return bisect_left(self._reversed, end), bisect_left(self._reversed, end + LAST)
 
     @cached_property
     def _reversed(self) -> list[str]:
