@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 
 LAST = chr(0x10FFFF)  # behind all letters
@@ -43,6 +43,16 @@ def stack(name: str) -> str | None:
     """
     found = BLOCK.search(name)
     return name[: found.start()] if found else None
+
+
+def last_blocks(tensors: Iterable[str]) -> dict[str, int]:
+    """The number of the last block in each stack of blocks."""
+    last: dict[str, int] = {}
+    for name in tensors:
+        own, number = stack(name), block(name)
+        if own is not None and number is not None:
+            last[own] = max(number, last.get(own, 0))
+    return last
 
 
 def prefixes(own: Collection[str], others: Collection[str]) -> tuple[str, str]:

@@ -93,7 +93,8 @@ def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ..
     """Notes about the matrices that `completed` gave a mean."""
     known = {component(module) for module in values}
     rest = [module for module in matrices if module not in values]
-    unseen, others = [], []
+    unseen: list[str] = []
+    others: list[str] = []
     for module in rest:
         is_unseen = names.is_routed(module) and component(module) in known
         (unseen if is_unseen else others).append(module)
