@@ -10,7 +10,7 @@ defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,23 +113,13 @@ def _allowed(name: str, method: Method) -> str:
     return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
 
 
-def last_blocks(tensors: Iterable[str]) -> dict[str, int]:
-    """The number of the last block in each stack of blocks."""
-    last: dict[str, int] = {}
-    for name in tensors:
-        stack, block = names.stack(name), names.block(name)
-        if stack is not None and block is not None:
-            last[stack] = max(block, last.get(stack, 0))
-    return last
-
-
 def depths(tensors: Collection[str], first: int = 0) -> dict[str, float]:
     """The depth of each tensor in its stack of blocks: 0 at the first block, 1 at the last.
 
     Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). A single block
     has depth 1. `first` is the number of the first block.
     """
-    last, found = last_blocks(tensors), {}
+    last, found = names.last_blocks(tensors), {}
     for name in tensors:
         stack, block = names.stack(name), names.block(name)
         if stack is None or block is None:

@@ -312,12 +312,7 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
             for each in (lock, made)
         ],
         "calibration data": [
-            [
-                (_commit(one), one.files)
-                for one in each.calibration
-                if not one.name.startswith("task ")
-            ]
-            for each in (lock, made)
+            [_data_facts(one) for one in each.calibration] for each in (lock, made)
         ],
         "method": [each.method for each in (lock, made)],
         "guide": [each.guide for each in (lock, made)],
@@ -328,6 +323,13 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
         for what, (stated, found) in facts.items()
         if stated != found
     )
+
+
+def _data_facts(data: LockedData) -> tuple[Any, ...]:
+    """What a lock states of the data of an expert, but for the place of a task's files."""
+    facts = (data.name, data.config, data.split, data.rows)
+    is_task = data.name.startswith("task ")
+    return facts if is_task else (*facts, _commit(data), data.files)
 
 
 def _commit(locked: LockedInput | LockedData) -> str | None:
