@@ -357,7 +357,7 @@ def _extended(
         model["vocab"] += [[token, scores.get(token, lowest)] for token in later]
     else:
         tokens = {token for new in pieces for token in new.tokens} | set(added)
-        model["vocab"] |= {token: ids[token] for token in tokens}
+        model["vocab"] |= {token: ids[token] for token in sorted(tokens, key=ids.__getitem__)}
     if model["type"] == "BPE":
         merges = (*_merges(model), *(merge for new in pieces for merge in new.merges))
         model["merges"] = [list(merge) for merge in dict.fromkeys(merges)]

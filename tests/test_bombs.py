@@ -263,3 +263,14 @@ def test_several_documents_share_the_limits_of_one():
 
     with pytest.raises(RecipeError, match=r"found 101 documents, the limit is 100\."):
         parse_recipe("---\n".join([RECIPE] * 101), "r.yaml")
+
+
+@pytest.mark.parametrize("numbers", [(100,), (10, 10)])
+def test_merges_inside_a_recipe_have_the_limit_of_documents(numbers):
+    merge = {"merge_method": "linear", "models": ["a/b"]}
+    whole = merge
+    for n in numbers:
+        whole = merge | {"intermediate": [whole] * n}
+
+    with pytest.raises(RecipeError, match=r"it has 1\d1 merges, the limit is 100"):
+        parse_recipe(json.dumps(whole), "r.yaml")

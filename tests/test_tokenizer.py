@@ -213,6 +213,15 @@ def test_every_token_is_there_once_and_the_base_s_ids_stay(kind):
     assert load_tokenizer("x", union.document).get_vocab(with_added_tokens=True) == union.ids
 
 
+def test_new_tokens_are_written_in_the_order_of_their_ids_in_each_process():
+    base, other = byte_level(), byte_level([("a", letter) for letter in "bcdefghijklmnopqrs"])
+
+    union = unite(read("base", base), [read("other", other)], [f"<{i}>" for i in range(20)])
+
+    vocab = union.document["model"]["vocab"]
+    assert list(vocab)[-38:] == sorted(union.ids, key=union.ids.__getitem__)[-38:]
+
+
 @pytest.mark.parametrize("kind", BASE)
 def test_texts_that_the_base_can_write_are_cut_as_before_unless_the_parts_join(kind):
     base, _, union = united(kind)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
+from lewis_hub.documents import MAX_JSON_VALUES, count_values
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 
 VERSION = 1
+MAX_SOURCES = 1000  # of a profile: two profiles are compared source by source, with a plot each
 Document = TypeVar("Document")
 
 
@@ -25,7 +27,10 @@ def write_document(document: Mapping[str, Any]) -> str:
 
 
 def read_document(text: str, file: str, kind: type[Document]) -> Document:
-    """Parse a document, or refuse its JSON, version or fields with a ProfileError."""
+    """Parse a document, or refuse its JSON, size, version or fields with a ProfileError."""
+    if (n_values := count_values(text)) > MAX_JSON_VALUES:
+        problem = f"it has {n_values:,} values, the limit is {MAX_JSON_VALUES:,}"
+        raise broken_document(file, problem)
     try:
         version = TypeAdapter(_Versioned).validate_json(text, strict=True).version
         if version != VERSION:
@@ -87,7 +92,7 @@ class ImportanceProfile:
 
     guide: str
     calibration: Mapping[str, Any]  # the guide's; each source has its own facts
-    sources: tuple[SourceImportance, ...]
+    sources: Annotated[tuple[SourceImportance, ...], Field(max_length=MAX_SOURCES)]
 
     def base_of(self, expert: SourceImportance) -> SourceImportance:
         """The base on the calibration set of `expert`, or a ProfileError."""

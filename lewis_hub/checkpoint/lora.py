@@ -317,18 +317,18 @@ def _by_module(
 
 
 def _require_saved(file: _AdapterFile, saved: Mapping[str, TensorHeader]) -> None:
+    stored, of_base = _modules(saved), _modules(file.base.tensors)
     for module in file.config.modules_to_save:
-        if module in CLASSIFIERS and not _is_among(module, file.base.tensors):
+        if module in CLASSIFIERS and not of_base.has_end(module):
             continue
-        if not _is_among(module, saved):
+        if not stored.has_end(module):
             problem = f"its configuration says that `{module}` was trained whole (modules_to_save),"
             problem += " but the file does not contain it"
             raise file.error(problem, "Save the adapter again, or use an intact copy.")
 
 
-def _is_among(module: str, tensors: Iterable[str]) -> bool:
-    """Whether a tensor belongs to a module with such an end of its name."""
-    return any(f".{names.module(name)}".endswith(f".{module}") for name in tensors)
+def _modules(tensors: Iterable[str]) -> names.TensorNames:
+    return names.TensorNames({names.module(name) for name in tensors})
 
 
 def _twin(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> TensorHeader | None:

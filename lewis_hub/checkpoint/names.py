@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 
 LAST = chr(0x10FFFF)  # behind all letters
@@ -43,6 +43,16 @@ def stack(name: str) -> str | None:
     """
     found = BLOCK.search(name)
     return name[: found.start()] if found else None
+
+
+def last_blocks(tensors: Iterable[str]) -> dict[str, int]:
+    """The number of the last block in each stack of blocks."""
+    last: dict[str, int] = {}
+    for name in tensors:
+        own, number = stack(name), block(name)
+        if own is not None and number is not None:
+            last[own] = max(number, last.get(own, 0))
+    return last
 
 
 def prefixes(own: Collection[str], others: Collection[str]) -> tuple[str, str]:
@@ -140,10 +150,19 @@ class TensorNames(Collection[str]):
             shorter = ".".join(parts[start:])
             if shorter in self._tensors and block(shorter) == block(name):
                 return [shorter]
-        end = f".{name}"[::-1]
-        first, behind = (bisect_left(self._reversed, one) for one in (end, end + LAST))
+        first, behind = self._with_end(name)
         found = [tensor[::-1] for tensor in self._reversed[first:behind]]
         return found or self._by_words.get(_unwrapped(name), [])
+
+    def has_end(self, name: str) -> bool:
+        """Whether a name is `name`, or ends with it behind a dot."""
+        first, behind = self._with_end(name)
+        return name in self._tensors or first < behind
+
+    def _with_end(self, name: str) -> tuple[int, int]:
+        """The first place in `_reversed` of names that end with `.name`, and that behind them."""
+        end = f".{name}"[::-1]
+        return bisect_left(self._reversed, end), bisect_left(self._reversed, end + LAST)
 
     @cached_property
     def _reversed(self) -> list[str]:

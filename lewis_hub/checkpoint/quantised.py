@@ -65,6 +65,7 @@ STATES: Mapping[str, Literal["NF4", "FP4"]] = {  # bitsandbytes: follow the name
 FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES)
 ROW_PARTS = ("SCB", "weight_format")  # scales and layout of its 8 bits: in place of `weight`
 BY_ROWS = b"\0"  # before version 0.45, matrices that were used were stored in tiles
+NESTED = ("nested_blocksize", "nested_offset")
 MAX_STATE_BYTES = 1 << 16
 MAX_OFFSET = 3.0e38  # float32 has no larger numbers
 
@@ -277,7 +278,9 @@ def _state(checkpoint: Checkpoint, tensor: TensorHeader, read: ReadTensor) -> Ma
     sizes = [*shape, state.get("blocksize")] if isinstance(shape, list) else [None]
     if len(sizes) > MAX_DIMENSIONS or not all(type(n) is int and n > 0 for n in sizes):
         raise _misfit(checkpoint, tensor, f"`{name}` has no `shape` and `blocksize`")
-    return state
+    nested = {key: state.get(key) for key in NESTED}  # all states are kept, their other parts not
+    numbers = {key: n for key, n in nested.items() if isinstance(n, (int, float))}
+    return {"shape": shape, "blocksize": state["blocksize"], **numbers}
 
 
 def _four_bit(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
 from lewis_hub.documents import MAX_TABLE_BYTES, DocumentError, read_json
 from lewis_hub.errors import BrokenCheckpointError
@@ -37,6 +39,19 @@ class Checkpoint:
     def is_computed(self) -> bool:
         """Whether a tensor is computed while it is read: from an adapter, or from codes."""
         return any(tensor.is_computed for tensor in self.tensors.values())
+
+    @cached_property
+    def by_block(self) -> Mapping[int | None, Mapping[str, TensorHeader]]:
+        """The tensors of each block; those outside the blocks are under None."""
+        found: defaultdict[int | None, dict[str, TensorHeader]] = defaultdict(dict)
+        for name, tensor in self.tensors.items():
+            found[names.block(name)][name] = tensor
+        return dict(found)
+
+    @cached_property
+    def last_blocks(self) -> Mapping[str, int]:
+        """The number of the last block in each stack of blocks."""
+        return names.last_blocks(self.tensors)
 
 
 def read_headers(

@@ -93,8 +93,11 @@ def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ..
     """Notes about the matrices that `completed` gave a mean."""
     known = {component(module) for module in values}
     rest = [module for module in matrices if module not in values]
-    unseen = [m for m in rest if names.is_routed(m) and component(m) in known]
-    others = [module for module in rest if module not in set(unseen)]
+    unseen: list[str] = []
+    others: list[str] = []
+    for module in rest:
+        is_unseen = names.is_routed(module) and component(module) in known
+        (unseen if is_unseen else others).append(module)
     told = []
     if unseen:
         told.append(

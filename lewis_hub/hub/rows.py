@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -25,7 +24,7 @@ import httpx2
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import DISK_FULL, is_hidden, require_inside
+from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
 from lewis_hub.hub.answers import LISTED
 from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
@@ -56,11 +55,6 @@ OUTSIDE_OF_TEXTS = re.compile(
     rb"([\[\]{}]|null|\Z)"
 )
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-# errors of the cache that rows are written to
-OF_THE_DISK = {
-    *DISK_FULL,
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),
-}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -199,7 +193,8 @@ def _limit_readers() -> None:
         if reader not in READERS:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
-        for source in sources:
+        is_read = Path(self.cache_dir, datasets.config.DATASET_INFO_FILENAME).is_file()
+        for source in () if is_read else sources:
             _fetch_rows(HfApi(token=self.token), source, self.config.data_files or {})
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
@@ -391,9 +386,7 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where cards and files have values of other types
-        for cause in (error, error.__cause__):
-            if isinstance(cause, OSError) and cause.errno in OF_THE_DISK:
-                raise cause from None
+        raise_if_of_the_disk(error)  # of the cache that rows are written to
         raise _unloadable(source, config, split, error) from error
 
 

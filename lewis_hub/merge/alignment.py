@@ -196,13 +196,17 @@ def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ..
     """The tensors with a row per token: embeddings, heads and their biases, whatever their names.
 
     They are outside the blocks and have `n_tokens` rows, or as many as the first input embedding.
-    A table of positions of the same length is recognised by its name.
+    A table of positions of the same length is recognised by its name. Tables without values do not
+    count: a header can have any number of them, each with a million rows.
     """
     tensors = {
         name: tensor.shape
         for name, tensor in checkpoint.tensors.items()
-        if (len(tensor.shape) == 2 and names.may_have_tokens(name))
-        or (len(tensor.shape) == 1 and names.is_head(name))
+        if tensor.n_elements
+        and (
+            (len(tensor.shape) == 2 and names.may_have_tokens(name))
+            or (len(tensor.shape) == 1 and names.is_head(name))
+        )
     }
     if n_tokens is None:
         lengths = (shape[0] for name, shape in tensors.items() if names.is_input_side(name))

@@ -13,7 +13,7 @@ from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.writer import DTYPES, OutputTensor
 from lewis_hub.errors import MergeError
 from lewis_hub.merge.architectures import BLOCK, MLP, NO_DENSE, Architecture
-from lewis_hub.merge.plan import MergePlan, MergeSource, TensorPlan, plan_shards
+from lewis_hub.merge.plan import MergePlan, MergeSource, TensorPlan, plan_shards, require_few
 
 METHOD = "linear"  # of one source, with its factor as the weight
 RESIDUAL = "down_proj"  # its output is that of the MLP
@@ -66,6 +66,8 @@ def make_mixture_plan(settings: MixtureSettings, max_shard_bytes: int) -> MergeP
             place for a tensor of the base.
     """
     numbers = {source.label: number for number, source in enumerate(settings.sources)}
+    n_dense = sum(_projection(name) is not None for name in settings.base.checkpoint.tensors)
+    require_few(n_dense * len(settings.routed), "experts")
     made: dict[str, TensorPlan] = {}
     for name, tensor in settings.base.checkpoint.tensors.items():
         projection = _projection(name)

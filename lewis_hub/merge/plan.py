@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.ranges import SourceTensor
-from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.checkpoint.reader import MAX_TENSORS, Checkpoint
 from lewis_hub.checkpoint.writer import DTYPES, OutputTensor, ShardLayout, lay_out
 from lewis_hub.errors import MergeError
 from lewis_hub.kernels import random_bits
@@ -279,6 +279,16 @@ def plan_tensors(
         output = OutputTensor(name, dtype, output_shape(settings.alignment, tensors[name]))
         found[name] = _plan_tensor(settings, schedule, output, depth)
     return found
+
+
+def require_few(n_tensors: int, where: str) -> None:
+    """Refuse a merge of more tensors than the headers of a model may list.
+
+    A recipe of some kilobytes can ask for any number of copies of a model's blocks.
+    """
+    if n_tensors > MAX_TENSORS:
+        problem = f"the merge would have more than {MAX_TENSORS:,} tensors, the limit of a model"
+        raise MergeError(where, problem, "List less of them.")
 
 
 def plan_shards(

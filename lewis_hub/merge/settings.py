@@ -9,9 +9,8 @@ defaults.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,23 +113,13 @@ def _allowed(name: str, method: Method) -> str:
     return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
 
 
-def last_blocks(tensors: Iterable[str]) -> dict[str, int]:
-    """The number of the last block in each stack of blocks."""
-    last: dict[str, int] = {}
-    for name in tensors:
-        stack, block = names.stack(name), names.block(name)
-        if stack is not None and block is not None:
-            last[stack] = max(block, last.get(stack, 0))
-    return last
-
-
 def depths(tensors: Collection[str], first: int = 0) -> dict[str, float]:
     """The depth of each tensor in its stack of blocks: 0 at the first block, 1 at the last.
 
     Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). A single block
     has depth 1. `first` is the number of the first block.
     """
-    last, found = last_blocks(tensors), {}
+    last, found = names.last_blocks(tensors), {}
     for name in tensors:
         stack, block = names.stack(name), names.block(name)
         if stack is None or block is None:
@@ -207,8 +196,8 @@ def require_filters_fit(
 def _unused(name: str, given: str, tensors: Collection[str]) -> MergeError:
     components = dict.fromkeys(names.component(tensor) for tensor in tensors)
     parts = dict.fromkeys(part for c in components for part in (c, *c.split(".")))
-    near = difflib.get_close_matches(given, parts, n=1, cutoff=0.4)
-    hint = f"Did you mean `{near[0]}`?" if near else f"Components: {', '.join(components)}."
+    near = names.nearest(given, parts, cutoff=0.4)
+    hint = f"Did you mean `{near}`?" if near else f"Components: {', '.join(components)}."
     problem = f"the filter `{given}` is part of no tensor's name"
     return MergeError(f"parameter `{name}`", problem, hint)
 

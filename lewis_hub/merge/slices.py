@@ -6,7 +6,6 @@ up at the source in the slice, then at the slice, then in the recipe. A gradient
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,9 +24,10 @@ from lewis_hub.merge.plan import (
     TensorPlan,
     plan_shards,
     plan_tensors,
+    require_few,
     require_mergeable,
 )
-from lewis_hub.merge.settings import depths, last_blocks, require_filters_fit
+from lewis_hub.merge.settings import depths, require_filters_fit
 from lewis_hub.recipe.schema import Arithmetic, Conditional, Setting, Settings
 
 STAND_IN = "`missing: base`"  # a remedy for whole models only
@@ -96,6 +96,7 @@ class _Place:
 
 
 _Parts = Mapping[_Place, MergeSettings]  # the merge of each slice
+_Shapes = Mapping[str, tuple[int, ...]]  # of a block's tensors
 
 
 def make_stacked_plan(
@@ -124,7 +125,7 @@ def make_stacked_plan(
 
 def count_blocks(checkpoint: Checkpoint) -> int:
     """The number of blocks of a model, which must have one stack of them."""
-    last = last_blocks(checkpoint.tensors)
+    last = checkpoint.last_blocks
     if len(last) != 1:
         found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"
         problem = f"{checkpoint.label} has {found}, and slices cut one stack"
@@ -133,7 +134,8 @@ def count_blocks(checkpoint: Checkpoint) -> int:
 
 
 def _parts(settings: StackSettings) -> _Parts:
-    parts, first = {}, 0
+    parts: dict[_Place, MergeSettings] = {}
+    first = n_tensors = 0
     for index, one in enumerate(settings.slices):
         is_last = index == len(settings.slices) - 1
         place = _Place(f"slices[{index}]", first, one.n_blocks, index == 0, is_last)
@@ -147,6 +149,8 @@ def _parts(settings: StackSettings) -> _Parts:
             alignment=settings.alignment,
         )
         first += one.n_blocks
+        n_tensors += len(parts[place].sources[0].checkpoint.tensors)
+        require_few(n_tensors, "slices")
     return parts
 
 
@@ -162,8 +166,8 @@ def _cut_source(blocks: Blocks, place: _Place) -> MergeSource:
 
 def _cut(checkpoint: Checkpoint, blocks: range, place: _Place) -> Checkpoint:
     """The tensors of a model that belong to a slice, by their names in the output."""
-    by_block, found = _by_block(checkpoint), dict[str, TensorHeader]()
-    outside = by_block.get(None, {})
+    by_block, found = checkpoint.by_block, dict[str, TensorHeader]()
+    outside = by_block.get(None, {}) if place.is_first or place.is_last else {}
     before = {name: tensor for name, tensor in outside.items() if names.is_input_side(name)}
     if place.is_first:
         found |= before
@@ -173,14 +177,6 @@ def _cut(checkpoint: Checkpoint, blocks: range, place: _Place) -> Checkpoint:
     if place.is_last:
         found |= {name: tensor for name, tensor in outside.items() if name not in before}
     return replace(checkpoint, tensors=found)
-
-
-def _by_block(checkpoint: Checkpoint) -> Mapping[int | None, dict[str, TensorHeader]]:
-    """The tensors of each block; those outside the blocks are under None."""
-    found: defaultdict[int | None, dict[str, TensorHeader]] = defaultdict(dict)
-    for name, tensor in checkpoint.tensors.items():
-        found[names.block(name)][name] = tensor
-    return found
 
 
 def _overridden(common: Settings, own: Settings) -> dict[str, Setting]:
@@ -201,6 +197,8 @@ def _conditions(setting: Setting) -> tuple[Conditional, ...]:
 
 def _require_fit(settings: StackSettings, parts: _Parts) -> None:
     assembled = settings.alignment.tensors if settings.alignment else frozenset()
+    donor = settings.donor
+    shapes = {n: _shapes(block) for n, block in donor.by_block.items() if n is not None}
     for place, merge in parts.items():
         _require_own_overrides(settings.alignment, place, merge.sources)
         try:
@@ -210,7 +208,7 @@ def _require_fit(settings: StackSettings, parts: _Parts) -> None:
             remedy = UNLIKE if STAND_IN in error.remedy else error.remedy
             raise MergeError(where, error.problem, remedy) from None
         made = merge.sources[0].checkpoint
-        for found in _mismatches(settings.donor, made, place, assembled):
+        for found in _mismatches(donor, shapes, made, place, assembled):
             remedy = UNLIKE if found.kind in ("missing", "extra", "tied") else found.remedy
             raise MergeError(place.where, f"{found.source} {found.problem}", remedy)
     own: list[Settings] = []
@@ -237,16 +235,19 @@ def _require_own_overrides(
 
 
 def _mismatches(
-    donor: Checkpoint, made: Checkpoint, place: _Place, assembled: Collection[str]
+    donor: Checkpoint,
+    shapes: Mapping[int, _Shapes],
+    made: Checkpoint,
+    place: _Place,
+    assembled: Collection[str],
 ) -> tuple[Mismatch, ...]:
     """Compare the tensors of a slice with those that the donor's configuration requires.
 
-    A block fits if it has the tensors of some block of the donor. Tensors that are `assembled` may
-    differ in their numbers of rows.
+    A block fits if it has the tensors of some block of the donor, whose `shapes` are given. Tensors
+    that are `assembled` may differ in their numbers of rows.
     """
     expected = dict(_cut(donor, range(0), place).tensors)
-    templates, blocks = _by_block(donor), _by_block(made)
-    shapes = {number: _shapes(block) for number, block in templates.items() if number is not None}
+    templates, blocks = donor.by_block, made.by_block
     for number in range(place.first, place.first + place.n_blocks):
         own = _shapes(blocks.get(number, {}))
         alike = next((n for n, found in shapes.items() if found == own), min(shapes))
@@ -256,7 +257,7 @@ def _mismatches(
     return compare(replace(donor, tensors=expected), [made], assembled=assembled)
 
 
-def _shapes(block: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+def _shapes(block: Mapping[str, TensorHeader]) -> _Shapes:
     """Shapes by names that do not depend on the number of the block."""
     return {names.renumbered(name, 0): tensor.shape for name, tensor in block.items()}
 

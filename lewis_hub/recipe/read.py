@@ -28,7 +28,7 @@ from lewis_hub.recipe.rules import (
     contradictions,
     only_by_options,
 )
-from lewis_hub.recipe.schema import Recipe
+from lewis_hub.recipe.schema import MAX_MERGES, Recipe
 
 # keys that mergekit or another version knows: the message says what to write instead
 UNSUPPORTED = {
@@ -38,7 +38,6 @@ UNSUPPORTED = {
 }
 
 MAX_BYTES = 256 << 10  # of a recipe: some thousand slices
-MAX_DOCUMENTS = 100  # of a recipe
 MAX_SHOWN = 50  # problems after the first
 MERGED = "tag:yaml.org,2002:merge"  # the key `<<`, of a mapping whose keys are used
 Rules = Callable[[Recipe], Iterable[Complaint]]
@@ -101,11 +100,16 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
         invalid = f"not valid YAML: {error.problem}."
         raise RecipeError(place, "", invalid, "Fix the line, then run again.") from None
     given = [one for one in documents if one[1] is not None] or [(None, None)]
-    if len(given) > MAX_DOCUMENTS:
-        problem = f"found {len(given)} documents, the limit is {MAX_DOCUMENTS}."
-        raise RecipeError(file, "", problem, "Merge some of them first, from a file of their own.")
+    _require_few(len(given), "documents", file)
     recipes = [_parse(node, document, file, rules) for node, document in given]
+    _require_few(sum(one.n_merges for one in recipes), "merges", file)
     return arranged(recipes, file) if len(recipes) > 1 else recipes[0]
+
+
+def _require_few(number: int, things: str, file: str) -> None:
+    if number > MAX_MERGES:
+        problem = f"found {number} {things}, the limit is {MAX_MERGES}."
+        raise RecipeError(file, "", problem, "Merge some of them first, from a file of their own.")
 
 
 def _parse(node: yaml.Node | None, document: Any, file: str, rules: Rules) -> Recipe:

@@ -38,6 +38,7 @@ Arithmetic = Literal["float32", "float64"]
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped with the package
 SEED = AliasChoices("seed", "random_seed")
 MAX_BLOCKS = 100_000
+MAX_MERGES = 100  # of a recipe: the last, and all that it starts from
 MAX_OWN_TEXTS = 100_000  # that a model samples without data: there is no end of rows
 MAX_TEXTS = 1_000_000  # of a calibration, and tokens of a text
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
@@ -388,6 +389,17 @@ class Recipe(Mixture):
         scoring = document.get("evaluate") if isinstance(document, Mapping) else None
         in_chat = isinstance(scoring, Mapping) and scoring.get("chat_template") is True
         return _in_chat(document) if in_chat else document
+
+    @model_validator(mode="after")
+    def _has_few_merges(self) -> Recipe:
+        if self.n_merges > MAX_MERGES:
+            raise ValueError(f"it has {self.n_merges} merges, the limit is {MAX_MERGES}")
+        return self
+
+    @property
+    def n_merges(self) -> int:
+        """The merges of the recipe, with those that it starts from, and that these start from."""
+        return 1 + sum(part.n_merges for part in self.intermediate)
 
     def placed_in(self, folder: Path) -> Recipe:
         """The same recipe; relative paths are searched in `folder` first."""

@@ -107,6 +107,24 @@ def test_a_profile_reads_back_equal():
     assert ImportanceProfile.from_json(PROFILE.to_json()) == PROFILE
 
 
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        (replace(PROFILE, sources=(EXPERT,) * 1001), "`sources`: Tuple should have at most 1000"),
+        (
+            replace(PROFILE, sources=(replace(EXPERT, modules=dict.fromkeys(map(str, range(9)))),)),
+            "it has 70 values, the limit is 50",
+        ),
+    ],
+)
+def test_a_profile_of_others_has_limits(profile, says, monkeypatch):
+    if "limit" in says:
+        monkeypatch.setattr("lewis_hub.calibration.profile.MAX_JSON_VALUES", 50)
+
+    with pytest.raises(ProfileError, match=says):
+        ImportanceProfile.from_json(profile.to_json())
+
+
 def test_a_profile_is_written_in_the_models_order():
     lines = PROFILE.to_json().splitlines()
 

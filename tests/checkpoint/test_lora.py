@@ -1,6 +1,7 @@
 import json
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -365,6 +366,16 @@ def test_peft_names_two_classifiers_of_which_a_model_has_one(put):
     assert adapter.tensors["score.weight"].adapted.saved.name == "base_model.model.score.weight"
     with pytest.raises(AdapterError, match="says that `score` was trained whole"):
         put(FITTING, base, modules_to_save=["classifier", "score"])
+
+
+def test_modules_that_were_trained_whole_are_looked_up_at_once(put):
+    saved = {f"base_model.model.layers.{i}.z.weight": torch.zeros(1) for i in range(1000)}
+    listed = [f"layers.{i}.z" for i in range(1000)] * 20 + ["score"] * 20_000
+
+    began = time.process_time()
+    with pytest.raises(AdapterError, match="matches no tensor"):
+        put(saved, modules_to_save=listed)
+    assert time.process_time() - began < 1  # 2 s if each is compared with all
 
 
 def test_an_adapter_without_tensors_is_refused(put):

@@ -1,6 +1,7 @@
 """What bitsandbytes writes: against the package itself, and against the definition."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_values_are_those_that_bitsandbytes_reads(zoo, size, kind, nested, stora
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     else:
         assert torch.equal(found, wanted)
+
+
+def test_of_many_states_only_the_numbers_are_kept(zoo):
+    tensors, _ = by_hand()
+    large = packed({"blocksize": 8, "shape": [2], "more": [[]] * 15_000})
+    for i in range(100):
+        few = {"": torch.zeros(1, 1).byte(), ".absmax": torch.ones(1), ".quant_map": torch.ones(16)}
+        tensors |= {f"b{i}.weight{part}": tensor for part, tensor in few.items()}
+        tensors[f"b{i}.weight.quant_state.bitsandbytes__nf4"] = large.clone()
+
+    tracemalloc.start()
+    source = opened(zoo, tensors)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert source.checkpoint.tensors["b99.weight"].shape == (2,)
+    assert most < 50 << 20  # 100 MB with all of each
 
 
 def test_8_bits_are_codes_times_the_largest_of_their_row_in_127ths(zoo):

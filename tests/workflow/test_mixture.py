@@ -303,6 +303,14 @@ def test_a_lora_adapter_of_the_base_is_an_expert(tmp_path):
     assert torch.equal(stored[place.format(0)], dense)
 
 
+def test_a_mixture_of_more_tensors_than_a_model_may_have_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("lewis_hub.merge.plan.MAX_TENSORS", 5)
+    for number, name in enumerate(("BASE", "OTHER")):
+        dense_model(tmp_path / name, "llama", number)
+
+    assert "the merge would have more than 5 tensors" in refused(MIXTURE, tmp_path)
+
+
 def test_models_that_do_not_fit_are_refused_before_a_download(tmp_path):
     base = dense_model(tmp_path / "BASE", "llama", 1)
     other = dense_model(tmp_path / "OTHER", "llama", 2, intermediate_size=40)
