@@ -23,6 +23,7 @@ from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
+from lewis_hub.workflow.snapshot import RecipeSnapshot
 from lewis_hub.workflow.verify import compare_origins, weight_files_within_tolerance
 
 OTHER = {"model.safetensors": f"sha256:{0:064}"}
@@ -78,8 +79,12 @@ def forge(merged, files):
     (merged / "lewis/provenance.json").write_text(provenance(forged, NOW, NOW))
 
 
-def put_lock(merged, lock):
-    """A lock, with a provenance that fits it."""
+def put_lock(merged, lock, text=None):
+    """A lock, with a provenance that fits it, and with its recipe or another `text` beside it."""
+    recipe = merged / "lewis/recipe.yaml"
+    recipe.write_text(text or RecipeSnapshot(lock.recipe, {}).to_yaml())
+    file = OutputFile(sha256_of(recipe), recipe.stat().st_size)
+    lock = replace(lock, outputs={**lock.outputs, "lewis/recipe.yaml": file})
     (merged / "lewis/lock.json").write_text(lock.to_json())
     (merged / "lewis/provenance.json").write_text(provenance(lock, NOW, NOW))
 
@@ -303,6 +308,17 @@ def test_calibration_data_that_the_recipe_does_not_have_are_found_by_making_it_a
         assert found == ("lewis/lock.json: its calibration data is not what its recipe leads to.",)
     put_lock(merged, replace(lock, calibration=(forged,)))
     assert verify(merged, "--rebuild")[1]["problems"] == [*found]
+
+
+def test_a_recipe_that_is_not_that_of_the_lock_is_named(merged):
+    """Whoever merges by it would make another model than the one that was verified."""
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    other = (merged / "lewis/recipe.yaml").read_text().replace("0.4", "0.5")
+    named = ["lewis/recipe.yaml: it is not that of the lock."]
+    for text, problems in ((other, named), ("{", named), (json.dumps(dict(true.recipe)), [])):
+        put_lock(merged, true, text)
+
+        assert verify(merged)[1]["problems"] == problems
 
 
 def test_a_merge_that_lacks_a_file_is_not_taken_for_finished(merged):
