@@ -58,6 +58,8 @@ TITLE = "Merge with lewis-hub"
 BELOW = f"{TITLE}, below the quality gate"
 LONGEST_TITLE = 100
 
+STEPS = ".steps.json"  # of `workflow.steps`; a push leaves it out
+
 
 @dataclass(frozen=True)
 class PreviousMerge:
@@ -270,8 +272,11 @@ def _proposed_by_us(planned: Lock, repo: str, api: HfApi) -> PushedCommit | None
 def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
     """Return whether the target repo holds every file of a folder, so that it may be replaced."""
     previous = destination.previous
-    same = previous is not None and lock_in(folder) == previous.lock
-    return same and hub_publish.matches_folder(api, folder, destination.target)
+    if previous is None or lock_in(folder) != previous.lock:
+        return False
+    known = {folder / STEPS, *hub_publish.files_of(folder).values()}
+    is_whole = all(path in known or path.is_dir() for path in folder.rglob("*"))
+    return is_whole and hub_publish.matches_folder(api, folder, destination.target)
 
 
 def push(

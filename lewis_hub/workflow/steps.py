@@ -25,12 +25,11 @@ from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
-from lewis_hub.workflow.publish import complete_in, lock_in
+from lewis_hub.workflow.publish import STEPS, complete_in, lock_in
 from lewis_hub.workflow.report import ReportSettings
 from lewis_hub.workflow.republish import facts_of, with_publish
 from lewis_hub.workflow.snapshot import RecipeSnapshot, task_files
 
-FILE = ".steps.json"
 LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step
 
 
@@ -85,7 +84,7 @@ def record(output: Path, digest: str) -> None:
     """Write the digest of a finished merge into its folder."""
     if found := lock_in(output):
         document = {"version": 1, "digest": digest, "lock": found.digest}
-        write_whole(output / FILE, json.dumps(document, indent=2) + "\n")
+        write_whole(output / STEPS, json.dumps(document, indent=2) + "\n")
 
 
 def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
@@ -120,7 +119,7 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
 def _recorded(output: Path) -> tuple[Any, Any] | None:
     """The digests of the steps and of the lock that a folder states."""
     try:
-        found = read_json(text_of(output / FILE, MAX_JSON_BYTES))
+        found = read_json(text_of(output / STEPS, MAX_JSON_BYTES))
     except (OSError, ValueError):
         return None
     return (found.get("digest"), found.get("lock")) if isinstance(found, dict) else None

@@ -119,6 +119,19 @@ def test_a_merge_that_the_repo_holds_gives_way_to_the_next_one_and_anything_else
     assert Path("merged/README.md").read_text() == "mine"
 
 
+def test_a_published_merge_with_a_hidden_file_of_yours_stays(hub, zoo):
+    """A push leaves hidden files out, so the repo of a git clone in the folder was lost."""
+    merge()
+    Path("merged/.git").mkdir()
+    Path("merged/.git/config").write_text("mine")
+    move(hub)
+
+    refused = CliRunner().invoke(cli, ["merge", "--push"])
+
+    assert "it exists and holds something else than this merge" in str(refused.exception)
+    assert Path("merged/.git/config").read_text() == "mine"
+
+
 @pytest.mark.slow  # each merge measures
 def test_an_expert_that_moved_is_measured_alone_and_the_commit_says_so(hub, guided):
     _, at_first = merge()
