@@ -24,7 +24,7 @@ COMMAND = re.compile(r"^([^\S\n]*:)(?=:)|##(?=\[)", re.MULTILINE)  # of a log of
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]*@")
 # of the addresses that storage signs: who knows one can read or write the file for a while
 SIGNED = re.compile(
-    r"(?i)(?<=[?&])([\w-]*(?:signature|credential|policy|token|sig)=)[^\s&'\"<>)\\]+"
+    r"(?i)(?<=[?&])([\w-]*(?:signature|credential|policy|token|sig)=)[^\s&'\"`<>)\\]+"
 )
 
 

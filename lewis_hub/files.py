@@ -17,6 +17,10 @@ from lewis_hub.system import create_binary
 
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OF_THE_DISK = {
+    *DISK_FULL,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),
+}
 
 
 def sha256_of(path: Path) -> str:
@@ -175,6 +179,13 @@ def unwritable(path: Path, error: OSError, remedy: str = NAME_A_FOLDER) -> Outpu
     if error.errno in DISK_FULL:
         remedy = "Free some space, or name a folder on another disk with -o; then run again."
     return OutputError(str(path), f"it cannot be written ({error.strerror})", remedy)
+
+
+def raise_if_of_the_disk(error: BaseException) -> None:
+    """Raise an error of the disk, such as a full one, that is or made an error of a library."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.errno in OF_THE_DISK:
+            raise cause from None
 
 
 def existing(folder: Path) -> Path:

@@ -6,7 +6,6 @@ platform and with every version of the libraries. Texts are in the data's order.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import heapq
 import string
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from lewis_hub.checkpoint import names
 from lewis_hub.documents import SURROGATE
 from lewis_hub.errors import CalibrationError, CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
@@ -181,8 +181,8 @@ def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> No
     for column in named:
         if columns is not None and column not in columns:
             lowered = {name.lower(): name for name in columns}
-            near = difflib.get_close_matches(column.lower(), lowered, n=1)
-            hint = f" Did you mean `{lowered[near[0]]}`?" if near else ""
+            near = names.nearest(column.lower(), lowered)
+            hint = f" Did you mean `{lowered[near]}`?" if near else ""
             there = ", ".join(f"`{name}`" for name in columns) or "none"
             where = f"calibration on {calibration.data}, `{'messages' if is_chat else 'text'}`"
             problem = f"there is no column `{column}`"

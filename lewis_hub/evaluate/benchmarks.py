@@ -30,7 +30,7 @@ from lewis_hub.evaluate.tasks import (
     locate_tasks,
     read_folder,
 )
-from lewis_hub.files import is_hidden
+from lewis_hub.files import is_hidden, raise_if_of_the_disk
 from lewis_hub.hub.dataset_cards import ELSEWHERE
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
@@ -273,6 +273,7 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
     except LewisHubError:
         raise
     except (OSError, DatasetsError) as error:
+        raise_if_of_the_disk(error)
         files = {file.name: file for file in located.files} if located else {}
         dataset = files[name].config.get("dataset_path") if name in files else None
         data = f"its data `{dataset}`" if dataset else "its data"

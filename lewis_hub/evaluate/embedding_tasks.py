@@ -19,7 +19,7 @@ from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, ScoredData, Task
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.files import require_inside
+from lewis_hub.files import raise_if_of_the_disk, require_inside
 from lewis_hub.hub.rows import at_commit, only_tables
 
 KINDS = {  # types of own tasks -> class of mteb
@@ -161,6 +161,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
         except LewisHubError:
             raise
         except Exception as error:  # of any class: from mteb's Python and the columns of the data
+            raise_if_of_the_disk(error)
             line = str(error).partition("\n")[0]
             problem = f"its data `{dataset['path']}` cannot be loaded: {line}"
             raise EvaluationError(name, problem, CHECK_DATA) from error

@@ -24,7 +24,7 @@ from lewis_hub.errors import SourceError
 from lewis_hub.files import path_of, sha256_of, starts_like_path, visible_files, write_whole
 from lewis_hub.hub.cache import has_digest
 from lewis_hub.hub.facts import quantised_from
-from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry
 from lewis_hub.hub.source import (
     ADAPTERS,
     PICKLED,
@@ -44,8 +44,10 @@ from lewis_hub.hub.source import (
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 
+MAX_SIBLINGS = 1000  # of more files the Hub may leave out some, where it describes a repo
 N_HASHING_THREADS = 2
 REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
@@ -279,8 +281,7 @@ def _repo(hub_repo: HubRepo) -> Source:
     )
     with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
-        listed = map(listed_file, getattr(info, "siblings", None) or ())
-        files = tuple(file for file in listed if _is_below(PurePath(file.path)))
+        files = _listed_files(hub_repo, sha, getattr(info, "siblings", None) or ())
     _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"
@@ -288,6 +289,27 @@ def _repo(hub_repo: HubRepo) -> Source:
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
         access = "gated"
     return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
+
+
+def _listed_files(
+    hub_repo: HubRepo, sha: str, siblings: Sequence[RepoSibling]
+) -> tuple[SourceFile, ...]:
+    found: Iterable[RepoSibling | RepoFile] = siblings
+    if len(siblings) > MAX_SIBLINGS:
+        found = retry(lambda: _tree(hub_repo, sha))
+    files = map(listed_file, found)
+    return tuple(file for file in files if _is_below(PurePath(file.path)))
+
+
+def _tree(hub_repo: HubRepo, sha: str) -> list[RepoFile]:
+    """All files of a commit, page by page."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = hub_repo.api.list_repo_tree(
+        hub_repo.name, recursive=True, revision=sha, repo_type=hub_repo.repo_type
+    )
+    files = (entry for entry in entries if isinstance(entry, RepoFile))
+    return sorted(files, key=lambda file: file.path)
 
 
 def _is_below(path: PurePath) -> bool:

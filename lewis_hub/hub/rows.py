@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import logging
@@ -25,7 +24,7 @@ import httpx2
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import DISK_FULL, is_hidden, require_inside
+from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
 from lewis_hub.hub.answers import LISTED
 from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
@@ -56,11 +55,6 @@ OUTSIDE_OF_TEXTS = re.compile(
     rb"([\[\]{}]|null|\Z)"
 )
 STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-# errors of the cache that rows are written to
-OF_THE_DISK = {
-    *DISK_FULL,
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),
-}
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -200,7 +194,7 @@ def _limit_readers() -> None:
             problem = f"they are read by `{reader}`; tables are read by {', '.join(READERS)}"
             raise ValueError(problem)
         for source in sources:
-            _fetch_rows(HfApi(token=self.token), source, self.config.data_files or {})
+            _fetch_rows(source, self)
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
         with limited_memory(MAX_MEMORY_BYTES):
@@ -298,17 +292,22 @@ def _undecoded(features: Any) -> Any:
     return features and _visit(features, leave)
 
 
-def _fetch_rows(api: HfApi, source: Source, data_files: Mapping[str, Sequence[str]]) -> None:
-    """Download what `datasets` will read of a repo: it would take as many bytes as are answered.
+def _fetch_rows(source: Source, builder: Any) -> None:
+    """Download what a builder of `datasets` will read of a repo, unless its rows are in the cache.
 
-    Addresses of other files than the repo had when it was resolved are refused.
+    `datasets` would take as many bytes as are answered. Addresses of other files than the repo had
+    when it was resolved are refused.
     """
-    repo = f"hf://datasets/{source.name}@"
+    from datasets.config import DATASET_INFO_FILENAME
+
+    api, repo = HfApi(token=builder.token), f"hf://datasets/{source.name}@"
     listed = {f"{repo}{source.commit_sha}/{file.path}": file for file in source.files}
-    named = [one for one in chain.from_iterable(data_files.values()) if one.startswith(repo)]
+    addresses = chain.from_iterable((builder.config.data_files or {}).values())
+    named = [address for address in addresses if address.startswith(repo)]
     if others := [address for address in named if address not in listed]:
         raise HubRepo.of(api, source).another_file(others[0].removeprefix(repo))
-    fetch_files(api, source, [listed[address] for address in named])
+    if not Path(builder.cache_dir, DATASET_INFO_FILENAME).is_file():
+        fetch_files(api, source, [listed[address] for address in named])
 
 
 def _require_visible(folder: Path, data_files: Mapping[str, Sequence[str]]) -> None:
@@ -391,9 +390,7 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where cards and files have values of other types
-        for cause in (error, error.__cause__):
-            if isinstance(cause, OSError) and cause.errno in OF_THE_DISK:
-                raise cause from None
+        raise_if_of_the_disk(error)  # of the cache that rows are written to
         raise _unloadable(source, config, split, error) from error
 
 

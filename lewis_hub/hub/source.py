@@ -24,7 +24,7 @@ from lewis_hub.errors import SourceError
 from lewis_hub.files import is_hidden
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 RepoType = Literal["model", "dataset"]
 Access = Literal["public", "gated", "private"]
@@ -135,7 +135,7 @@ class Source:
         return sum(file.size_bytes for file in self.matching(patterns))
 
 
-def listed_file(file: RepoSibling) -> SourceFile:
+def listed_file(file: RepoSibling | RepoFile) -> SourceFile:
     """A file of a repo as the Hub lists it.
 
     Raises:
@@ -149,7 +149,7 @@ def listed_file(file: RepoSibling) -> SourceFile:
     return SourceFile(path, size_bytes, listed_digest(file))
 
 
-def listed_digest(file: RepoSibling) -> str:
+def listed_digest(file: RepoSibling | RepoFile) -> str:
     """The digest of a file as the Hub lists it.
 
     Raises:

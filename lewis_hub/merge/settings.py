@@ -9,7 +9,6 @@ defaults.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,8 +196,8 @@ def require_filters_fit(
 def _unused(name: str, given: str, tensors: Collection[str]) -> MergeError:
     components = dict.fromkeys(names.component(tensor) for tensor in tensors)
     parts = dict.fromkeys(part for c in components for part in (c, *c.split(".")))
-    near = difflib.get_close_matches(given, parts, n=1, cutoff=0.4)
-    hint = f"Did you mean `{near[0]}`?" if near else f"Components: {', '.join(components)}."
+    near = names.nearest(given, parts, cutoff=0.4)
+    hint = f"Did you mean `{near}`?" if near else f"Components: {', '.join(components)}."
     problem = f"the filter `{given}` is part of no tensor's name"
     return MergeError(f"parameter `{name}`", problem, hint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
+        _cut_unfinished_line(file)
         journal = JournalFileBackend(str(file), _Alone())
         study = optuna.create_study(
             storage=JournalStorage(journal),
@@ -124,6 +126,14 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
         n_startup_trials=N_AT_RANDOM, seed=(seed + len(study.trials)) % 2**32
     )
     return study
+
+
+def _cut_unfinished_line(file: Path) -> None:
+    """Delete a last line that a full disk cut off: Optuna would append to it, and read neither."""
+    content = file.read_bytes() if file.exists() else b""
+    n_whole = content.rfind(b"\n") + 1
+    if n_whole < len(content):
+        os.truncate(file, n_whole)
 
 
 def enqueue(study: Any, starts: Sequence[Values]) -> None:

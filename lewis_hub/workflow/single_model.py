@@ -39,7 +39,7 @@ from lewis_hub.hub.resolve import resolve_model, unchanged
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
-from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.merge.workspace import LOCK, alone_at, open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.reference import ModelReference
@@ -289,7 +289,7 @@ def measure_model(
         seed: draws the texts.
 
     Raises:
-        LewisHubError: the model or the data cannot be used.
+        LewisHubError: the model or the data cannot be used, or another run measures there.
 
     Example:
         >>> texts = lewis_hub.Calibration(dataset="zoo/reverse", text="{question}", samples=4)
@@ -324,13 +324,14 @@ def measure_model(
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     document = calibration.model_dump(mode="json", exclude_none=True)
-    before = known_profile(file)
-    known = ImportanceProfile(GUIDE, document, before.sources if before else ())
-    n_tokens = sum(one.n_tokens for one in missing([subject], known))
-    with unchanged([source]), progress.stage("Calibrating", n_tokens, "tokens") as advance:
-        profile = calibrate([subject], known, execution.device, advance, lambda _: None)
-    write_whole(file, profile.to_json())
-    draw_maps(profile, None, output)
+    with alone_at(output / LOCK, output):
+        before = known_profile(file)
+        known = ImportanceProfile(GUIDE, document, before.sources if before else ())
+        n_tokens = sum(one.n_tokens for one in missing([subject], known))
+        with unchanged([source]), progress.stage("Calibrating", n_tokens, "tokens") as advance:
+            profile = calibrate([subject], known, execution.device, advance, lambda _: None)
+        write_whole(file, profile.to_json())
+        draw_maps(profile, None, output)
     return profile
 
 

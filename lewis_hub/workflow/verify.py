@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.reader import Reader, TensorReader, local_header, read_tensor
 from lewis_hub.display import Progress, to_html
+from lewis_hub.documents import DocumentError, read_yaml
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import is_hidden, sha256_of
@@ -32,6 +33,7 @@ from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile, is_provenance_of
 from lewis_hub.workflow.generated import FILE as GENERATED
+from lewis_hub.workflow.report import RECIPE
 from lewis_hub.workflow.resolve import (
     calibrates_on_own_tasks,
     depends_on_processor,
@@ -253,6 +255,9 @@ def verify_files(
         if file.path not in lock.outputs and not _may_be_added(file.path)
     ]
     problems += [f"{path}: it is a link to a folder." for path in _linked_folders(source)]
+    if RECIPE in found and found[RECIPE] == lock.outputs[RECIPE].sha256:
+        text = (read_small(api, source, RECIPE) or b"").decode("utf-8", "replace")
+        problems += [] if _is_recipe_of(lock, text) else [f"{RECIPE}: it is not that of the lock."]
     statement = read_small(api, source, PROVENANCE)
     if statement is None:
         problems.append(f"{PROVENANCE}: it is missing.")
@@ -264,6 +269,14 @@ def verify_files(
     broken = _problem_with_signature(source, api, found, public_key)
     problems += [f"{SIGNATURE}: {broken}."] if broken else []
     return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
+
+
+def _is_recipe_of(lock: Lock, text: str) -> bool:
+    """Whether a text is the recipe of a lock, however it is written."""
+    try:
+        return bool(read_yaml(text) == lock.recipe)
+    except DocumentError:
+        return False
 
 
 def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple[str, ...]:
@@ -312,12 +325,7 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
             for each in (lock, made)
         ],
         "calibration data": [
-            [
-                (_commit(one), one.files)
-                for one in each.calibration
-                if not one.name.startswith("task ")
-            ]
-            for each in (lock, made)
+            [_data_facts(one) for one in each.calibration] for each in (lock, made)
         ],
         "method": [each.method for each in (lock, made)],
         "guide": [each.guide for each in (lock, made)],
@@ -328,6 +336,13 @@ def compare_origins(lock: Lock, made: Lock) -> tuple[str, ...]:
         for what, (stated, found) in facts.items()
         if stated != found
     )
+
+
+def _data_facts(data: LockedData) -> tuple[Any, ...]:
+    """What a lock states of the data of an expert, but for the place of a task's files."""
+    facts = (data.name, data.config, data.split, data.rows)
+    is_task = data.name.startswith("task ")
+    return facts if is_task else (*facts, _commit(data), data.files)
 
 
 def _commit(locked: LockedInput | LockedData) -> str | None:

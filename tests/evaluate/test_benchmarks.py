@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from lewis_hub.cli.main import disk_failure
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -82,6 +84,22 @@ def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):
         "after: its data `json` cannot be loaded: "
         f"Unable to find '{own_tasks}/gone.jsonl'.\n{DATA_REMEDY}"
     )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_task(
+    own_tasks, tmp_path, monkeypatch, number
+):
+    """The command line has a message for each."""
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        load_tasks(TaskSelection(("after",), include=own_tasks), {})
+    assert disk_failure(raised.value)
 
 
 def test_a_dataset_that_cannot_be_reached_is_named(tmp_path, datasets_cache):

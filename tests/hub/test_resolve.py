@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -10,7 +11,13 @@ from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import fetch, read_small, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
-from lewis_hub.hub.source import cache_folder, cache_root, cached_sha, remember_revision
+from lewis_hub.hub.source import (
+    cache_folder,
+    cache_root,
+    cached_sha,
+    listed_file,
+    remember_revision,
+)
 
 WEIGHTS = bytes(range(256)) * 8
 MODEL = {"config.json": b"{}", "model.safetensors": WEIGHTS}
@@ -170,6 +177,21 @@ def test_a_bad_name_is_refused_before_any_network(name):
 
 
 # -- repos
+
+
+def test_all_files_of_a_large_repo_are_listed(api, push, monkeypatch):
+    """Where it describes a repo with more than 1,000 files, huggingface.co may leave out some."""
+    files = {f"{folder}/{n}.jsonl": b"%d" % n for folder in ("a", "b/c") for n in range(600)}
+    push("me/rows", files | {"weights.parquet": b"1"}, "dataset")
+    whole = api.repo_info("me/rows", repo_type="dataset", files_metadata=True)
+    described = replace(
+        resolve_dataset(api, "me/rows"), files=tuple(map(listed_file, whole.siblings))
+    )
+
+    whole.siblings = whole.siblings[:1001]
+    monkeypatch.setattr(api, "repo_info", lambda *_, **__: whole)
+    assert len(described.files) == 1202  # with .gitattributes
+    assert resolve_dataset(api, "me/rows") == described
 
 
 def test_a_repo_is_pinned_to_the_commit_that_a_branch_or_tag_means(api, push):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import shutil
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub import rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows
+from lewis_hub.hub.source import cache_root
 from lewis_hub.workflow.task_data import scored_sources
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
@@ -54,6 +56,16 @@ def test_a_local_file_gives_its_rows_in_order(tmp_path, api):
     assert len(rows) == 5
     assert rows.columns == ("question", "answer")
     assert rows.rows([3, 0]) == [ROWS[3], ROWS[0]]
+
+
+def test_files_whose_rows_are_cached_are_not_fetched_again(api, push):
+    """They may be gigabytes, and the Hub may not answer."""
+    push("me/rows", {"train.jsonl": lines(ROWS)}, "dataset")
+    first = load(api, "me/rows")
+    shutil.rmtree(cache_root())
+
+    assert load(api, "me/rows").rows(range(5)) == first.rows(range(5)) == ROWS
+    assert not list(cache_root().rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "json"])

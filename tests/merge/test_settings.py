@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from lewis_hub.errors import MergeError
@@ -98,6 +100,16 @@ def test_a_filter_that_is_part_of_no_name_is_refused_with_the_nearest_component(
         "parameter `density`: the filter `self_atn` is part of no tensor's name.\n"
         "Did you mean `self_attn`?"
     )
+
+
+def test_the_nearest_of_very_many_components_is_not_looked_for():
+    """Among 20,000 long ones it took minutes."""
+    common = {"weight": (Conditional(filter="a" * 199, value=0.1),)}
+    many = [f"{'a' * 190}{number}.weight" for number in range(20_000)]
+    began = time.process_time()
+
+    assert "is part of no tensor's name" in message(lambda: require_filters_fit(common, [], many))
+    assert time.process_time() - began < 3
 
 
 def test_filters_of_sources_are_looked_at_too():

@@ -151,6 +151,19 @@ def test_a_file_that_is_no_study_is_refused(line, tmp_path):
         opened(tmp_path)
 
 
+def test_a_line_that_a_full_disk_cut_off_is_no_trial(tmp_path):
+    """All trials were lost: what was appended to it could not be read."""
+    run(opened(tmp_path), 3)
+    file = tmp_path / "study.journal"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"op_code":4,"wor')
+
+    run(opened(tmp_path), 1)
+
+    assert len(trials(opened(tmp_path))) == 4
+    assert file.read_bytes().startswith(whole)
+
+
 def test_a_search_makes_no_link(tmp_path, monkeypatch):
     """A killed run would leave it in the output, where links are refused: no rerun would go on."""
     monkeypatch.setattr(os, "symlink", None)

@@ -9,6 +9,7 @@ import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
 from lewis_hub.errors import OutputError
+from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.job import prepare
@@ -149,3 +150,20 @@ def test_a_step_whose_source_changed_after_an_interruption_is_made_again(tmp_pat
     found, expected = (tmp_path / one / "model.safetensors" for one in ("merged", "at-once"))
     assert found.read_bytes() == expected.read_bytes()
     assert not (tmp_path / "merged.parts").exists()
+
+
+def test_a_model_is_not_measured_where_another_run_measures(tmp_path):
+    base, output, texts = zoo_folder() / "base", tmp_path / "importance", tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "reverse abc"}\n')
+    asked = lewis_hub.Calibration(dataset=str(texts), text="{text}", samples=1)
+    output.mkdir()
+
+    with (
+        alone_at(output / LOCK, output),
+        pytest.raises(OutputError, match="importance: another run is working on it"),
+    ):
+        lewis_hub.measure_model(base, asked, output, progress=False)
+
+    assert [*output.iterdir()] == []
+    lewis_hub.measure_model(base, asked, output, progress=False)
+    assert (output / "importance.json").exists()

@@ -23,7 +23,8 @@ from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
-from lewis_hub.workflow.verify import weight_files_within_tolerance
+from lewis_hub.workflow.snapshot import RecipeSnapshot
+from lewis_hub.workflow.verify import compare_origins, weight_files_within_tolerance
 
 OTHER = {"model.safetensors": f"sha256:{0:064}"}
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -78,8 +79,12 @@ def forge(merged, files):
     (merged / "lewis/provenance.json").write_text(provenance(forged, NOW, NOW))
 
 
-def put_lock(merged, lock):
-    """A lock, with a provenance that fits it."""
+def put_lock(merged, lock, text=None):
+    """A lock, with a provenance that fits it, and with its recipe or another `text` beside it."""
+    recipe = merged / "lewis/recipe.yaml"
+    recipe.write_text(text or RecipeSnapshot(lock.recipe, {}).to_yaml())
+    file = OutputFile(sha256_of(recipe), recipe.stat().st_size)
+    lock = replace(lock, outputs={**lock.outputs, "lewis/recipe.yaml": file})
     (merged / "lewis/lock.json").write_text(lock.to_json())
     (merged / "lewis/provenance.json").write_text(provenance(lock, NOW, NOW))
 
@@ -279,6 +284,41 @@ def test_an_origin_that_the_recipe_does_not_have_is_found_by_making_it_again(mer
         1,
         [f"lewis/lock.json: its {what} is not what its recipe leads to."],
     )
+
+
+def test_calibration_data_that_the_recipe_does_not_have_are_found_by_making_it_again(tmp_path):
+    """Only the commit and the files were compared: others could be named, and other rows."""
+    texts, recipe = tmp_path / "texts.jsonl", tmp_path / "recipe.yaml"
+    texts.write_text("".join(f'{{"text": "reverse abc{n}"}}\n' for n in range(4)))
+    recipe.write_text(
+        f"base_model: {zoo_folder() / 'base'}\nmerge_method: regmean\n"
+        f"models: [{zoo_folder() / 'expert-reverse'}]\n"
+        f"calibration: {{dataset: {texts}, text: '{{text}}', samples: 2}}\n"
+    )
+    merged = lewis_hub.merge_models(lewis_hub.read_recipe(recipe), tmp_path / "merged").output
+    assert verify(merged, "--rebuild")[1]["problems"] == []
+    lock = Lock.from_json((merged / "lewis/lock.json").read_text())
+    [data] = lock.calibration
+    names = ({"name": "meta/good"}, {"name": "task gsm8k"})
+    forgeries = [replace(data, **one) for one in (*names, {"config": "main"}, {"split": "test"})]
+    forgeries.append(replace(data, rows=tuple({0, 1, 2, 3}.difference(data.rows))))
+    for forged in forgeries:
+        found = compare_origins(replace(lock, calibration=(forged,)), lock)
+
+        assert found == ("lewis/lock.json: its calibration data is not what its recipe leads to.",)
+    put_lock(merged, replace(lock, calibration=(forged,)))
+    assert verify(merged, "--rebuild")[1]["problems"] == [*found]
+
+
+def test_a_recipe_that_is_not_that_of_the_lock_is_named(merged):
+    """Whoever merges by it would make another model than the one that was verified."""
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    other = (merged / "lewis/recipe.yaml").read_text().replace("0.4", "0.5")
+    named = ["lewis/recipe.yaml: it is not that of the lock."]
+    for text, problems in ((other, named), ("{", named), (json.dumps(dict(true.recipe)), [])):
+        put_lock(merged, true, text)
+
+        assert verify(merged)[1]["problems"] == problems
 
 
 def test_a_merge_that_lacks_a_file_is_not_taken_for_finished(merged):
