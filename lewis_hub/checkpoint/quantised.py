@@ -126,7 +126,7 @@ def _integers(checkpoint: Checkpoint, how: Quantisation) -> Checkpoint:
         codes: Codes = "I4" if n_bits == 4 else "I8"
         if stored.dtype == "I8" and name + "_scale" in tensors:
             weight, codes = stored, "I8"
-        elif n_bits and stored.dtype == "I32" and name.endswith(PACKED):
+        elif n_bits and stored.dtype == "I32" and name.endswith(PACKED) and stored.shape:
             shape = (*stored.shape[:-1], stored.shape[-1] * WORD_BITS // n_bits)
             weight = replace(stored, name=name.removesuffix(PACKED), shape=shape)
         else:
@@ -245,7 +245,7 @@ def _scaled(
     if scale is None:
         raise _misfit(checkpoint, weight, f"`{weight.name}` has no tensor of scales")
     shared = _block(checkpoint, weight, scale, block)
-    if zero is not None and not _is_zero_of(zero, scale, weight.shape[0], codes):
+    if zero is not None and not _is_zero_of(zero, scale, weight.shape[:1], codes):
         raise _unfit(checkpoint, zero, scale)
     if groups is not None and (groups.dtype != "I32" or groups.shape != weight.shape[-1:]):
         problem = f"{_describe(groups)}, expected I32 of {weight.shape[-1]} columns"
@@ -256,12 +256,14 @@ def _scaled(
     return Scaled(weight, scale, shared, codes, zero, groups, measure)
 
 
-def _is_zero_of(zero: TensorHeader, scale: TensorHeader, n_rows: int, codes: Codes) -> bool:
+def _is_zero_of(
+    zero: TensorHeader, scale: TensorHeader, n_rows: tuple[int, ...], codes: Codes
+) -> bool:
     """Whether there is a zero for each scale: one code, or codes packed down the columns."""
     if zero.dtype == "I8":
         return zero.shape == scale.shape
-    n_words = -(-n_rows * (4 if codes == "I4" else 8) // WORD_BITS)
-    is_by_row = scale.shape[:1] == (n_rows,)
+    n_words = -(-sum(n_rows) * (4 if codes == "I4" else 8) // WORD_BITS)
+    is_by_row = n_rows != () and scale.shape[:1] == n_rows
     return zero.dtype == "I32" and is_by_row and zero.shape == (n_words, prod(scale.shape[1:]))
 
 

@@ -1,4 +1,4 @@
-"""A task's items as texts, the loss of a model on their answers, and texts that contain items.
+"""A task's items as texts, and the loss of a model on their answers.
 
 The text of an item is the request that `evaluate` sends to the model, character by character,
 followed by the answer: few-shot examples, delimiters, chat template and choices are lm-eval's.
@@ -7,10 +7,7 @@ followed by the answer: few-shot examples, delimiters, chat template and choices
 from __future__ import annotations
 
 import inspect
-import re
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 TEXT = "text"
 ANSWER_LOSS = "answer_loss,none"
 LOGITS_BYTES = 1_000_000_000  # of one batch, for the loss
-LONG_QUESTION = 13  # words that two texts do not share by chance, as in GPT-3's overlap analysis
-LONGEST_LABEL = 3  # words of a column that may be a label, a letter or a subject
-ANSWER_DISTANCE = 8  # words between a short question and its answer: "Answer:", a chat template's
-UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-PIECE = re.compile(rf"[^\W{UNSPACED}]+|\w|[^\w\s]")  # a word, a letter as in Chinese, or a mark
 
 Chat = Callable[..., str]  # (messages, add_generation_prompt) -> text
 
@@ -316,92 +308,6 @@ def _delimiter(task: Any, document: Any, answer: str, *, in_chat: bool) -> str:
     if not prefix:
         return "" if in_chat else str(task.config.target_delimiter)
     return "" if prefix[-1].isspace() or answer[0].isspace() else " "
-
-
-def normalized(text: str) -> str:
-    """Words and marks in lower case, with one space before, between and after them."""
-    return f" {' '.join(PIECE.findall(text.casefold()))} "
-
-
-def question_parts(item: TaskItem) -> tuple[str, ...]:
-    """The columns of the document that the prompt shows, or else the prompt, all `normalized`.
-
-    Short columns, which may be labels, count only where the prompt shows no longer column.
-    """
-    prompt = normalized(item.prompt or item.answer)
-    columns = {normalized(value) for value in item.document.values() if isinstance(value, str)}
-    shown = sorted(column for column in columns if _n_words(column) and column in prompt)
-    longer = [column for column in shown if _n_words(column) > LONGEST_LABEL]
-    return tuple(longer or shown or ([prompt] if _n_words(prompt) else []))
-
-
-def contained_items(
-    texts: Sequence[str], items: Iterable[TaskItem]
-) -> Iterator[tuple[int, TaskItem]]:
-    """Find the items that texts contain; yields the index of each such text with the item.
-
-    A text contains an item if it contains the whole question. A question of fewer than
-    `LONG_QUESTION` words may occur by chance: its answer must follow, or the text must end before
-    the answer.
-    """
-    written = [normalized(text) for text in texts]
-    places: dict[str, set[int]] = defaultdict(set)
-    for index, text in enumerate(written):
-        for word in set(text.split()):
-            places[word].add(index)
-    for item in items:
-        question = question_parts(item)
-        words = {word for part in question for word in part.split()}
-        if words and words <= places.keys():
-            for index in set.intersection(*sorted((places[w] for w in words), key=len)):
-                if _contains(written[index], question, normalized(item.answer)):
-                    yield index, item
-
-
-def _contains(text: str, question: Sequence[str], answer: str) -> bool:
-    if not all(part in text for part in question):
-        return False
-    n_words = sum(map(_n_words, question))
-    if n_words >= LONG_QUESTION:
-        return True
-    last, pieces = max(question, key=len).split(), text.split()
-    counted = list(accumulate(map(_is_word, pieces), initial=0))
-    found = list(_places(pieces, answer.split()))
-    for place in _places(pieces, last):
-        end = place + len(last)
-        nearest = bisect_left(found, end)
-        if nearest < len(found) and counted[found[nearest]] - counted[end] <= ANSWER_DISTANCE:
-            return True
-        n_left = counted[-1] - counted[end]
-        is_open = n_left <= ANSWER_DISTANCE and end < len(pieces) and pieces[-1] == ":"
-        if n_words > 1 and (n_left == 0 or is_open):  # the text ends before the answer
-            return True
-    return False
-
-
-def _places(pieces: Sequence[str], part: Sequence[str]) -> Iterator[int]:
-    """The numbers of the pieces at which a part of a text begins; none for an empty part.
-
-    The search of Knuth, Morris and Pratt, as a text may repeat a part a million times.
-    """
-    borders: list[int] = []  # of the first pieces of the part: how many of them end it as well
-    n_alike = 0  # pieces before this one that are the first of the part
-    for number, piece in enumerate((*part, None, *pieces) if part else ()):
-        while n_alike and (n_alike == len(part) or piece != part[n_alike]):
-            n_alike = borders[n_alike - 1]
-        n_alike += number > 0 and piece == part[n_alike]
-        if number < len(part):
-            borders.append(n_alike)
-        elif n_alike == len(part):
-            yield number - 2 * len(part)
-
-
-def _is_word(piece: str) -> bool:
-    return piece[0].isalnum() or piece[0] == "_"
-
-
-def _n_words(text: str) -> int:
-    return sum(map(_is_word, text.split()))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class ScaledReader:
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte` on."""
         scaled = tensor.scaled
+        if not into.nbytes:  # a tensor without values may have a scale
+            return
         if scaled is None:
             self._files.read(tensor, first_byte, into)
         elif isinstance(scaled, Transposed):

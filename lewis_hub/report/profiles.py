@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, isnan, nan
@@ -219,14 +219,11 @@ def _pairs(
 ) -> list[tuple[SourceImportance, SourceImportance]]:
     if len(before) == len(after) == 1:
         return [(before[0], after[0])]
-    left, pairs = list(after), []
-    for first in before:
-        key = (short_name(first.source), first.measure)
-        second = next((s for s in left if (short_name(s.source), s.measure) == key), None)
-        if second:
-            left.remove(second)
-            pairs.append((first, second))
-    return pairs
+    left: defaultdict[tuple[str, str], deque[SourceImportance]] = defaultdict(deque)
+    for one in after:
+        left[short_name(one.source), one.measure].append(one)
+    same = [(first, left[short_name(first.source), first.measure]) for first in before]
+    return [(first, others.popleft()) for first, others in same if others]
 
 
 def _compared(first: SourceImportance, second: SourceImportance) -> ProfileComparison:
@@ -289,13 +286,15 @@ def short_name(source: str) -> str:
 
 def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:
     """A unique part of a file name for each source: lower case letters, digits and `-`."""
-    taken: list[str] = []
+    taken: dict[str, None] = {}
+    numbers: dict[str, int] = {}  # the last of each name
     for source in sources:
         name = short_name(source).rstrip("/").rpartition("/")[2]
         plain = re.sub(r"[^a-z0-9]+", "-", name.lower())[:60].strip("-") or "expert"
-        slug, n = plain, 1
+        slug, n = plain, numbers.get(plain, 1)
         while slug in taken:
             n += 1
             slug = f"{plain}-{n}"
-        taken.append(slug)
+        numbers[plain] = n
+        taken[slug] = None
     return tuple(taken)

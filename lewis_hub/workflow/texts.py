@@ -20,7 +20,8 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.benchmarks import LoadedTasks
-from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_items
+from lewis_hub.evaluate.contained import contained_items
+from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.rows import load_rows

@@ -6,19 +6,21 @@ import json
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.items import (
+from lewis_hub.evaluate import contained
+from lewis_hub.evaluate.contained import (
     ANSWER_DISTANCE,
-    TaskItem,
     contained_items,
     normalized,
     question_parts,
 )
+from lewis_hub.evaluate.items import TaskItem
 
 LAB = Path(os.environ.get("LEWIS_HUB_LAB", "/nowhere")) / "data" / "gsm8k"
 PROMPT = "Question: {question}\nAnswer:"
@@ -143,8 +145,8 @@ def test_it_finds_what_a_search_of_every_question_in_every_text_finds(texts, que
 words = st.lists(st.sampled_from("ab!:"), max_size=12).map(" ".join)
 
 
-@given(words, words, words.filter(str.strip))
-def test_short_questions_are_followed_by_their_answer_or_the_end(text, answer, question):
+@given(words, words, words.filter(str.strip), st.sampled_from([0, 4, contained.QUICK]))
+def test_short_questions_are_followed_by_their_answer_or_the_end(text, answer, question, quick):
     def n_words(part):
         return sum(piece.isalnum() for piece in part.split())
 
@@ -158,7 +160,8 @@ def test_short_questions_are_followed_by_their_answer_or_the_end(text, answer, q
     ends = [at + len(asked) for at in range(len(whole)) if whole.startswith(asked, at)]
     naive = n_words(question) > 0 and any(fits(whole[end:]) for end in ends)
 
-    assert bool(found([text], TaskItem("made", question, answer, {}))) == naive
+    with mock.patch.object(contained, "QUICK", quick):
+        assert bool(found([text], TaskItem("made", question, answer, {}))) == naive
 
 
 def test_a_text_of_half_a_megabyte_that_repeats_a_question_takes_no_minutes():
@@ -169,6 +172,16 @@ def test_a_text_of_half_a_megabyte_that_repeats_a_question_takes_no_minutes():
     marks = "! " * 100_000
     assert found([f"{marks * 5} why"], TaskItem("made", f"{marks} why", "a dog", {})) == []
     assert time.monotonic() - began < 20
+
+
+def test_a_long_text_with_many_short_questions_takes_no_minutes():
+    questions = [f"What is {i} plus one?" for i in range(60)]
+    text = f"{' or '.join(questions)} " + "padding " * 250_000
+
+    began = time.process_time()
+    assert found([text], *(TaskItem("made", one, "padding dog", {}) for one in questions)) == []
+    assert found([text], TaskItem("made", questions[-1], "padding", {})) == [0]
+    assert time.process_time() - began < 5  # 20 s if the text is cut into pieces for each
 
 
 @pytest.mark.slow

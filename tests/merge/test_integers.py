@@ -235,3 +235,16 @@ def test_what_only_values_show_is_told_when_they_are_read(zoo, name, tensor, sai
         values(zoo, source)
 
     assert said in str(caught.value)
+
+
+def test_tensors_without_values_or_dimensions_are_read_or_refused(zoo):
+    empty = {"a.weight": torch.zeros(4, 0, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1)}
+    number = {"a.weight": torch.tensor(3, dtype=torch.int8), "a.weight_scale": torch.ones(1)}
+    word = {"a.weight_packed": torch.tensor(3, dtype=torch.int32), "b": torch.ones(1)}
+    zero = number | {"a.weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}
+
+    assert values(zoo, opened(zoo, empty, 4))["a.weight"].shape == (4, 0)
+    assert values(zoo, opened(zoo, number, 4))["a.weight"] == 3
+    assert opened(zoo, word, 4).checkpoint.tensors.keys() == word.keys()
+    with pytest.raises(BrokenCheckpointError, match="does not fit a.weight_scale"):
+        opened(zoo, zero, 4)
