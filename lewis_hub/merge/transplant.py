@@ -99,9 +99,9 @@ def token_tables(checkpoint: Checkpoint, n_tokens: int | None) -> TokenTables:
             problem = f"its embeddings {table.name} are {kind}, not bfloat16, float16 or float32"
             remedy = "Use the model that it was quantised from."
             raise MergeError(checkpoint.label, problem, remedy)
-    known = {table.name for table in tables.all}
+    known, n_rows = {table.name for table in tables.all}, tables.n_rows
     for name, tensor in checkpoint.tensors.items():
-        if name not in known and _has_other_tokens(tensor, tables.n_rows):
+        if name not in known and _has_other_tokens(tensor, n_rows):
             problem = f"{name} of shape {list(tensor.shape)} has tokens, too, beside the embeddings"
             raise MergeError(checkpoint.label, problem, remedy)
     return tables
