@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 
-MAX_SIBLINGS = 1000  # of more files the Hub may leave out some, where it describes a repo
+MAX_SIBLINGS = 1000  # of so many files the Hub may leave out some, where it describes a repo
 N_HASHING_THREADS = 2
 REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
@@ -295,7 +295,7 @@ def _listed_files(
     hub_repo: HubRepo, sha: str, siblings: Sequence[RepoSibling]
 ) -> tuple[SourceFile, ...]:
     found: Iterable[RepoSibling | RepoFile] = siblings
-    if len(siblings) > MAX_SIBLINGS:
+    if len(siblings) >= MAX_SIBLINGS:
         found = retry(lambda: _tree(hub_repo, sha))
     files = map(listed_file, found)
     return tuple(file for file in files if _is_below(PurePath(file.path)))

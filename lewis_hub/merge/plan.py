@@ -288,7 +288,7 @@ def require_few(n_tensors: int, where: str) -> None:
     """
     if n_tensors > MAX_TENSORS:
         problem = f"the merge would have more than {MAX_TENSORS:,} tensors, the limit of a model"
-        raise MergeError(where, problem, "List less of them.")
+        raise MergeError(where, problem, "List fewer of them.")
 
 
 def plan_shards(

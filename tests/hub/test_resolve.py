@@ -188,7 +188,7 @@ def test_all_files_of_a_large_repo_are_listed(api, push, monkeypatch):
         resolve_dataset(api, "me/rows"), files=tuple(map(listed_file, whole.siblings))
     )
 
-    whole.siblings = whole.siblings[:1001]
+    whole.siblings = whole.siblings[:1000]
     monkeypatch.setattr(api, "repo_info", lambda *_, **__: whole)
     assert len(described.files) == 1202  # with .gitattributes
     assert resolve_dataset(api, "me/rows") == described

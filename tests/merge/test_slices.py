@@ -279,7 +279,7 @@ def test_a_stack_has_no_more_tensors_than_a_model_may_have(sources, monkeypatch)
         lambda: make_stacked_plan(asked("passthrough", slices, sources["x"]), 10**9)
     ) == (
         "slices: the merge would have more than 100 tensors, the limit of a model.\n"
-        "List less of them."
+        "List fewer of them."
     )
 
 
