@@ -34,6 +34,7 @@ BUCKET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 DEFAULT_TIMEOUT_S = 30 * 60
 MAX_TIMEOUT_S = 366 * 24 * 3600
 LOG_POLL_S = 0.05
+LINES_AT_ONCE = 100  # of a log, before other requests are answered
 MAX_LOG_CHARACTERS = 50_000_000  # of a Job, with LINE_CHARACTERS for each line
 LINE_CHARACTERS = 100  # its time, and its place in memory
 MAX_LINE_CHARACTERS = 10_000  # a longer line is kept as several
@@ -182,10 +183,11 @@ class Jobs:
         async def events() -> AsyncIterator[str]:
             n_sent = 0
             while job.active or n_sent < len(job.log):
-                for when, line in job.log[n_sent:]:
-                    n_sent += 1
-                    yield f"data: {json.dumps({'data': line, 'timestamp': when})}\n\n"
-                await asyncio.sleep(LOG_POLL_S)
+                lines = job.log[n_sent : n_sent + LINES_AT_ONCE]
+                n_sent += len(lines)
+                told = (json.dumps({"data": line, "timestamp": when}) for when, line in lines)
+                yield "".join(f"data: {event}\n\n" for event in told)
+                await asyncio.sleep(0 if lines else LOG_POLL_S)  # other requests get their turn
 
         return StreamingResponse(events(), media_type="text/event-stream")
 

@@ -228,6 +228,29 @@ def test_sixty_readers_of_a_log_leave_the_server_free(running):
                     break
 
 
+def test_a_reader_of_a_long_log_leaves_the_server_free(running):
+    """A client that takes the lines as fast as they come makes no send wait."""
+    place = f"/api/jobs/{running.user}"
+    content = json.dumps({"dockerImage": "x", "command": ["seq", "100000"]})
+    head = f"Host: 127.0.0.1\r\nAuthorization: Bearer {running.write_token}\r\n"
+    head += "Connection: close\r\n"
+    start = f"POST {place} HTTP/1.1\r\n{head}Content-Length: {len(content)}\r\n\r\n{content}"
+    job = json.loads(send(running.url, start.encode()).partition(b"\r\n\r\n")[2])["id"]
+    ask = f"GET {place}/{job} HTTP/1.1\r\n{head}\r\n".encode()
+    while b"COMPLETED" not in send(running.url, ask):
+        time.sleep(0.1)
+    with ThreadPoolExecutor(1) as pool:
+        follow = f"GET {place}/{job}/logs HTTP/1.1\r\n{head}\r\n".encode()
+        reader = pool.submit(send, running.url, follow)
+        waits = []
+        while not reader.done():
+            begun = time.monotonic()
+            send(running.url, ask)
+            waits.append(time.monotonic() - begun)
+        assert b'"100000"' in reader.result()
+    assert max(waits) < 1
+
+
 @pytest.mark.parametrize(
     "command",
     [["yes", "x" * 1000], ["head", "-c", "50000000", "/dev/zero"]],
