@@ -386,7 +386,7 @@ def _update(
     if len(target.shape) != 2:
         problem = f"`{a.name}` changes {target.name} of shape {list(target.shape)}, expected a "
         raise file.error(f"{problem}matrix")
-    transposed = pair == EMBEDDING or target.shape != (b.shape[0], a.shape[-1])
+    transposed = pair == EMBEDDING or target.shape != (*b.shape[:1], *a.shape[-1:])
     if len(set(target.shape)) == 1 and pair == LINEAR:
         transposed = squares_transposed
     rank = file.config.rank(module)

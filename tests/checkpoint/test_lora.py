@@ -213,7 +213,7 @@ def test_a_square_weight_lies_as_the_others_in_the_blocks_do(put):
 def named(module, a, b, **more):
     parts = {"lora_A.weight": a, "lora_B.weight": b} | more
     return {
-        f"base_model.model.{module}.{part}": torch.zeros(*shape) for part, shape in parts.items()
+        f"base_model.model.{module}.{part}": torch.zeros(shape) for part, shape in parts.items()
     }
 
 
@@ -243,6 +243,12 @@ def named(module, a, b, **more):
             named("model.layers.0.q", (3, 4), (4, 3)),
             {"rank_pattern": {"v": 3}},
             "`model.layers.0.q` has lora_A of shape [3, 4], lora_B of shape [4, 3] for "
+            f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
+        ),
+        (
+            named("model.layers.0.q", (), (4, 2)),
+            {},
+            "`model.layers.0.q` has lora_A of shape [], lora_B of shape [4, 2] for "
             f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
         ),
         (
