@@ -282,6 +282,27 @@ def test_a_private_merge_is_not_handed_over_in_a_public_repository(tmp_path, vis
     assert [*steps].index(asked["name"]) < [*steps].index("Hand over")
 
 
+def test_no_step_imports_from_the_checkout(publisher, tmp_path):
+    """With `-m` and `-c`, Python looks there first: for pip, beside a right to sign in."""
+    for name in ("pip", "json", "importlib"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    released = (OURS / "workflows" / "release.yml", OURS / "workflows" / "check.yml")
+    steps = [
+        step
+        for file, document in documents(publisher).items()
+        if file not in released  # they run this repository's own code
+        for step in steps_of(document)
+        if re.search(r"\bpython\b", step.get("run", ""))
+    ]
+
+    assert len(steps) == 8  # of the action, and of the workflow with and without --gated
+    for step in steps:
+        given = {"PATH": str(BIN), "PYTHONSAFEPATH": step["env"]["PYTHONSAFEPATH"]}
+        for words in (["-m", "pip", "--version"], ["-c", "import json, importlib"]):
+            subprocess.run([BIN / "python", *words], cwd=tmp_path, env=given, check=False)
+        assert not (tmp_path / "imported").exists(), step["name"]
+
+
 def test_a_job_that_uses_the_action_again_reports_nothing_of_the_recipe_before(tmp_path):
     action = steps_of(yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text()))
     steps = [step for step in action if step.get("name") in ("Install", "Report")]
@@ -308,9 +329,9 @@ def test_only_the_steps_that_push_sign_in_as_the_workflow():
     known = {step["name"]: set(step.get("env", {})) for step in steps_of(document) if "run" in step}
 
     assert known == {
-        "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
+        "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL", "PYTHONSAFEPATH"},
         "Check sources, target and disk": {"HF_TOKEN"},
-        "Require a private repository": {"GH_TOKEN"},
+        "Require a private repository": {"GH_TOKEN", "PYTHONSAFEPATH"},
         "Merge and score": {"HF_TOKEN"},
         "Merge on Hugging Face Jobs": {"HF_TOKEN"},
         "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
