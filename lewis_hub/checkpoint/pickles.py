@@ -87,6 +87,8 @@ def _load(where: str, path: Path) -> dict[str, Tensor]:
     import torch
 
     is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _require_uncompressed(where, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
@@ -101,6 +103,17 @@ def _load(where: str, path: Path) -> dict[str, Tensor]:
         line = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise PickleError(where, f"torch cannot read it ({line})", DAMAGED) from None
     return dict(_tensors(where, loaded))
+
+
+def _require_uncompressed(where: str, path: Path) -> None:
+    """Refuse compressed entries, which torch does not write: a few MB could become gigabytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            kinds = {entry.compress_type for entry in archive.infolist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise PickleError(where, f"it is a broken zip file ({error})", DAMAGED) from None
+    if kinds != {zipfile.ZIP_STORED}:
+        raise PickleError(where, "it is a compressed zip file", DAMAGED)
 
 
 def _tensors(where: str, loaded: object) -> Iterator[tuple[str, Tensor]]:

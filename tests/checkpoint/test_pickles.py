@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -184,6 +185,21 @@ def test_a_file_that_is_cut_short_is_told(tmp_path):
     content = (tmp_path / "whole.bin").read_bytes()
 
     assert "pytorch_model.bin: " in refusal(tmp_path, content[: len(content) // 2])
+
+
+def test_a_compressed_file_is_refused_before_it_takes_memory(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "whole.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.bin") as whole,
+        zipfile.ZipFile(tmp_path / "pressed.bin", "w", zipfile.ZIP_DEFLATED) as pressed,
+    ):
+        for name in whole.namelist():
+            pressed.writestr(name, whole.read(name) + bytes(10_000_000))
+    content = (tmp_path / "pressed.bin").read_bytes()
+
+    assert len(content) < 200_000
+    text = refusal(tmp_path, content)
+    assert text.startswith("me/model: pytorch_model.bin: it is a compressed zip file.")
 
 
 def test_a_tensor_in_two_files_is_told(tmp_path):
