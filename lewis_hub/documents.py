@@ -27,7 +27,11 @@ MAX_JSON_VALUES = 4_000_000  # a header of some 300,000 tensors, a vocabulary of
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
 TAGS = re.compile("(?:^\ufeff?|[\r\n\x85\u2028\u2029])%TAG")  # a directive that shortens tags
-END_OF_FRONT_MATTER = re.compile(r"[\r\n]---(?:\r\n|\n|\Z)")
+MARKS = re.compile("(?:^\ufeff|[\r\n\x85\u2028\u2029])\ufeff")
+NOT_READ = (
+    (TAGS, "it has a `%TAG` directive, which is not read"),
+    (MARKS, "a line starts with a byte order mark, which parsers read in different ways"),
+)
 
 QuickLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -128,13 +132,12 @@ def _opened(
 def front_matter(card: str) -> str:
     """The YAML between the `---` lines at the start of a card, or nothing.
 
-    The same as huggingface_hub's REGEX_YAML_BLOCK, whose time grows with the cube of empty lines.
+    It is what huggingface_hub takes for it: `datasets` reads that, without limits.
     """
-    text = card.lstrip()
-    if not text.startswith(("---\r", "---\n")):
-        return ""
-    end = END_OF_FRONT_MATTER.search(text, 4)
-    return text[4 : end.start()] if end else ""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    found = REGEX_YAML_BLOCK.search(card)
+    return found[2] if found else ""
 
 
 def _require_size(text: str | bytes, max_bytes: int) -> None:
@@ -158,9 +161,11 @@ class _Value:
 
 def _require_limits(text: str, loader: type[yaml.SafeLoader]) -> None:
     """Refuse a document by its events, before PyYAML recurses into it."""
-    if found := TAGS.search(text):  # libyaml compares each with all others; values repeat its text
-        n_lines = text.count("\n", 0, found.end())
-        raise DocumentError("it has a `%TAG` directive, which is not read", n_lines + 1)
+    # libyaml compares each tag with all others, and values repeat its text. A mark it skips, where
+    # it is part of a key for PyYAML, by which `datasets` reads cards.
+    for pattern, problem in NOT_READ:
+        if found := pattern.search(text):
+            raise DocumentError(problem, text.count("\n", 0, found.end()) + 1)
     around = [_Value(None)]  # the collections that an event is in
     complete: dict[str | None, _Value] = {}
     for event in yaml.parse(text, Loader=loader):

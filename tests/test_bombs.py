@@ -226,6 +226,17 @@ def test_many_patterns_take_one_lookup_or_are_refused():
         adapter(rank_pattern={f"a{i}|b": 3 for i in range(257)})
 
 
+def test_thousands_of_groups_in_a_pattern_take_linear_time():
+    config = adapter(rank_pattern={"(|a)*" * 2000: 2})
+
+    assert {config.rank(f"model.layers.{i}.self_attn.q_proj") for i in range(200)} == {8}
+
+
+def test_patterns_that_are_too_long_together_are_refused():
+    with pytest.raises(AdapterError, match="its regular expressions are too long"):
+        adapter(rank_pattern={"(a|.b)*c?" * 100 + str(i): 3 for i in range(200)})
+
+
 @pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "(" * 10_000, "((a{30}){30}){30}"])
 def test_a_pattern_beyond_linear_time_is_refused(pattern):
     with pytest.raises(AdapterError, match="is not a regular expression that RE2 knows"):

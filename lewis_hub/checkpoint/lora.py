@@ -59,6 +59,7 @@ PLAIN_NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
 MAX_EXPRESSIONS = 256
 DOT = re.compile(r"\.")
 MAX_EXPRESSION_BYTES = 256 << 10  # of memory for each
+MAX_STEPS = 50_000  # of all; each letter of a module's name may take all of them
 Value = TypeVar("Value", int, float)
 UpdateParts = Mapping[str, TensorHeader]  # such as `lora_A` -> its tensor
 
@@ -137,6 +138,8 @@ class _Patterns(Generic[Value]):
             if len(expressions) > MAX_EXPRESSIONS:
                 problem = f"more than {MAX_EXPRESSIONS} of its keys are regular expressions"
                 raise ValueError(problem)
+            if sum(one.programsize for _, _, one in expressions) > MAX_STEPS:
+                raise ValueError("its regular expressions are too long")
         return cls(names, expressions)
 
     def value(self, module: str, default: Value) -> Value:
@@ -153,6 +156,7 @@ def _compiled(pattern: str) -> re2._Regexp:
 
     options = re2.Options()
     options.max_mem, options.log_errors = MAX_EXPRESSION_BYTES, False
+    options.never_capture = True  # to note where thousands of groups match takes their square
     try:
         re2.compile(pattern, options)  # alone, for the message of an error
         return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)

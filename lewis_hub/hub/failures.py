@@ -250,7 +250,7 @@ def _asked_pause_s(answer: httpx2.Response) -> float | None:
     if answer.status_code == 429 and limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds + 1.0
     seconds = answer.headers.get("retry-after", "").strip()
-    return float(seconds) if seconds.isascii() and seconds.isdigit() else None
+    return float(seconds) if seconds.isdecimal() else None  # of any script, as huggingface_hub
 
 
 def call_hub(hub_repo: HubRepo, call: Callable[[], T]) -> T:

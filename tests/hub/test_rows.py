@@ -302,6 +302,29 @@ def test_a_card_with_a_bomb_never_reaches_datasets(tmp_path, api):
         (tmp_path / name).write_text("")
 
 
+@pytest.mark.parametrize(
+    "card",
+    ["---\n{}\n--- ", "---\n{}\n---\t\n# Sums\n---\n", "---\r\n---\n{}\n---\n", " \n---\r{}\r---"],
+)
+def test_a_card_ends_where_datasets_ends_it(tmp_path, api, card):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    named = "configs: [{config_name: default, data_files: 'https://example.com/a.jsonl'}]"
+    (tmp_path / "README.md").write_text(card.format(named), newline="")
+
+    expected = "`README.md` names data that is not in it: https://example.com/a.jsonl"
+    assert expected in message(api, tmp_path)
+
+
+def test_a_card_says_the_same_to_every_parser(tmp_path, api):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    first, second = (f"configs: [{{data_files: '{one}'}}]" for one in ("/etc/passwd", "a.jsonl"))
+    card = f"---\na: 1\n{first}\n\ufeff{second}\n---\n"
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+
+    expected = "`README.md` cannot be read: a line starts with a byte order mark"
+    assert expected in message(api, tmp_path)
+
+
 def test_a_parquet_file_of_equal_rows_is_read_in_pieces_and_up_to_a_limit(
     tmp_path, api, monkeypatch
 ):

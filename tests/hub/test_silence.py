@@ -136,6 +136,15 @@ def test_the_limits_hold_after_a_connection_was_refused(later, monkeypatch):
     assert (pauses, later.n_asked) == ([1], 1)
 
 
+@pytest.mark.parametrize("digits", ["٨٦٤٠٠", "８６４００"])
+def test_a_pause_in_digits_of_another_script_is_not_slept(later, no_pauses, digits):
+    later.after_s = digits.encode().decode("latin-1")  # as http.server writes it
+    later.start()
+
+    assert "answers 503 and requires a pause of 86,400 s" in refusal_of_an_upload(later)
+    assert later.n_asked == 1
+
+
 def test_what_huggingface_hub_repeats_is_not_repeated_once_more(later, no_pauses):
     later.after_s = "59"
     later.start()
