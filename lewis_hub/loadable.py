@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -23,6 +24,7 @@ ARGUMENTS = "init_inputs"  # those without a name
 NEWER = "fast_tokenizer_files"  # in the folder
 HIDDEN = "additional_chat_templates/.*.jinja"  # which are no files of a source
 WEIGHTS = "*.safetensors"
+CACHE = "TIKTOKEN_CACHE_DIR"  # of tiktoken, by the paths of files; empty: none
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
 
@@ -72,8 +74,10 @@ def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     Raises:
         SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    only = nullcontext() if and_others else confined_to(folder)
-    with without_code(), weights_copied(), only:
+    with without_code(), weights_copied(), ExitStack() as only:
+        if not and_others:
+            only.enter_context(without_cache())
+            only.enter_context(confined_to(folder))
         _require_own_weights(folder)
         yield
 
@@ -110,6 +114,19 @@ def weights_copied() -> Iterator[None]:
     finally:
         for module in modules:
             module.safe_open = safe_open
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Have tiktoken read a file of the model: of its path it may have cached another one."""
+    before = os.environ.get(CACHE)
+    os.environ[CACHE] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop(CACHE, None)
+        if before is not None:
+            os.environ[CACHE] = before
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings by which transformers would open files that are not the model's."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -143,3 +144,17 @@ def test_weights_elsewhere_are_none_of_a_model(shard, tmp_path):
             only_files_of(tmp_path / "model", and_others=and_others),
         ):
             pass
+
+
+@pytest.mark.parametrize("before", [None, "/caches/tiktoken"])
+def test_tiktoken_opens_no_file_of_its_cache(before, folder, monkeypatch):
+    """It has a file by its path: a model that transformers had loaded once was refused."""
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    if before:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", before)
+
+    with only_files_of(folder):
+        assert os.environ["TIKTOKEN_CACHE_DIR"] == ""
+    assert os.environ.get("TIKTOKEN_CACHE_DIR") == before
+    with only_files_of(folder, and_others=True):
+        assert os.environ.get("TIKTOKEN_CACHE_DIR") == before

@@ -281,7 +281,7 @@ def _repo(hub_repo: HubRepo) -> Source:
     )
     with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
-        files = _listed_files(hub_repo, sha, getattr(info, "siblings", None) or ())
+        files = listed_files(hub_repo, sha, getattr(info, "siblings", None) or ())
     _forget_others(hub_repo, cache_folder(name, repo_type) / "snapshots" / sha, files)
     remember_revision(name, repo_type, hub_repo.revision, sha)
     access: Access = "private" if getattr(info, "private", False) else "public"
@@ -291,9 +291,10 @@ def _repo(hub_repo: HubRepo) -> Source:
     return Source(name, repo_type, hub_repo.revision, sha, files, None, access=access)
 
 
-def _listed_files(
+def listed_files(
     hub_repo: HubRepo, sha: str, siblings: Sequence[RepoSibling]
 ) -> tuple[SourceFile, ...]:
+    """The files of a commit, of which the description of a repo may have some only."""
     found: Iterable[RepoSibling | RepoFile] = siblings
     if len(siblings) >= MAX_SIBLINGS:
         found = retry(lambda: _tree(hub_repo, sha))

@@ -14,7 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, read_answer, retry
 from lewis_hub.hub.fetch import read_file
-from lewis_hub.hub.source import listed_file, listed_sha
+from lewis_hub.hub.resolve import listed_files
+from lewis_hub.hub.source import listed_sha
 
 if TYPE_CHECKING:
     import httpx2
@@ -165,10 +166,11 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
             )
         except RepositoryNotFoundError:
             return Target(hub_repo.name, None, {})
-        files = map(listed_file, info.siblings or ())
+        sha = listed_sha(info.sha)
+        files = listed_files(hub_repo, sha, info.siblings or ())
         digests = {file.path: file.digest for file in files}
         is_public = not (getattr(info, "private", False) or getattr(info, "gated", False))
-        return Target(hub_repo.name, listed_sha(info.sha), digests, is_public)
+        return Target(hub_repo.name, sha, digests, is_public)
 
 
 def will_be_public(hub_repo: HubRepo, target: Target, *, private: bool) -> bool:

@@ -18,6 +18,7 @@ from lewis_hub.hub.source import (
     listed_file,
     remember_revision,
 )
+from lewis_hub.hub.target import read_target
 
 WEIGHTS = bytes(range(256)) * 8
 MODEL = {"config.json": b"{}", "model.safetensors": WEIGHTS}
@@ -192,6 +193,17 @@ def test_all_files_of_a_large_repo_are_listed(api, push, monkeypatch):
     monkeypatch.setattr(api, "repo_info", lambda *_, **__: whole)
     assert len(described.files) == 1202  # with .gitattributes
     assert resolve_dataset(api, "me/rows") == described
+
+
+def test_all_files_of_a_large_target_are_listed(api, push, monkeypatch):
+    """An earlier merge among many files was none: its files stayed beside those of the next."""
+    push("me/model", {f"{n:04}.txt": b"%d" % n for n in range(1100)} | {"lewis.lock": b"{}"})
+    whole = api.model_info("me/model", files_metadata=True)
+    digests = {file.path: file.digest for file in map(listed_file, whole.siblings)}
+
+    whole.siblings = whole.siblings[:1000]
+    monkeypatch.setattr(api, "model_info", lambda *_, **__: whole)
+    assert read_target(HubRepo.to_publish(api, "me/model")).digests == digests
 
 
 def test_a_repo_is_pinned_to_the_commit_that_a_branch_or_tag_means(api, push):
