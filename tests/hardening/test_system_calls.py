@@ -87,6 +87,20 @@ def test_each_call_of_the_writer_may_fail_once(tmp_path):
     assert n_failed > n_tried / 2
 
 
+def test_shards_and_folder_are_flushed_before_the_folder_gets_its_name(tmp_path):
+    calls = recorded([tmp_path], lambda: write_output(tmp_path / "merged"))
+    made = f"{tmp_path}/merged.partial"
+    (renamed,) = (i for i, one in enumerate(calls) if (one.name, one.path) == ("rename", made))
+    for layout in LAYOUTS:
+        own = [one.name for one in calls[:renamed] if one.path == f"{made}/{layout.name}"]
+        assert max(i for i, name in enumerate(own) if name == "pwrite") < own.index("fsync")
+    flushed = [
+        [one.path for one in part if one.name == "fsync"]
+        for part in (calls[:renamed], calls[renamed:])
+    ]
+    assert (flushed[0][-1], flushed[1]) == (made, [str(tmp_path)])
+
+
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A working folder with two models; the caches are elsewhere."""
