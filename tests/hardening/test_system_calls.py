@@ -1,4 +1,4 @@
-"""Every call of the system that a command makes on its files fails once, with six errors.
+"""Every call of the system that a command makes on its files fails once, with eight errors.
 
 The run ends with one message and exit code 1, or does not need the call; the output is whole or
 absent, and the same command completes it to the same bytes.
@@ -26,6 +26,7 @@ from lewis_hub.hub.source import cache_root
 from lewis_hub.merge.workspace import open_workspace
 
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EINTR)
+NUMBERS += (errno.ENOTCONN, errno.ETIMEDOUT)  # a disk in a network is gone, or does not answer
 LAYOUTS = lay_out([OutputTensor(name, "F32", (100,)) for name in "abcd"], 800)
 RECIPE = """base_model: BASE
 models: [{model: EXPERT}]
