@@ -42,13 +42,13 @@ class Answer:
 
 
 def _other_range(answer):
-    """The next bytes in place of those that were asked for."""
+    """As many bytes from the next one on, in place of those that were asked for."""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("content-range", ""))
     if found is None:
         return answer
     start, stop, size = map(int, found.groups())
-    moved = answer.sending(answer.body[1:])
-    return moved.saying(content_range=f"bytes {start + 1}-{stop}/{size}")
+    moved = answer.sending(answer.body[1:] + b"\0")
+    return moved.saying(content_range=f"bytes {start + 1}-{stop + 1}/{size}")
 
 
 def _refusing(status, pause_s):
@@ -57,6 +57,7 @@ def _refusing(status, pause_s):
 
 FAULTS = {  # name -> what becomes of an answer
     "another range": _other_range,
+    "other bytes": lambda answer: answer.sending(bytes(len(answer.body))),
     "too long": lambda answer: answer.sending(answer.body + bytes(1000)),
     "too short": lambda answer: answer.sending(answer.body[: len(answer.body) // 2]),
     "cut": lambda answer: answer.saying(content_length=len(answer.body) + 1),

@@ -32,6 +32,7 @@ UNUSABLE = {
     *(errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),  # something else is where a file belongs
     *(errno.EINTR, errno.EBUSY, errno.ENODEV),  # disks in a network, and those unplugged
 }
+BUGS = {errno.ENOENT, errno.EINVAL, errno.EBADF}  # of a call that should not have been made
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."
 EPILOG = """\b
@@ -143,7 +144,8 @@ def disk_failure(error: OSError) -> tuple[str, str] | None:
         where = f" (writing {error.filename})" if error.filename else ""
         remedy = "Free some space, then run the same command again: finished work is kept."
         return "DiskFull", f"the disk is full, or a quota or limit is reached{where}.\n{remedy}"
-    if error.errno in UNUSABLE:
+    # disks in a network have more: ENOTCONN where they were mounted, ETIMEDOUT, EREMOTEIO
+    if error.errno in UNUSABLE or (error.filename is not None and error.errno not in BUGS):
         where = error.filename or "a file"
         remedy = "Make it usable, or name other folders: -o for the output, HF_HOME for caches."
         return "DiskError", f"{where}: it cannot be read or written ({error.strerror}).\n{remedy}"

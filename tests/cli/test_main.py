@@ -234,6 +234,10 @@ warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.e
         (errno.EEXIST, "DiskError", "x: it cannot be read or written (File exists)."),
         (errno.EINTR, "DiskError", "x: it cannot be read or written (Interrupted system call)."),
         (errno.EBUSY, "DiskError", "x: it cannot be read or written (Device or resource busy)."),
+        *(
+            (number, "DiskError", f"x: it cannot be read or written ({os.strerror(number)}).")
+            for number in (errno.ENOTCONN, errno.ETIMEDOUT)
+        ),
     ],
 )
 def test_an_error_of_the_disk_is_one_message(number, kind, message):
@@ -246,6 +250,7 @@ def test_an_error_of_the_disk_is_one_message(number, kind, message):
 def test_another_error_of_the_system_keeps_its_traceback():
     assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
     assert disk_failure(OSError("of a library")) is None
+    assert disk_failure(TimeoutError(errno.ETIMEDOUT, "of a connection")) is None
 
 
 def test_a_cache_that_cannot_be_written_is_one_message(hub, tmp_path):

@@ -43,6 +43,7 @@ HOSTILE: tuple[Any, ...] = (
 ALPHABET = [chr(i) for i in (*range(128), 0xE9, 0x2028, 0xFEFF, 0x1F600)]
 SNIPPETS = (
     *('"', "{", "}", "[", "]", ",", ":", "\\", "\\u0000", "\\ud800", "NaN", "-", "1e999", "/*"),
+    *("!!int ", "!!bool ", "!!timestamp "),
     *("&a ", "*a", "<<: ", "!!python/object:os.system ", "!!binary ", "? ", "---\n", "\t", "%YAML"),
     *('"' * 50, "[" * 200, '{"a":' * 150, "9" * 5000, "- " * 200, "\r", "|\n", ">-\n", "\x85"),
 )

@@ -269,6 +269,14 @@ QUANTISED = Target(
             (FOUR_BIT, "U8", [100], 1),
         )
         | {"states": {FOUR_BIT: STATE}},
+        quantised(  # one block, however long it is
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            (f"{W}.weight", "U8", [128, 1], 1),
+            (f"{W}.weight.absmax", "F32", [1], 4),
+            (f"{W}.weight.quant_map", "F32", [16], 4),
+            (FOUR_BIT, "U8", [100], 1),
+        )
+        | {"states": {FOUR_BIT: STATE | {"blocksize": 256}}},
         quantised(
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
             (f"{W}.weight", "I8", [4, 4], 1),

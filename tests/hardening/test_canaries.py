@@ -25,6 +25,7 @@ export: ["gguf:q8_0"]
 publish: {repo: lewis/canary, license: apache-2.0}
 """
 PASSWORD, NEIGHBOUR, VARIABLE = "canary-password-1f", "canary-neighbour-2e", "canary-variable-3d"
+NEIGHBOURS = (".env", "credentials.json", "notes.txt", "id_rsa", "tasks.yaml", "data.jsonl")
 FAILURES = {
     "a wrong token": ({"HF_TOKEN": "hf_canarytokenwrong4c"}, RECIPE, "hf_canarytokenwrong4c"),
     "no such model": ({}, RECIPE.replace("zoo/base", "zoo/none"), None),
@@ -42,7 +43,7 @@ def place(hub, tmp_path, monkeypatch):
     put_zoo(hub)
     work = tmp_path / "work"
     work.mkdir()
-    for name in (".env", "credentials.json", "notes.txt", "id_rsa", "tasks.yaml", "data.jsonl"):
+    for name in NEIGHBOURS:
         (work / name).write_text(NEIGHBOUR)
         (tmp_path / name).write_text(NEIGHBOUR)
     environment = {
@@ -76,9 +77,9 @@ def spelled(secret):
 def searched(*places):
     """Everything in folders, archives opened, but the recipe's neighbours themselves."""
     for path in (p for place in places for p in place.rglob("*") if p.is_file()):
-        content = path.read_bytes()
-        if content.strip() == NEIGHBOUR.encode():
+        if path.parent in places and path.name in NEIGHBOURS:
             continue
+        content = path.read_bytes()
         yield path, content
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -128,7 +129,11 @@ def test_the_search_finds_a_secret_in_each_spelling(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("b", PASSWORD)
     (tmp_path / "c").write_bytes(base64.b64encode(VARIABLE.encode()))
+    (tmp_path / "merged").mkdir()
+    for place in (tmp_path, tmp_path / "merged"):
+        (place / "notes.txt").write_text(NEIGHBOUR)
 
     assert found([PASSWORD], [], tmp_path) == [str(tmp_path / "a.zip")]
+    assert found([NEIGHBOUR], [], tmp_path) == [str(tmp_path / "merged" / "notes.txt")]
     assert found([VARIABLE], [VARIABLE.encode()], tmp_path) == ["a stream", str(tmp_path / "c")]
     assert found(["canary-of-nobody"], [b"x"], tmp_path, zoo_folder() / "base") == []

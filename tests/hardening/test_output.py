@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from zoo_hub import put_zoo
 
 import lewis_hub
@@ -40,7 +44,8 @@ NAMES = (  # of files that a merge carries, reads or loads in other circumstance
     *("pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.safetensors"),
     *("training_args.bin", "optimizer.pt", ".env", ".git/config", "id_rsa", "importance.json"),
 )
-KINDS = ("a link", "a link to a folder", "a FIFO", "a pickle", "a hidden link")
+KINDS = ("a link", "a link to a folder", "a link to a hidden file", "a FIFO", "a pickle")
+KINDS += ("a hidden link",)
 
 
 def merge(folder, base, expert):
@@ -63,7 +68,7 @@ def pollute(folder, names=NAMES):
             (folder / name).write_text(json.dumps({"a": CANARY}))
 
 
-def test_pollution_of_cache_folders_and_environment_changes_no_byte(hub, tmp_path, monkeypatch):
+def test_pollution_of_cache_and_folders_changes_no_byte(hub, tmp_path, monkeypatch):
     put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     clean = contents(merge(tmp_path / "clean", "zoo/base", "zoo/expert-reverse"))
@@ -79,26 +84,94 @@ def test_pollution_of_cache_folders_and_environment_changes_no_byte(hub, tmp_pat
     work = tmp_path / "elsewhere"
     pollute(work, [*NAMES, "zoo/other/config.json", "tasks/own.py", "sitecustomize.py"])
     monkeypatch.chdir(work)
-    for name, value in {
-        **{"PYTHONHASHSEED": "7", "LC_ALL": "tr_TR.UTF-8", "LANG": "C", "TZ": "Asia/Tokyo"},
-        **{
-            "HF_HUB_ENABLE_HF_TRANSFER": "0",
-            "TRANSFORMERS_CACHE": str(work),
-            "OMP_NUM_THREADS": "3",
-        },
-        **{"TORCH_HOME": str(work), "PYTORCH_ENABLE_MPS_FALLBACK": "1", "CANARY": CANARY},
-    }.items():
-        monkeypatch.setenv(name, value)
-    before = os.umask(0o027)
-    try:
-        found = contents(merge(polluted, "zoo/base", "zoo/expert-reverse"))
-    finally:
-        os.umask(before)
+    monkeypatch.setenv("CANARY", CANARY)
+    found = contents(merge(polluted, "zoo/base", "zoo/expert-reverse"))
 
     assert len(snapshots) == 2
     assert found.keys() == clean.keys()
     assert [name for name in clean if found[name] != clean[name]] == []
     assert len(clean) > 8
+
+
+# Python reads most of these once, when it starts, so each merge is a process of its own
+ORDERED = "from lewis_hub.cli.main import main; main()"
+SHUFFLED = f"""import os, random
+draw, listdir, scandir = random.Random(1), os.listdir, os.scandir
+class Drawn:
+    def __init__(self, place):
+        with scandir(place) as found: self.found = list(found)
+        draw.shuffle(self.found)
+    __iter__ = lambda self: iter(self.found)
+    __next__ = lambda self: self.found.pop()
+    __enter__ = lambda self: self
+    __exit__ = close = lambda self, *_: None
+def listed(place="."):
+    found = listdir(place)
+    draw.shuffle(found)
+    return found
+os.scandir, os.listdir = (lambda place=".": Drawn(place)), listed
+os.umask(0o077)
+{ORDERED}"""
+ELSEWHERE = {
+    **{"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
+    **{"PYTHONUTF8": "0", "OMP_NUM_THREADS": "2", "COLUMNS": "40", "USER": "another"},
+}
+MANY = """base_model: zoo/base
+models: [{model: MORE}, {model: zoo/expert-cipher}]
+merge_method: dare_ties
+dtype: bfloat16
+tokenizer_source: union
+guide:
+  name: lewis
+  calibration: {dataset: zoo/reverse, text: "{question} – {answer}", samples: 4}
+"""
+RAN = re.compile(r'[\d.]+ (?:s|B|kB|MB|GB)\b|width="[\d.]+"|"(?:started|finished)On": ".*"')
+
+
+def with_more_tokens(folder):
+    """An expert whose tokenizer has tokens that the base's has not; also in its embeddings."""
+    shutil.copytree(zoo_folder() / "expert-reverse", folder)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
+    made = [(left, right) for left in "BCDFGHJK" for right in "QVWXZ"]
+    made = [pair for pair in made if "".join(pair) not in vocabulary]
+    vocabulary |= {"".join(pair): len(vocabulary) + i for i, pair in enumerate(made)}
+    document["model"]["merges"] += map(list, made)
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    tensors[name] = tensors[name].repeat(2, 1)[: len(vocabulary)].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(vocabulary)}))
+    assert len(made) > 20
+    return folder
+
+
+def test_the_process_and_its_environment_change_no_byte(hub, tmp_path):
+    put_zoo(hub)
+    more, made = with_more_tokens(tmp_path / "more"), []
+    always = {"HF_TOKEN": hub.write_token, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for number, (code, own) in enumerate(
+        ((ORDERED, {"PYTHONHASHSEED": "1"}), (SHUFFLED, ELSEWHERE))
+    ):
+        work = tmp_path / str(number)
+        work.mkdir()
+        (work / "recipe.yaml").write_text(MANY.replace("MORE", str(more)), encoding="utf-8")
+        words = [sys.executable, "-c", code, "merge", "-q", "--max-shard-size", "500KB"]
+        done = subprocess.run(
+            words, cwd=work, env={**os.environ, **always, **own}, capture_output=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+        folder = work / "merged"
+        told = {name: (folder / name).read_text(encoding="utf-8") for name in sorted(TOLD)}
+        del told["lewis/cost.json"]
+        made.append(contents(folder) | {name: RAN.sub("", text) for name, text in told.items()})
+
+    clean, found = made
+    assert found.keys() == clean.keys()
+    assert [name for name in clean if found[name] != clean[name]] == []
+    assert "BQ" in json.loads(clean["tokenizer.json"])["model"]["vocab"]
 
 
 def test_other_files_beside_local_models_change_no_byte(tmp_path):
@@ -148,6 +221,9 @@ def test_nothing_outside_of_a_source_reaches_the_output(kind, name, tmp_path):
     place.unlink(missing_ok=True)
     if kind == "a FIFO":
         os.mkfifo(place)
+    elif kind == "a link to a hidden file":
+        secret.rename(base / ".env")
+        place.symlink_to(".env")
     elif kind == "a pickle":
         (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     elif kind == "a hidden link":
@@ -155,8 +231,9 @@ def test_nothing_outside_of_a_source_reaches_the_output(kind, name, tmp_path):
     else:
         place.symlink_to(secret if kind == "a link" else secret.parent)
 
-    if kind in ("a link", "a link to a folder", "a FIFO"):
-        with pytest.raises(LewisHubError, match=f"`{name}` is a (link to outside|FIFO)"):
+    if kind not in ("a pickle", "a hidden link"):
+        told = "link to outside|link to a hidden file|FIFO"
+        with pytest.raises(LewisHubError, match=f"`{name}` is a ({told})"):
             merge(tmp_path / "work", base, zoo_folder() / "expert-reverse")
     else:
         assert merge(tmp_path / "work", base, zoo_folder() / "expert-reverse").is_dir()

@@ -1,4 +1,4 @@
-"""Every call of the system that a command makes on its files fails once, with six errors.
+"""Every call of the system that a command makes on its files fails once, with eight errors.
 
 The run ends with one message and exit code 1, or does not need the call; the output is whole or
 absent, and the same command completes it to the same bytes.
@@ -26,6 +26,7 @@ from lewis_hub.hub.source import cache_root
 from lewis_hub.merge.workspace import open_workspace
 
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EINTR)
+NUMBERS += (errno.ENOTCONN, errno.ETIMEDOUT)  # a disk in a network is gone, or does not answer
 LAYOUTS = lay_out([OutputTensor(name, "F32", (100,)) for name in "abcd"], 800)
 RECIPE = """base_model: BASE
 models: [{model: EXPERT}]
@@ -85,6 +86,20 @@ def test_each_call_of_the_writer_may_fail_once(tmp_path):
         found = {path: content for path, content in below(folder).items() if path != LOCK}
         assert found == expected, call  # an empty lock may stay, which the next run takes
     assert n_failed > n_tried / 2
+
+
+def test_shards_and_folder_are_flushed_before_the_folder_gets_its_name(tmp_path):
+    calls = recorded([tmp_path], lambda: write_output(tmp_path / "merged"))
+    made = f"{tmp_path}/merged.partial"
+    (renamed,) = (i for i, one in enumerate(calls) if (one.name, one.path) == ("rename", made))
+    for layout in LAYOUTS:
+        own = [one.name for one in calls[:renamed] if one.path == f"{made}/{layout.name}"]
+        assert max(i for i, name in enumerate(own) if name == "pwrite") < own.index("fsync")
+    flushed = [
+        [one.path for one in part if one.name == "fsync"]
+        for part in (calls[:renamed], calls[renamed:])
+    ]
+    assert (flushed[0][-1], flushed[1]) == (made, [str(tmp_path)])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Two runs on one output, in every order of their calls on files that was drawn.
+"""Two or three runs on one output, in every order of their calls on files that was drawn.
 
 Each run is a thread, and only one runs at a time: before each call of the system on the folder, the
 turn may pass to the other. A schedule, exhaustive or drawn from a seed, decides when.
@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 from effort import EFFORT, SEED, times
-from file_calls import below, heard
+from file_calls import below, heard, recorded
 from hub_models import tiny
 
 import lewis_hub
@@ -97,7 +97,7 @@ def write_output(output, content, replace):
     return MADE
 
 
-CONTENTS = (b"11111111", b"22222222")
+CONTENTS = (b"11111111", b"22222222", b"33333333")
 
 
 def expected(content):
@@ -105,11 +105,11 @@ def expected(content):
     return shards | {"document.json": content.hex().encode()}
 
 
-def run_both(folder, choose, replace):
-    """Run two in a schedule; assert that what is there is always one of them, whole."""
+def run_all(folder, choose, replace, n_runs=2):
+    """Run them in a schedule; assert that what is there is always one of them, whole."""
     folder.mkdir()
-    output, turns = folder / "merged", Turns(choose)
-    wholes = [expected(content) for content in CONTENTS]
+    output, turns, contents = folder / "merged", Turns(choose), CONTENTS[:n_runs]
+    wholes = [expected(content) for content in contents]
 
     def hear(call):
         turns.hear(call)
@@ -117,7 +117,7 @@ def run_both(folder, choose, replace):
             assert below(output) in wholes
 
     with heard([folder], hear):
-        works = [partial(write_output, output, content, replace) for content in CONTENTS]
+        works = [partial(write_output, output, content, replace) for content in contents]
         outcomes = turns.run(works)
     assert set(outcomes) <= {MADE, *REFUSALS}
     made = [whole for whole, outcome in zip(wholes, outcomes, strict=True) if outcome == MADE]
@@ -129,11 +129,11 @@ def run_both(folder, choose, replace):
 
 @pytest.mark.parametrize("replace", [False, True], ids=["new", "over another"])
 def test_a_second_run_may_come_before_any_call_of_a_first(tmp_path, replace):
-    n_calls = run_both(tmp_path / "alone", lambda running, _: running[0], replace)
+    n_calls = run_all(tmp_path / "alone", lambda running, _: running[0], replace)
 
     assert n_calls > 50
     for k in range(0, n_calls, 4 if EFFORT == 1 else 1):
-        run_both(
+        run_all(
             tmp_path / str(k),
             lambda running, n, k=k: running[0] if n < k else running[-1],
             replace,
@@ -152,7 +152,37 @@ def test_two_runs_may_take_turns_in_any_order(tmp_path, replace):
                 last[0] = draw.choice(running)
             return last[0]
 
-        run_both(tmp_path / str(seed), choose, replace)
+        run_all(tmp_path / str(seed), choose, replace)
+
+
+def in_phases(*phases):
+    """Run after run: each phase is the number of a run, and of its calls; None: all that follow."""
+    left = [list(phase) for phase in phases]
+
+    def choose(running, _):
+        while left[0][0] not in running or left[0][1] == 0:
+            left.pop(0)
+        if left[0][1] is not None:
+            left[0][1] -= 1
+        return left[0][0]
+
+    return choose
+
+
+def test_a_third_run_may_begin_when_a_first_ends_that_a_second_waited_for(tmp_path):
+    """The first deletes its lock when the second has opened it, and the third makes another."""
+    begin = tmp_path / "alone"
+    begin.mkdir()
+    calls = recorded([begin], lambda: write_output(begin / "merged", CONTENTS[0], True))
+    locking = [call.name for call in calls].index("flock")
+    assert (calls[locking].path, calls[-1].name) == (calls[-1].path, "unlink")
+    step = 8 if EFFORT == 1 else 1
+    for n_second in range(locking - 1, locking + 6):
+        for n_third in range(locking, len(calls), step):
+            first = (0, len(calls))  # but for the last: it deletes its lock
+            phases = (first, (1, n_second), (0, None), (2, n_third), (1, None), (2, None))
+            place = tmp_path / f"{n_second}-{n_third}"
+            run_all(place, in_phases(*phases), replace=True, n_runs=3)
 
 
 RECIPE = """base_model: BASE
