@@ -27,11 +27,6 @@ MAX_JSON_VALUES = 4_000_000  # a header of some 300,000 tensors, a vocabulary of
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
 TAGS = re.compile("(?:^\ufeff?|[\r\n\x85\u2028\u2029])%TAG")  # a directive that shortens tags
-MARKS = re.compile("(?:^\ufeff|[\r\n\x85\u2028\u2029])\ufeff")
-NOT_READ = (
-    (TAGS, "it has a `%TAG` directive, which is not read"),
-    (MARKS, "a line starts with a byte order mark, which parsers read in different ways"),
-)
 
 QuickLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -161,11 +156,9 @@ class _Value:
 
 def _require_limits(text: str, loader: type[yaml.SafeLoader]) -> None:
     """Refuse a document by its events, before PyYAML recurses into it."""
-    # libyaml compares each tag with all others, and values repeat its text. A mark it skips, where
-    # it is part of a key for PyYAML, by which `datasets` reads cards.
-    for pattern, problem in NOT_READ:
-        if found := pattern.search(text):
-            raise DocumentError(problem, text.count("\n", 0, found.end()) + 1)
+    if found := TAGS.search(text):  # libyaml compares each with all others; values repeat its text
+        n_lines = text.count("\n", 0, found.end())
+        raise DocumentError("it has a `%TAG` directive, which is not read", n_lines + 1)
     around = [_Value(None)]  # the collections that an event is in
     complete: dict[str | None, _Value] = {}
     for event in yaml.parse(text, Loader=loader):

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_json, read_yaml
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_inside
@@ -64,7 +66,9 @@ def _card(name: str, content: bytes) -> Any:
     if name == INFOS:  # it names no files
         read_json(text or "{}")
         return {}
-    return read_yaml(front_matter(text.removeprefix("\ufeff")) if name == README else text)
+    if name == README:
+        text = front_matter(text.removeprefix("\ufeff"))
+    return read_yaml(text, yaml.SafeLoader)  # as `datasets`: libyaml reads some texts otherwise
 
 
 def _wrongs(configs: Any) -> Iterator[tuple[str, str]]:
