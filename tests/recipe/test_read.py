@@ -788,6 +788,18 @@ def test_a_number_that_float32_does_not_have_is_refused(name, number, shown):
     )
 
 
+@pytest.mark.parametrize("multiple", [65_537, 10**9, 10**400])
+def test_embeddings_are_not_padded_without_bound(multiple):
+    text = "base_model: a/b\nmodels: [{model: a/c, parameters: {weight: 1}}]\n"
+    text += f"merge_method: linear\ntokenizer: {{source: base, pad_to_multiple_of: {multiple}}}\n"
+
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+
+    told = "r.yaml:4: `tokenizer.pad_to_multiple_of`: expected less than or equal to 65536"
+    assert str(caught.value).startswith(told)
+
+
 def test_a_density_of_many_digits_is_refused():
     text = (
         "base_model: a/b\nmodels: [{model: a/c, parameters: {density: 1%s}}]\nmerge_method: ties\n"

@@ -286,6 +286,16 @@ def test_an_origin_that_the_recipe_does_not_have_is_found_by_making_it_again(mer
     )
 
 
+def test_a_lock_pads_embeddings_no_more_than_a_recipe(merged):
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    padded = {"source": "base", "pad_to_multiple_of": 10**9}
+    forged = replace(true, recipe={**true.recipe, "tokenizer": padded})
+    (merged / "lewis/lock.json").write_text(forged.to_json())
+
+    with pytest.raises(LewisHubError, match=r"pad_to_multiple_of.*less than or equal to 65536"):
+        lewis_hub.verify(ModelReference(name=str(merged)), rebuild=True)
+
+
 def test_calibration_data_that_the_recipe_does_not_have_are_found_by_making_it_again(tmp_path):
     """Only the commit and the files were compared: others could be named, and other rows."""
     texts, recipe = tmp_path / "texts.jsonl", tmp_path / "recipe.yaml"
