@@ -47,7 +47,7 @@ from lewis_hub.workflow.calibrate import (
     require_by_ranges,
 )
 from lewis_hub.workflow.check import CheckReport, together
-from lewis_hub.workflow.examine import examine
+from lewis_hub.workflow.examine import code_notes, examine
 from lewis_hub.workflow.export import export_merge
 from lewis_hub.workflow.finished import add_exports
 from lewis_hub.workflow.generated import FILE as GENERATED
@@ -125,6 +125,7 @@ def check(
         try:
             job = compile_job(recipe, execution, examined, api)
             require_by_block(job.statistics, api)
+            notes += code_notes(recipe)
         except (CalibrationError, ExportError) as error:
             problems = (" ".join(str(error).split("\n")),)
     try:

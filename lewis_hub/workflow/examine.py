@@ -310,6 +310,14 @@ def task_selection(
     return TaskSelection(evaluation.tasks, include, allow_code=allow_code, library=library)
 
 
+def code_notes(recipe: Recipe) -> list[str]:
+    """Say which benchmarks of a recipe without problems are refused unless code is allowed."""
+    if recipe.evaluate is None:
+        return []
+    selection = task_selection(recipe.evaluate, recipe.locate, allow_code=False)
+    return [" ".join(refusal.split()) for refusal in check.benchmark_refusals(selection, ())]
+
+
 def rivals_of(evaluation: Evaluation, sources: MergeSources) -> dict[str, OpenedSource]:
     """Return the sources that are scored beside the merge, by the labels of their scores."""
     base = {"base": sources.base} if sources.base and "base" in evaluation.compare else {}

@@ -203,6 +203,18 @@ def test_check_shows_the_sources_and_exits_with_1_if_there_is_a_problem(
     assert "apache-2.0" in done.stdout
 
 
+def test_check_tells_which_benchmarks_need_permission(seeded, folders, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", seeded.write_token)
+    recipe = folders / "recipe.yaml"
+    recipe.write_text(f"{RECIPE}\nevaluate: {{tasks: [humaneval]}}\n")
+
+    done = CliRunner().invoke(cli, ["check", str(recipe)])
+
+    assert done.exit_code == 0
+    expected = "note: humaneval: runs code that the model writes. Allow it with "
+    assert f"{expected}`--allow-code-execution`" in " ".join(done.stdout.split())
+
+
 def test_all_models_that_cannot_be_used_are_reported_at_once(seeded, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", seeded.write_token)
     text = RECIPE.replace("zoo/base", "zoo/bse").replace("zoo/expert-reverse", "./nothing")
