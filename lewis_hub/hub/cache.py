@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from huggingface_hub.file_download import are_symlinks_supported
 
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.source import SourceFile, cache_folder, cache_root, digest_like
+from lewis_hub.hub.digests import digests_of
+from lewis_hub.hub.source import Source, SourceFile, cache_folder, cache_root, digest_like
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from lewis_hub.hub.failures import HubRepo
@@ -47,6 +49,28 @@ def has_digest(blob: Path, file: SourceFile) -> bool:
     """Whether a file of the cache is the one that the Hub lists; a small one is not read if not."""
     is_large = file.digest.startswith("sha256:")
     return (is_large or size_of(blob) <= MAX_SMALL_BYTES) and digest_of(blob, file) == file.digest
+
+
+def damaged_files(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
+    """Files of a repo that the cache has with other bytes than the Hub lists.
+
+    Their names do not tell: other programs write into the cache, too, and a disk may lose bits.
+    """
+    cached = [file for file in files if (source.snapshot / file.path).is_file()]
+    large = [file for file in cached if file.digest.startswith("sha256:")]
+    digests = digests_of([source.snapshot / file.path for file in large])
+    same = {file for file, digest in zip(large, digests, strict=True) if digest == file.digest}
+    small = (file for file in cached if file not in large)
+    same |= {file for file in small if has_digest(source.snapshot / file.path, file)}
+    return [file for file in cached if file not in same]
+
+
+def remove(source: Source, files: Iterable[SourceFile]) -> None:
+    """Remove files of a repo from the cache."""
+    for path in (source.snapshot / file.path for file in files):
+        blob = path.parent / path.readlink() if path.is_symlink() else path
+        path.unlink()
+        blob.unlink(missing_ok=True)
 
 
 def link(hub_repo: HubRepo, file: SourceFile) -> Path:

@@ -28,10 +28,12 @@ from lewis_hub.hub.answers import FILE_BYTES
 from lewis_hub.hub.cache import (
     MAX_SMALL_BYTES,
     blob_path,
+    damaged_files,
     digest_of,
     has_digest,
     link,
     partial_path,
+    remove,
     size_of,
     snapshot_path,
 )
@@ -96,7 +98,7 @@ def weight_files(source: Source) -> tuple[str, ...]:
 
 
 def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | None = None) -> Path:
-    """Download the files of a source that are not on this machine yet.
+    """Download the files of a source that are not on this machine yet, or are damaged there.
 
     Args:
         api: whose endpoint and token are used.
@@ -118,7 +120,9 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         require_small(source, file)
     if source.local_folder:
         return _with_few_values(source, source.local_folder)
-    fetch_files(api, source, _missing_files(source, only), advance)
+    wanted = _wanted_files(source, only)
+    _remove_damaged(source, wanted)
+    fetch_files(api, source, wanted, advance)
     return _with_few_values(source, source.snapshot)
 
 
@@ -165,7 +169,7 @@ def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
     """The bytes that `fetch` would download; files and parts that are cached do not count."""
     if source.local_folder:
         return 0
-    return _bytes_to_download(source, _missing_files(source, only))
+    return _bytes_to_download(source, _not_cached(source, _wanted_files(source, only)))
 
 
 def _bytes_to_download(source: Source, files: Sequence[SourceFile]) -> int:
@@ -271,14 +275,25 @@ def _too_large(path: str) -> tuple[str, str]:
     return problem, INTACT
 
 
-def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:
+def _wanted_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:
     weights = weight_files(source)
     patterns = (*map(glob.escape, weights), *SIDECAR_FILES) if only is None else only
     selected = source.matching(patterns)
     allowed = (f for f in selected if f.path in weights or not f.path.endswith(NEVER))
     if not source.is_adapter:  # with peft, transformers would look for an adapter beside the model
         allowed = (f for f in allowed if f.path not in ADAPTERS)
-    return _not_cached(source, allowed)
+    return list(allowed)
+
+
+def _remove_damaged(source: Source, files: Iterable[SourceFile]) -> None:
+    damaged = damaged_files(source, files)
+    if damaged and is_offline_mode():
+        problem = (
+            f"{source.snapshot / damaged[0].path} does not have the digest that it is named by"
+        )
+        remedy = "Run the same command again with a connection: it fetches the file again."
+        raise SourceError(source.pinned, problem, remedy)
+    remove(source, damaged)
 
 
 def _not_cached(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:

@@ -26,6 +26,7 @@ from lewis_hub.documents import read_json
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import require_inside, visible_files
 from lewis_hub.hub.cache import MAX_SMALL_BYTES
+from lewis_hub.hub.digests import digests_of, git_sha1_of
 from lewis_hub.hub.failures import (
     MISREAD,
     PAUSES_S,
@@ -36,7 +37,6 @@ from lewis_hub.hub.failures import (
     is_transient,
     retry_after_s,
 )
-from lewis_hub.hub.resolve import digests_of, git_sha1_of
 from lewis_hub.hub.source import listed_sha
 from lewis_hub.hub.tags import put_tag, require_commit, require_free
 from lewis_hub.hub.target import (

@@ -5,24 +5,21 @@ From the Hub only names, sizes and digests are read; the files of a local folder
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from huggingface_hub import constants, is_offline_mode
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import path_of, sha256_of, starts_like_path, visible_files, write_whole
-from lewis_hub.hub.cache import has_digest
+from lewis_hub.files import path_of, starts_like_path, visible_files
+from lewis_hub.hub.cache import damaged_files, remove
+from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry
 from lewis_hub.hub.source import (
@@ -35,7 +32,6 @@ from lewis_hub.hub.source import (
     SourceFile,
     cache_folder,
     cached_sha,
-    digest_like,
     listed_file,
     listed_sha,
     local_reading,
@@ -48,10 +44,6 @@ if TYPE_CHECKING:
 
 
 MAX_SIBLINGS = 1000  # of so many files the Hub may leave out some, where it describes a repo
-N_HASHING_THREADS = 2
-REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
-SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
-SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 PATTERN = re.compile(r"[*?[]|::")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -62,16 +54,10 @@ ALLOW = (
 )
 
 
-def digests_of(paths: Sequence[Path]) -> list[str]:
-    """The sha256 of each file as `sha256:<hex>`, in the order given."""
-    with ThreadPoolExecutor(N_HASHING_THREADS) as pool:
-        return [f"sha256:{found}" for found in pool.map(_sha256, paths)]
-
-
 def require_unchanged(source: Source) -> None:
     """Refuse a local model whose weights are no longer those that were pinned.
 
-    Files of the cache are not read again: they are named by their digests.
+    Files of the cache were compared when they were fetched: they are not read again.
 
     Raises:
         SourceError: a file has another content, or is missing.
@@ -128,42 +114,6 @@ def _local_weights(source: Source) -> dict[Path, SourceFile]:
         return {}
     weights = ("*.safetensors", *(PICKLED if source.is_pickled else ()))
     return {source.folder / file.path: file for file in source.matching(weights)}
-
-
-def git_sha1_of(path: Path) -> str:
-    """The id that git gives a file, as `git-sha1:<hex>`; for small files."""
-    return digest_like("git-sha1:", path.read_bytes())
-
-
-def content_sha(digests: Iterable[tuple[str, str]]) -> str:
-    """One digest of (path, digest) pairs; it depends neither on their order nor on the folder."""
-    total = hashlib.sha256()
-    for path, digest in sorted(digests):
-        total.update(f"{len(path)}:{path}:{digest}\n".encode())
-    return f"sha256:{total.hexdigest()}"
-
-
-def _sha256(path: Path) -> str:
-    began, seen = time.time_ns(), path.stat()
-    if seen.st_size < REMEMBERED_BYTES:
-        return sha256_of(path)
-    note = _note(path, seen)
-    with suppress(OSError, ValueError):
-        if SHA256.fullmatch(known := note.read_text(encoding="ascii")):
-            return known
-    found = sha256_of(path)
-    if began - seen.st_ctime_ns > SETTLED_NS and note == _note(path, path.stat()):
-        with suppress(OSError):  # else the next call hashes the file again
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(note, found)
-    return found
-
-
-def _note(path: Path, seen: os.stat_result) -> Path:
-    """The file that stores the digest of a file in this state."""
-    state = (path.resolve(), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
-    digest = hashlib.sha256(repr((*map(str, state), seen.st_ctime_ns)).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "lewis-hub" / "digests" / digest[:32]
 
 
 def resolve_model(
@@ -350,24 +300,12 @@ def require_listed(api: HfApi, source: Source) -> None:
     Raises:
         SourceError: a file is another one; it is not in the cache any more.
     """
-    hub_repo, others = HubRepo.of(api, source), []
-    for file in source.files:
-        path = source.snapshot / file.path
-        if path.is_file() and not _is_listed(path, file):
-            others.append(file.path)
-            blob = path.parent / path.readlink() if path.is_symlink() else path
-            path.unlink()
-            blob.unlink(missing_ok=True)
-    if others:
-        problem = f"`{others[0]}` is another file than {hub_repo.api.endpoint} lists"
+    if others := damaged_files(source, source.files):
+        remove(source, others)
+        hub_repo = HubRepo.of(api, source)
+        problem = f"`{others[0].path}` is another file than {hub_repo.api.endpoint} lists"
         remedy = "Run the same command again: it fetches the file again."
         raise hub_repo.failed(problem, remedy)
-
-
-def _is_listed(path: Path, file: SourceFile) -> bool:
-    if file.digest.startswith("git-sha1:"):
-        return has_digest(path, file)
-    return digests_of([path])[0] == file.digest
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:

@@ -23,11 +23,11 @@ from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, text_of, write_whole
 from lewis_hub.hub import publish as hub_publish
+from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo, address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
-from lewis_hub.hub.resolve import digests_of
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.tags import require_taggable, tagged_commit
 from lewis_hub.hub.target import (

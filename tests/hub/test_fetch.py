@@ -266,6 +266,27 @@ def test_a_blob_that_is_not_what_its_name_says_is_fetched_again(api, source):
     assert files_in(fetch(api, source, lambda _: None)) == FILES
 
 
+@pytest.mark.parametrize("path", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_cached_file_that_is_damaged_is_fetched_again(api, source, monkeypatch, path):
+    blob = (fetch(api, source, lambda _: None) / path).resolve()
+    damaged = bytearray(blob.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+
+    blob.write_bytes(damaged)
+    assert files_in(fetch(api, source, lambda _: None)) == FILES
+
+    blob.write_bytes(damaged)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = resolve_model(api, "tests/model")
+    with pytest.raises(SourceError) as error:
+        fetch(api, found, lambda _: None)
+    assert str(error.value) == (
+        f"{found.pinned}: {found.snapshot / path} does not have the digest that it is named by.\n"
+        "Run the same command again with a connection: it fetches the file again."
+    )
+    assert blob.read_bytes() == damaged
+
+
 def test_a_cache_without_links_gets_copies(api, source, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
     folder = fetch(api, source, lambda _: None)

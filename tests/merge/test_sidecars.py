@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lewis_hub.hub.resolve import digests_of
+from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.merge.sidecars import SidecarSettings
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lewis_hub.hub import resolve
-from lewis_hub.hub.resolve import REMEMBERED_BYTES, digests_of
+from lewis_hub.hub import digests
+from lewis_hub.hub.digests import REMEMBERED_BYTES, digests_of
 
 OLD = bytes(REMEMBERED_BYTES)
 NEW = b"\1" + OLD[1:]
@@ -19,15 +19,15 @@ def sha256(content):
 def hashed(monkeypatch):
     """The files that were read to be hashed."""
     paths = []
-    original = resolve.sha256_of
-    monkeypatch.setattr(resolve, "sha256_of", lambda path: paths.append(path) or original(path))
+    original = digests.sha256_of
+    monkeypatch.setattr(digests, "sha256_of", lambda path: paths.append(path) or original(path))
     return paths
 
 
 @pytest.fixture
 def settled(tmp_path, monkeypatch):
     """A large file that nobody wrote to for a while."""
-    monkeypatch.setattr(resolve, "SETTLED_NS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NS", -1)
     path = tmp_path / "model.safetensors"
     path.write_bytes(OLD)
     return path
@@ -77,7 +77,7 @@ def test_a_small_file_is_hashed_each_time(settled, hashed):
 
 def test_a_broken_note_is_not_believed(settled, hashed):
     digests_of([settled])
-    (note,) = (resolve.Path(resolve.constants.HF_HOME) / "lewis-hub" / "digests").iterdir()
+    (note,) = (digests.Path(digests.constants.HF_HOME) / "lewis-hub" / "digests").iterdir()
     note.write_text("nonsense")
 
     assert digests_of([settled]) == [sha256(OLD)]
