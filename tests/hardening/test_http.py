@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -192,6 +193,25 @@ def calls_of(behind, operation):
     behind.reset()
     assert operation.run(behind.url)
     return list(dict.fromkeys(behind.calls))
+
+
+def test_what_two_runs_need_at_once_is_downloaded_once(hub, behind):
+    operation, forward = Fetch(hub), behind.answered
+    n_calls = len(calls_of(behind, operation))
+
+    def slowly(method, target, answer):
+        answer = forward(method, target, answer)
+        time.sleep(0.2)
+        return answer
+
+    operation.prepare()
+    behind.reset()
+    behind.answered = slowly
+    with ThreadPoolExecutor(2) as pool:
+        done = [*pool.map(operation.run, [behind.url] * 2)]
+
+    assert done == [True, True]
+    assert len(behind.calls) == n_calls
 
 
 def test_a_slow_answer_to_a_lookup_is_given_up(hub, behind, pauses_s):

@@ -71,8 +71,8 @@ def moments(folder, words_of, environment):
 
 
 def model(folder):
-    """The files that equal merges have in common, with their bytes."""
-    return {path: content for path, content in below(folder).items() if path not in TOLD}
+    """The files of a merge with their bytes; None is the content where equal merges differ."""
+    return {path: None if path in TOLD else content for path, content in below(folder).items()}
 
 
 @pytest.mark.parametrize("recipe", [REGMEAN, ALIGNED], ids=["regmean", "aligned and exported"])

@@ -94,4 +94,4 @@ def test_eight_processes_share_one_cold_cache(hub, work):
 
 
 def model(folder):
-    return {path: content for path, content in below(folder).items() if path not in TOLD}
+    return {path: None if path in TOLD else content for path, content in below(folder).items()}

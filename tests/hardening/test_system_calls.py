@@ -228,9 +228,10 @@ def test_each_call_of_another_command_may_fail_once(tmp_path, run, command, monk
 
 
 def whole(folder):
-    """The files below a folder, but what differs from run to run."""
+    """The files below a folder; None is the content of those that differ from run to run."""
     found = below(folder)
-    return {path: found[path] for path in found if not path.endswith((*TOLD, ".lock"))}
+    names = [path for path in found if not path.endswith(".lock")]
+    return {path: None if path.endswith((*TOLD,)) else found[path] for path in names}
 
 
 def assert_told_and_completed(run, output, failed, expected):
