@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PREFIX = "lm_eval.tasks."
-# Whether the task is marked unsafe or not. SymPy's `parse_expr` and `sympify` call `eval`.
+# Whether the task is marked unsafe or not. SymPy's `parse_expr` and `sympify` call `eval`. Its
+# `parse_latex` does not, nor does math_verify, which gives `parse_expr` digits and operators only.
 RUNS_CODE = re.compile(
     r"\bexec\(|(?<!\.)\beval\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\("
     r"|\bparse_expr\b|\bsympify\b"
