@@ -66,10 +66,11 @@ def damaged_files(source: Source, files: Iterable[SourceFile]) -> list[SourceFil
 
 
 def remove(source: Source, files: Iterable[SourceFile]) -> None:
-    """Remove files of a repo from the cache."""
+    """Remove files of a repo from the cache; what a link to elsewhere names stays."""
+    blobs = cache_folder(source.name, source.repo_type) / "blobs"
     for path in (source.snapshot / file.path for file in files):
-        blob = path.parent / path.readlink() if path.is_symlink() else path
-        path.unlink()
+        blob = blobs / path.readlink().name if path.is_symlink() else path
+        path.unlink(missing_ok=True)  # another run was faster
         blob.unlink(missing_ok=True)
 
 
@@ -79,11 +80,11 @@ def link(hub_repo: HubRepo, file: SourceFile) -> Path:
     That would name the blob by the ETag that it is answered, and fetch it again under that name.
     """
     blob, path = blob_path(hub_repo.name, hub_repo.repo_type, file), snapshot_path(hub_repo, file)
-    if path.exists():
+    if path.exists() and path.samefile(blob):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     if are_symlinks_supported(cache_root()):
-        path.unlink(missing_ok=True)  # a link to a blob that was deleted
+        path.unlink(missing_ok=True)  # a link to a blob that was deleted, or to another file
         with suppress(FileExistsError):  # another run made it at this moment
             path.symlink_to(os.path.relpath(blob, path.parent))
     else:

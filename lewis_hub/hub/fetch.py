@@ -33,7 +33,6 @@ from lewis_hub.hub.cache import (
     has_digest,
     link,
     partial_path,
-    remove,
     size_of,
     snapshot_path,
 )
@@ -120,9 +119,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         require_small(source, file)
     if source.local_folder:
         return _with_few_values(source, source.local_folder)
-    wanted = _wanted_files(source, only)
-    _remove_damaged(source, wanted)
-    fetch_files(api, source, wanted, advance)
+    fetch_files(api, source, _wanted_files(source, only), advance)
     return _with_few_values(source, source.snapshot)
 
 
@@ -131,11 +128,14 @@ def fetch_files(
 ) -> None:
     """Download files of a repo into the cache, each with the digest that the Hub lists.
 
+    A damaged file is replaced when its bytes have arrived: other runs may read it.
+
     Raises:
         OutputError, SourceError: as `fetch`.
     """
-    missing = _not_cached(source, files)
-    received = ByteCounter(_bytes_to_download(source, missing), advance)
+    missing, damaged = _not_cached(source, files), _damaged(source, files)
+    n_bytes = _bytes_to_download(source, missing) + sum(file.size_bytes for file in damaged)
+    received = ByteCounter(n_bytes, advance)
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
         content = f"the files of {source.pinned}"
@@ -145,7 +145,8 @@ def fetch_files(
     pool = ThreadPoolExecutor(N_DOWNLOADS)
     try:
         with hub_failures(hub_repo):
-            for _ in pool.map(lambda file: _fetch_file(hub_repo, file, received, stop), missing):
+            wanted = (*missing, *damaged)
+            for _ in pool.map(lambda file: _fetch_file(hub_repo, file, received, stop), wanted):
                 pass
     finally:
         stop.set()  # after an interruption the threads end at their next piece
@@ -238,7 +239,6 @@ def read_file(hub_repo: HubRepo, path: str, digest: str) -> bytes:
             return content
         if is_offline_mode():
             raise hub_repo.another_file(path)
-        Path(cached).unlink(missing_ok=True)
     content = _read_whole(hub_repo, path, _small_file(hub_repo, path, digest))
     if digest_like(digest, content) != digest:
         raise hub_repo.another_file(path)
@@ -285,7 +285,7 @@ def _wanted_files(source: Source, only: Sequence[str] | None) -> list[SourceFile
     return list(allowed)
 
 
-def _remove_damaged(source: Source, files: Iterable[SourceFile]) -> None:
+def _damaged(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
     damaged = damaged_files(source, files)
     if damaged and is_offline_mode():
         problem = (
@@ -293,7 +293,7 @@ def _remove_damaged(source: Source, files: Iterable[SourceFile]) -> None:
         )
         remedy = "Run the same command again with a connection: it fetches the file again."
         raise SourceError(source.pinned, problem, remedy)
-    remove(source, damaged)
+    return damaged
 
 
 def _not_cached(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
@@ -306,22 +306,22 @@ def _fetch_file(
     is_large = file.digest.startswith("sha256:")
     if not is_large:
         _require_small(hub_repo, file.path, file.size_bytes)
-    is_cached = blob_path(hub_repo.name, hub_repo.repo_type, file).exists()
-    if is_large and not is_cached and _is_stored_in_xet(hub_repo, file):
-        path = _download_from_xet(hub_repo, file, received)
-    else:
+    blob, path = blob_path(hub_repo.name, hub_repo.repo_type, file), snapshot_path(hub_repo, file)
+    is_cached = blob.exists() or path.exists()  # and damaged, or another commit has it
+    is_from_xet = is_large and not is_cached and _is_stored_in_xet(hub_repo, file)
+    if not (is_from_xet and _download_from_xet(hub_repo, file, received)):
         _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
-        path = link(hub_repo, file)
+        link(hub_repo, file)
     require_as_read(hub_repo, file, path)
 
 
-def _download_from_xet(hub_repo: HubRepo, file: SourceFile, received: ByteCounter) -> Path:
+def _download_from_xet(hub_repo: HubRepo, file: SourceFile, received: ByteCounter) -> bool:
     """Let huggingface_hub download a file; it compares sizes, and names a blob by its ETag.
 
-    Raises:
-        SourceError: it is not the file that the Hub lists; the cache does not have it then.
+    Returns whether it is the file that the Hub lists; else the repo does not have it in the cache.
+    The store that repos share may keep it: huggingface_hub does not compare what it finds there.
     """
     before = FILE_BYTES.set(file.size_bytes)
     try:
@@ -332,13 +332,13 @@ def _download_from_xet(hub_repo: HubRepo, file: SourceFile, received: ByteCounte
     named = blob.with_name(path.readlink().name) if path.is_symlink() else blob
     is_listed = (path, named) == (snapshot_path(hub_repo, file), blob)
     if is_listed and digest_of(path, file) == file.digest:
-        return path
+        return True
     path.unlink()
     kind = "sha256" if len(named.name) == SHA256_LETTERS else "git-sha1"
     stated = replace(file, digest=f"{kind}:{named.name}")
     if named.exists() and not has_digest(named, stated):
         named.unlink()
-    raise hub_repo.another_file(file.path)
+    return False
 
 
 def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
@@ -354,6 +354,8 @@ def _download_blob(
 ) -> None:
     """Download a file into the cache; return early when `stop` is set, and keep the partial file.
 
+    A blob with other bytes, of another program or a disk, is replaced.
+
     Raises:
         SourceError: the bytes do not have the digest that the Hub lists, at the second try too.
     """
@@ -363,10 +365,10 @@ def _download_blob(
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if blob.exists() and not has_digest(blob, file):  # of another program, and another mirror
-            blob.unlink()
+        if blob.exists() and has_digest(blob, file):
+            return
         for _ in range(2):
-            if blob.exists() or stop.is_set():
+            if stop.is_set():
                 return
             retry_transfer(
                 lambda: _append(hub_repo, file, part, received, stop),
