@@ -69,7 +69,7 @@ def remove(source: Source, files: Iterable[SourceFile]) -> None:
     """Remove files of a repo from the cache."""
     for path in (source.snapshot / file.path for file in files):
         blob = path.parent / path.readlink() if path.is_symlink() else path
-        path.unlink()
+        path.unlink(missing_ok=True)  # another run may have removed it
         blob.unlink(missing_ok=True)
 
 

@@ -121,7 +121,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     if source.local_folder:
         return _with_few_values(source, source.local_folder)
     wanted = _wanted_files(source, only)
-    _remove_damaged(source, wanted)
+    remove_damaged(source, wanted)
     fetch_files(api, source, wanted, advance)
     return _with_few_values(source, source.snapshot)
 
@@ -285,7 +285,12 @@ def _wanted_files(source: Source, only: Sequence[str] | None) -> list[SourceFile
     return list(allowed)
 
 
-def _remove_damaged(source: Source, files: Iterable[SourceFile]) -> None:
+def remove_damaged(source: Source, files: Iterable[SourceFile]) -> None:
+    """Remove from the cache the files of a repo that have other bytes than the Hub lists.
+
+    Raises:
+        SourceError: there is no connection to fetch them again; they are still there.
+    """
     damaged = damaged_files(source, files)
     if damaged and is_offline_mode():
         problem = (
