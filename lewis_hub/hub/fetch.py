@@ -154,6 +154,15 @@ def fetch_files(
     received.add(received.total - received.n_bytes)
 
 
+def replace_damaged(api: HfApi, source: Source, files: Iterable[SourceFile]) -> None:
+    """Download the files again that the cache has with other bytes than the Hub lists.
+
+    Raises:
+        OutputError, SourceError: as `fetch`.
+    """
+    fetch_files(api, source, _damaged(source, files))
+
+
 def _with_few_values(source: Source, folder: Path) -> Path:
     """The folder of a source, if no JSON in it has so many values that they take all memory."""
     for file in source.matching(READ_WHOLE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi
 from lewis_hub.calibration.profile import Role
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
+from lewis_hub.checkpoint.header import ReadRange, TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import adapt, read_config
 from lewis_hub.checkpoint.quantisation import read_quantisation
 from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor
@@ -21,7 +22,7 @@ from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.documents import read_json
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
-from lewis_hub.hub.fetch import read_small, weight_files
+from lewis_hub.hub.fetch import read_small, replace_damaged, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.recipe.reference import REPO
@@ -188,7 +189,15 @@ def _headers(api: HfApi, source: Source) -> Checkpoint:
     weights = set(weight_files(source))
     sizes = {file.path: file.size_bytes for file in source.files if file.path in weights}
     index = read_small(api, source, INDEX)
-    return read_headers(source.pinned, sizes, partial(read_range, api, source), index)
+    return read_headers(source.pinned, sizes, _reader(api, source), index)
+
+
+def _reader(api: HfApi, source: Source) -> ReadRange:
+    """Read ranges of its weights, but not of a damaged file, which a download would replace."""
+    if source.local_folder is None:
+        weights = source.matching([*map(glob.escape, weight_files(source))])
+        replace_damaged(api, source, weights)
+    return partial(read_range, api, source)
 
 
 def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
@@ -221,8 +230,8 @@ def _open_adapter(api: HfApi, source: Source, base: OpenedSource) -> OpenedSourc
         settings, weights = ADAPTERS
         content = read_small(api, source, settings) or b""
         config = read_config(f"{source.pinned}: {settings}", content)
-        read = partial(read_range, api, source)
-        stored = read_header(source.pinned, weights, source.size_bytes([weights]), read)
+        n_bytes = source.size_bytes([weights])
+        stored = read_header(source.pinned, weights, n_bytes, _reader(api, source))
         checkpoint = adapt(source.pinned, base.checkpoint, stored, config)
         trained_on = config.base_model_name_or_path
     digest = f"{base.digest}+{source.commit_sha}"

@@ -93,6 +93,33 @@ def test_pollution_of_cache_and_folders_changes_no_byte(hub, tmp_path, monkeypat
     assert len(clean) > 8
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["of other names", "no JSON"])
+def test_a_cached_header_that_is_not_that_of_the_hub_changes_no_byte(
+    hub, tmp_path, monkeypatch, broken
+):
+    put_zoo(hub)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    clean = contents(merge(tmp_path / "clean", "zoo/base", "zoo/expert-reverse"))
+
+    (weights,) = cache_root().glob("models--zoo--expert-reverse/snapshots/*/model.safetensors")
+    content = weights.read_bytes()
+    other = b"#".join(content.split(b"{", 1)) if broken else swapped(content)
+    weights.resolve().write_bytes(other)
+    found = contents(merge(tmp_path / "damaged", "zoo/base", "zoo/expert-reverse"))
+
+    assert len(other) == len(content)
+    assert other != content
+    assert found == clean
+    assert weights.read_bytes() == content
+
+
+def swapped(content):
+    """Weights where two matrices of one shape have each other's name."""
+    first, second = b"layers.0.mlp.gate_proj.weight", b"layers.0.mlp.up_proj.weight"
+    parts = (part.replace(second, first) for part in content.split(first))
+    return second.join(parts)
+
+
 # Python reads most of these once, when it starts, so each merge is a process of its own
 ORDERED = "from lewis_hub.cli.main import main; main()"
 SHUFFLED = f"""import os, random
