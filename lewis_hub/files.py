@@ -114,7 +114,7 @@ def require_no_links(folder: Path) -> None:
     """
     inside = (Path(root, name) for root, *names in os.walk(folder) for name in chain(*names))
     for path in chain([folder], inside):
-        _require_no_link(path)
+        require_no_link(path)
 
 
 def require_no_links_among(folder: Path, folders: Collection[str] = ()) -> None:
@@ -123,15 +123,16 @@ def require_no_links_among(folder: Path, folders: Collection[str] = ()) -> None:
     Its hidden files and its folders are yours, but for the `folders` that are written; a link to a
     folder is one.
     """
-    _require_no_link(folder)
+    require_no_link(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name in folders:
             require_no_links(path)
         elif not (path.is_dir() or is_hidden(path.relative_to(folder))):
-            _require_no_link(path)
+            require_no_link(path)
 
 
-def _require_no_link(path: Path) -> None:
+def require_no_link(path: Path) -> None:
+    """As `require_no_links`, for a file, or for a folder where links are replaced, not followed."""
     try:
         mode = path.lstat().st_mode
     except OSError:  # it does not exist, or not any more

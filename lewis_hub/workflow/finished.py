@@ -9,7 +9,7 @@ from pathlib import Path
 from lewis_hub.display import Progress
 from lewis_hub.errors import OutputError
 from lewis_hub.export.gguf import plan_gguf
-from lewis_hub.files import require_writable
+from lewis_hub.files import require_no_link, require_writable
 from lewis_hub.merge.workspace import alone_with
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.formats import FORMATS, ExportFormat, exports_in, file_name
@@ -79,6 +79,8 @@ def export_model(
         'model-Q8_0.gguf'
     """
     api, progress = hub_api(), shown(progress)
+    if output is not None:
+        require_no_link(output)
     source = resolve_one(model, api)
     opened = open_model(api, source)
     plan = plan_gguf(opened.checkpoint, opened.config, small_files(source, api))

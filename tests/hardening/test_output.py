@@ -333,6 +333,16 @@ def test_an_export_does_not_follow_a_hidden_link(tmp_path):
     assert (mine.read_text(), path.read_bytes()[:4]) == (CANARY, b"GGUF")
 
 
+def test_an_export_is_not_written_into_a_link(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "gguf").symlink_to("mine")
+
+    with pytest.raises(OutputError, match="it is a link"):
+        lewis_hub.export_model(zoo_folder() / "base", "gguf:f16", tmp_path / "gguf", progress=False)
+
+    assert [*(tmp_path / "mine").iterdir()] == []
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_a_push_writes_and_deletes_nothing_through_a_link(hub, tmp_path, monkeypatch, signed):
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
