@@ -30,6 +30,7 @@ from lewis_hub.merge.adapted_model import HEAD, AdaptedModel
 from lewis_hub.merge.adapter_settings import Form, LoraSettings, is_embedding
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
+from lewis_hub.methods.numerics import torch_threads
 
 if TYPE_CHECKING:
     import torch
@@ -337,13 +338,14 @@ def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankF
     """
     limit = min(most, *matrix.shape)
     rank = min(limit, FIRST_RANK) if error else limit
-    total = float(matrix.double().square().sum())
-    while True:
-        leading = _leading(matrix, rank)
-        found = _lowest(matrix, leading, error, dtype, total) if error else None
-        if found or rank == limit:
-            return found or _factors(matrix, leading, rank, dtype=dtype, total=total)
-        rank = min(limit, 2 * rank)
+    with torch_threads(1):
+        total = float(matrix.double().square().sum())
+        while True:
+            leading = _leading(matrix, rank)
+            found = _lowest(matrix, leading, error, dtype, total) if error else None
+            if found or rank == limit:
+                return found or _factors(matrix, leading, rank, dtype=dtype, total=total)
+            rank = min(limit, 2 * rank)
 
 
 def _lowest(

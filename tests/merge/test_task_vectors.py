@@ -3,6 +3,7 @@ import torch
 
 from lewis_hub.merge.runners import Runner, threads
 from lewis_hub.merge.task_vectors import PIECE, fit, relative_changes
+from lewis_hub.methods.numerics import torch_threads
 
 A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
 
@@ -136,6 +137,22 @@ def test_a_matrix_of_low_rank_is_found_exactly_and_the_same_each_time():
     assert first.error < 1e-5
     assert torch.equal(first.left, again.left)
     assert torch.equal(first.right, again.right)
+
+
+@pytest.mark.parametrize("rank", [3, 100])  # by iteration, and whole
+@pytest.mark.parametrize("error", [0.0, 0.3])
+def test_the_number_of_threads_changes_no_bit(rank, error):
+    matrix = torch.randn(300, 150, generator=torch.Generator().manual_seed(1))
+
+    found = []
+    for n_threads in (1, 2):
+        with torch_threads(n_threads):
+            found.append(fit(matrix, rank, error, torch.float32))
+
+    one, two = found
+    assert torch.equal(one.left, two.left)
+    assert torch.equal(one.right, two.right)
+    assert one.error == two.error
 
 
 def test_the_error_counts_the_rounding_of_the_factors():
