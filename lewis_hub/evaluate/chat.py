@@ -29,8 +29,11 @@ def limit_tokenizer(label: str, tokenizer: Any) -> None:
     """Make a loaded tokenizer of transformers safe to use: its steps, merges and chat templates.
 
     Raises:
-        TokenizerError: its steps may make a text very long.
+        TokenizerError: its steps may make a text very long, or its longest text is no number.
     """
+    if not isinstance(getattr(tokenizer, "model_max_length", 0), int | float):
+        problem = "`model_max_length` in its tokenizer_config.json is no number"
+        raise TokenizerError(label, problem, "Repair it, or use an intact copy of the model.")
     require_modest_steps(label, tokenizer)
     apply_all_merges(tokenizer)
     limit_templates(tokenizer)

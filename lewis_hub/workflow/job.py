@@ -78,6 +78,13 @@ class MergeJob:
         """The lock of the merge, without the outputs that it makes."""
         return self.reporting.planned
 
+    @property
+    def draws_by_own_tasks(self) -> bool:
+        """Whether texts are drawn from own task files, or compared with the items of such."""
+        drawn_from = [one.include for one in self.texts.calibrations]
+        held_out = self.held_out.include if self.held_out else None
+        return any(drawn_from) or bool(drawn_from and held_out)
+
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
         """Return the bytes that the merge takes on the disk, before or after texts are drawn."""
         report, calibrations = self.report, self.texts.calibrations if sets else ()

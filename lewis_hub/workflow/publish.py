@@ -480,10 +480,15 @@ def _place(job: MergeJob, output: Path | None) -> Preflight:
     try:
         require_disk(output, needs.download_bytes, needs.made_bytes)
     except OutputError as shortage:
+        why = ""
         if job.evaluation and job.evaluation.gates:
+            why = "A quality gate scores whole models"
+        elif job.draws_by_own_tasks:  # a stream is published by the job that draws them
+            why = "Texts are drawn by own task files, and the job that publishes runs no code"
+        if why:
             remedy = (
-                "A quality gate scores whole models, so the merge cannot be streamed: use a "
-                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
+                f"{why}, so the merge cannot be streamed: use a machine with a larger disk, for "
+                "example with `lewis-hub merge --push --on jobs`."
             )
             raise OutputError(shortage.where, shortage.problem, remedy) from None
         return Preflight("stream", f"{shortage.where}: {shortage.problem}.")

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +14,8 @@ from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, OutputError
+from lewis_hub.workflow import publish
 
 RECIPE = """
 base_model: zoo/base
@@ -281,6 +283,40 @@ def test_a_recipe_with_a_gate_is_never_streamed(hub, place, monkeypatch):
         run("actions", "preflight")
 
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "is_refused"),
+    [
+        ("{task: own_task, include: tasks, split: train, samples: 2}", True),
+        ("{dataset: zoo/reverse, text: '{question}', samples: 2}", True),  # compared with its items
+        (None, False),
+    ],
+)
+def test_what_runs_own_task_files_is_never_streamed(
+    calibration, is_refused, hub, place, monkeypatch
+):
+    """The job that publishes a stream draws its texts too, and may sign in."""
+    task = Path("tasks/zoo_reverse.yaml").read_text().replace("zoo_reverse", "own_task")
+    code = "open('ran', 'w')\n\n\ndef documents(found):\n    return found\n"
+    Path("tasks/code.py").write_text(code)
+    Path("tasks/own_task.yaml").write_text(f"{task}process_docs: !function code.documents\n")
+    guide = f"guide: {{name: lewis, calibration: {calibration}}}\n" if calibration else ""
+    write(hub, f"evaluate: {{tasks: [own_task], include: tasks}}\n{guide}")
+    if guide:
+        recipe = Path("recipe.yaml")
+        recipe.write_text(recipe.read_text().replace("task_arithmetic", "ties"))
+    shortage = OutputError("merged", "it needs 15 GB, 14 GB are free", "Free some space.")
+    monkeypatch.setattr(publish, "require_disk", Mock(side_effect=shortage))
+
+    if is_refused:
+        with pytest.raises(Exception, match="by own task files, and the job that publishes runs"):
+            run("actions", "preflight")
+    else:
+        assert preflight()[1] == "way=stream\n"
+        assert run("merge", "--stream", "--push", "--no-eval", "-q").exit_code == 0
+
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Chat templates of others that never end, or fill the memory."""
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +12,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lewis_hub import limits
+from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import TokenizerError
 from lewis_hub.evaluate import chat
 from lewis_hub.evaluate.chat import limit_templates, limited
@@ -156,3 +160,17 @@ def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch)
     assert 0 < n_refused <= 300
     time.sleep(0.05)
     assert not [thread for thread in threading.enumerate() if thread.name == limits.WATCH]
+
+
+@pytest.mark.parametrize("longest", ["256", [256], {"tokens": 256}])
+def test_a_longest_text_that_is_no_number_is_refused_when_the_tokenizer_is_loaded(
+    longest, tmp_path
+):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(zoo_folder() / "base" / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = longest
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(TokenizerError, match="me/model: `model_max_length` in its tokenizer_conf"):
+        load_tokenizer(str(tmp_path), "me/model")
