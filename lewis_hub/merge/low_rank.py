@@ -24,6 +24,7 @@ from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fitted, stored_factors
 from lewis_hub.methods import registry
+from lewis_hub.methods.numerics import product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,7 +195,7 @@ def _by_entries(shard: ShardPlan, tensor: TensorPlan, factors: Sequence[Factors 
 
     transposed = _is_transposed(tensor)
     empty = torch.zeros(tensor.output.shape)
-    matrices = [(one[0] @ one[1]) if one else None for one in factors]
+    matrices = [product(*one) if one else None for one in factors]
     oriented = [
         empty if one is None else one.T.contiguous() if transposed else one for one in matrices
     ]

@@ -14,8 +14,9 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
-def recipe(hub):
+def recipe(hub, monkeypatch):
     put_zoo(hub)
+    monkeypatch.setattr("lewis_hub.hub.fetch.SPARE_BYTES", 0)  # rows of its data are read first
     return read_recipe(zoo_folder() / "recipe.yaml")
 
 
@@ -56,6 +57,5 @@ def test_what_an_interrupted_run_left_counts_as_free(recipe, tmp_path, monkeypat
     (tmp_path / "merged.partial" / "model.safetensors").write_bytes(bytes(2_300_000))
     free = 7_500_000  # enough for the sources alone
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 10**9 - free, free))
-    monkeypatch.setattr("lewis_hub.hub.fetch.SPARE_BYTES", 0)
 
     assert merge_models(unscored, tmp_path / "merged").status == "merged"
