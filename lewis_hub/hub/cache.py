@@ -51,17 +51,17 @@ def has_digest(blob: Path, file: SourceFile) -> bool:
     return (is_large or size_of(blob) <= MAX_SMALL_BYTES) and digest_of(blob, file) == file.digest
 
 
-def damaged_files(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
-    """Files of a repo that the cache has with other bytes than the Hub lists.
+def damaged_files(folder: Path, files: Iterable[SourceFile]) -> list[SourceFile]:
+    """Files that a folder of the cache has with other bytes than their digests say.
 
     Their names do not tell: other programs write into the cache, too, and a disk may lose bits.
     """
-    cached = [file for file in files if (source.snapshot / file.path).is_file()]
+    cached = [file for file in files if (folder / file.path).is_file()]
     large = [file for file in cached if file.digest.startswith("sha256:")]
-    digests = digests_of([source.snapshot / file.path for file in large])
+    digests = digests_of([folder / file.path for file in large])
     same = {file for file, digest in zip(large, digests, strict=True) if digest == file.digest}
     small = (file for file in cached if file not in large)
-    same |= {file for file in small if has_digest(source.snapshot / file.path, file)}
+    same |= {file for file in small if has_digest(folder / file.path, file)}
     return [file for file in cached if file not in same]
 
 

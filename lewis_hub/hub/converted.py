@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, write_whole
+from lewis_hub.hub.cache import damaged_files, size_of
 from lewis_hub.hub.digests import content_sha
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, read_pinned, weight_files
 from lewis_hub.hub.resolve import require_unchanged
@@ -29,19 +30,34 @@ NUMBERED = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
 
 
 def with_converted(source: Source, *, code: bool) -> Source:
-    """The source with safetensors in place of its pickles, if they were converted before.
+    """The source with safetensors in place of its pickles, if the cache has them undamaged.
 
     `code` says whether its ``*.py`` files are included.
     """
     folder = _folder(source, code=code)
-    if not source.is_pickled or not (folder / NOTE).exists():
-        return source
-    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    written = _noted(folder) if source.is_pickled else []
+    is_whole = written and _is_intact(folder, [*written, *_beside(source, code=code)])
+    return _having(source, folder, written) if is_whole else source
+
+
+def _having(source: Source, folder: Path, written: Iterable[SourceFile]) -> Source:
     pickles = {*weight_files(source), PICKLED_INDEX}
     files = [file for file in source.files if file.path not in pickles]
-    files += [SourceFile(**written) for written in note]
-    files.sort(key=lambda file: file.path)
+    files = sorted([*files, *written], key=lambda file: file.path)
     return replace(source, files=tuple(files), converted=folder)
+
+
+def _noted(folder: Path) -> list[SourceFile]:
+    """The weights that a conversion wrote; none if its note is missing or damaged."""
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return [SourceFile(**written) for written in note]
+    return []
+
+
+def _is_intact(folder: Path, files: Sequence[SourceFile]) -> bool:
+    sizes = all(size_of(folder / file.path) == file.size_bytes for file in files)
+    return sizes and not damaged_files(folder, files)
 
 
 def pickles_of(source: Source) -> tuple[str, ...]:
@@ -79,12 +95,25 @@ def store_converted(
         for file in _beside(source, code=code):
             (work / file.path).parent.mkdir(parents=True, exist_ok=True)
             (work / file.path).write_bytes(read_pinned(source, file))
-        note = [vars(written) for written in convert(work)]
+        written = list(convert(work))
         require_unchanged(source)
-        write_whole(work / NOTE, json.dumps(note, indent=2) + "\n")
-        with suppress(OSError):  # it exists: another run was faster and made the same files
+        write_whole(work / NOTE, json.dumps([*map(vars, written)], indent=2) + "\n")
+        try:
             work.rename(folder)
-    return with_converted(source, code=code)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            if not with_converted(source, code=code).converted:  # else another run was faster
+                _replace_files(work, folder)
+    return _having(source, folder, written)
+
+
+def _replace_files(new: Path, folder: Path) -> None:
+    """Replace the files of a damaged folder one by one, as other runs may read it."""
+    for path in [path for path in sorted(new.rglob("*")) if path.is_file()]:
+        target = folder / path.relative_to(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
 
 def _folder(source: Source, *, code: bool) -> Path:

@@ -300,7 +300,7 @@ def require_listed(api: HfApi, source: Source) -> None:
     Raises:
         SourceError: a file is another one; it is not in the cache any more.
     """
-    if others := damaged_files(source, source.files):
+    if others := damaged_files(source.snapshot, source.files):
         remove(source, others)
         hub_repo = HubRepo.of(api, source)
         problem = f"`{others[0].path}` is another file than {hub_repo.api.endpoint} lists"

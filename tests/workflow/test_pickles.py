@@ -104,6 +104,28 @@ def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, s
     assert cached(".work-*") == []
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "converted.json"])
+@pytest.mark.parametrize("harm", ["a bit", "cut", "deleted"])
+def test_a_conversion_that_is_damaged_is_made_again(api, tmp_path, stage_titles, name, harm):
+    push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
+    asked, titles = recipe(expert="zoo/pickles"), stage_titles()
+    pipeline.merge_models(asked, tmp_path / "good", ALLOWED)
+    (note,) = Path(os.environ["HF_HOME"]).rglob("converted.json")
+    file = note.with_name(name)
+    content = file.read_bytes()
+    place = len(content) * 9 // 10
+    harmed = content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :]
+    file.write_bytes(harmed if harm == "a bit" else content[:place])
+    if harm == "deleted":
+        file.unlink()
+
+    pipeline.merge_models(asked, tmp_path / "out", ALLOWED, titles)
+
+    assert weight_bytes(tmp_path / "out") == weight_bytes(tmp_path / "good")
+    assert "Converting zoo/pickles" in titles.titles
+    assert file.read_bytes() == content
+
+
 def test_a_merge_of_steps_is_another_one_if_its_pickles_change(api, tmp_path):
     folder = write_pickles(tmp_path / "pickles")
     text = f"base_model: zoo/base\nmodels: [NAME]\nmerge_method: ties\n{DENSITY}"
