@@ -295,7 +295,7 @@ def _wanted_files(source: Source, only: Sequence[str] | None) -> list[SourceFile
 
 
 def _damaged(source: Source, files: Iterable[SourceFile]) -> list[SourceFile]:
-    damaged = damaged_files(source.snapshot, files)
+    damaged = damaged_files(source.place, files)
     if damaged and is_offline_mode():
         problem = (
             f"{source.snapshot / damaged[0].path} does not have the digest that it is named by"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,9 +25,10 @@ import httpx2
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
+from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside, write_whole
 from lewis_hub.hub.answers import LISTED
 from lewis_hub.hub.dataset_cards import require_own_files
+from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -38,6 +40,8 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
 # None: whatever is asked for; else only tables, and of these repos only the files that are listed
 TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
+DATASET_INFO = "dataset_info.json"  # of `datasets`, beside rows in its cache
+ROWS_NOTE = "lewis-hub-digests.json"  # beside them, too
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 ROWS_AT_ONCE = 1000
@@ -183,6 +187,7 @@ def _limit_readers() -> None:
 
     every: Any = datasets.builder.DatasetBuilder
     prepare, stream = every.download_and_prepare, every.as_streaming_dataset
+    read = every.as_dataset
 
     def prepare_tables(self: Any, *args: Any, **options: Any) -> None:
         sources = TABLES_OF.get()
@@ -201,18 +206,52 @@ def _limit_readers() -> None:
             prepare(self, *args, **options)
         self.info.features = _undecoded(self.info.features)
 
+    def read_as_written(self: Any, *args: Any, **options: Any) -> Any:
+        if TABLES_OF.get() is not None:
+            _require_as_written(Path(self.cache_dir))
+        return read(self, *args, **options)
+
     def stream_nothing(self: Any, *args: Any, **options: Any) -> Any:
         if TABLES_OF.get() is not None:
             raise ValueError("they would be read while they come: without `streaming` they are")
         return stream(self, *args, **options)
 
     every.download_and_prepare, every.as_streaming_dataset = prepare_tables, stream_nothing
+    every.as_dataset = read_as_written
     for reader in READERS:
         module: Any = import_module(f"datasets.packaged_modules.{reader}.{reader}")
         builder = getattr(module, reader.capitalize())
         builder._generate_tables = _limited(builder._generate_tables)
         if reader == "json":
             module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
+
+
+def _require_as_written(folder: Path) -> None:
+    """Refuse rows of `datasets`' cache that changed since they were read for the first time.
+
+    It compares no digests, and maps the rows into memory.
+
+    Raises:
+        SourceError: they did; the cache does not have them any more.
+    """
+    note, found = folder / ROWS_NOTE, _digests(folder)
+    stored = note.read_bytes() if note.is_file() else b""
+    if not stored:
+        with suppress(OSError):  # the next run stores it
+            write_whole(note, found.decode())
+    elif stored != found:
+        shutil.rmtree(folder, ignore_errors=True)
+        problem = "these rows in the cache of `datasets` are damaged"
+        raise SourceError(str(folder), problem, "Run the same command again: it makes them again.")
+
+
+def _digests(folder: Path) -> bytes:
+    """The digests of the files in a folder of the cache, but for what is computed from them."""
+    names = ("*.arrow", DATASET_INFO)
+    files = sorted(path for name in names for path in folder.glob(name))
+    files = [path for path in files if not path.name.startswith("cache-")]
+    named = zip((path.name for path in files), digests_of(files), strict=True)
+    return json.dumps(dict(named), indent=2).encode()
 
 
 def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:
@@ -298,15 +337,13 @@ def _fetch_rows(source: Source, builder: Any) -> None:
     `datasets` would take as many bytes as are answered. Addresses of other files than the repo had
     when it was resolved are refused.
     """
-    from datasets.config import DATASET_INFO_FILENAME
-
     api, repo = HfApi(token=builder.token), f"hf://datasets/{source.name}@"
     listed = {f"{repo}{source.commit_sha}/{file.path}": file for file in source.files}
     addresses = chain.from_iterable((builder.config.data_files or {}).values())
     named = [address for address in addresses if address.startswith(repo)]
     if others := [address for address in named if address not in listed]:
         raise HubRepo.of(api, source).another_file(others[0].removeprefix(repo))
-    if not Path(builder.cache_dir, DATASET_INFO_FILENAME).is_file():
+    if not Path(builder.cache_dir, DATASET_INFO).is_file():
         fetch_files(api, source, [listed[address] for address in named])
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
@@ -157,6 +158,38 @@ def test_a_card_of_a_folder_is_not_read_whole_if_it_is_large(tmp_path, api):
         f": `README.md` cannot be read: it has more than {MAX_JSON_BYTES:,} bytes.\n"
         "Repair its card, or use another dataset."
     )
+
+
+@pytest.mark.parametrize("place", ["hub", "offline", "folder"])
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"yes", b"yer"), (b'"num_examples": 1', b'"num_examples": 0')]
+)
+def test_rows_that_are_damaged_in_the_cache_are_made_again(
+    tmp_path, api, push, monkeypatch, place, old, new
+):
+    """A disk may lose bits; `datasets` compares no digests."""
+    (tmp_path / "train.jsonl").write_bytes(ROWS)
+    push("me/rows", {"train.jsonl": ROWS}, "dataset")
+    source = resolve_dataset(api, str(tmp_path) if place == "folder" else "me/rows")
+    load_rows(api, source, None, "train")
+    harmed = [
+        path
+        for path in Path(os.environ["HF_HOME"]).glob("datasets/**/*")
+        if path.is_file() and old in path.read_bytes()
+    ]
+    assert len(harmed) == 1
+    harmed[0].write_bytes(harmed[0].read_bytes().replace(old, new))
+
+    with monkeypatch.context() as patch:
+        for config in ("huggingface_hub.constants", "datasets.config"):
+            patch.setattr(f"{config}.HF_HUB_OFFLINE", place == "offline")
+        with pytest.raises(SourceError) as raised:
+            load_rows(api, source, None, "train")
+    assert str(raised.value) == (
+        f"{harmed[0].parent}: these rows in the cache of `datasets` are damaged.\n"
+        "Run the same command again: it makes them again."
+    )
+    assert load_rows(api, source, None, "train").rows([0]) == [{"text": "yes"}]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE])
