@@ -125,7 +125,7 @@ def _tensors(where: str, loaded: object) -> Iterator[tuple[str, Tensor]]:
         raise PickleError(where, problem, UNSAFE)
     for name, tensor in loaded.items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        plain = plain and not tensor.is_meta  # which has no content
+        plain = plain and not (tensor.is_meta or tensor.is_nested)  # no content, no shape
         if not isinstance(name, str) or not name.isprintable() or not plain:
             problem = f"it contains {str(name)!r}, which is not a named dense tensor"
             raise PickleError(where, problem, UNSAFE)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 
 MAX_SIBLINGS = 1000  # of so many files the Hub may leave out some, where it describes a repo
+MAX_FILES = 250_000  # of a repo: each takes memory, and its name is compared with patterns
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 PATTERN = re.compile(r"[*?[]|::")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -244,7 +246,11 @@ def _repo(hub_repo: HubRepo) -> Source:
 def listed_files(
     hub_repo: HubRepo, sha: str, siblings: Sequence[RepoSibling]
 ) -> tuple[SourceFile, ...]:
-    """The files of a commit, of which the description of a repo may have some only."""
+    """The files of a commit, of which the description of a repo may have some only.
+
+    Raises:
+        SourceError, PublishError: there are too many.
+    """
     found: Iterable[RepoSibling | RepoFile] = siblings
     if len(siblings) >= MAX_SIBLINGS:
         found = retry(lambda: _tree(hub_repo, sha))
@@ -259,7 +265,11 @@ def _tree(hub_repo: HubRepo, sha: str) -> list[RepoFile]:
     entries = hub_repo.api.list_repo_tree(
         hub_repo.name, recursive=True, revision=sha, repo_type=hub_repo.repo_type
     )
-    files = (entry for entry in entries if isinstance(entry, RepoFile))
+    listed = list(islice(entries, MAX_FILES + 1))
+    if len(listed) > MAX_FILES:
+        problem = f"it has more than {MAX_FILES:,} files and folders"
+        raise hub_repo.failed(problem, "Use a repo, or a folder, with only the files that count.")
+    files = (entry for entry in listed if isinstance(entry, RepoFile))
     return sorted(files, key=lambda file: file.path)
 
 

@@ -122,12 +122,12 @@ class Source:
         return tuple(
             file
             for file in self.files
-            if not is_hidden(PurePosixPath(file.path))
-            and any(
+            if any(
                 fnmatch.fnmatchcase(file.path, pattern)
                 and file.path.count("/") == pattern.count("/")
                 for pattern in patterns
             )
+            and not is_hidden(PurePosixPath(file.path))  # last: there may be very many files
         )
 
     def size_bytes(self, patterns: Sequence[str]) -> int:

@@ -180,6 +180,13 @@ def test_what_is_no_model_is_told(tmp_path, content, said):
     assert text.startswith(f"me/model: pytorch_model.bin: {said}")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_of_tensors_is_told(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+    assert "'a', which is not a named dense tensor" in refusal(tmp_path, {"a": nested})
+
+
 def test_a_file_that_is_cut_short_is_told(tmp_path):
     torch.save({"a": normal(100, 100)}, tmp_path / "whole.bin")
     content = (tmp_path / "whole.bin").read_bytes()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 from dataclasses import replace
 
@@ -193,6 +194,19 @@ def test_all_files_of_a_large_repo_are_listed(api, push, monkeypatch):
     monkeypatch.setattr(api, "repo_info", lambda *_, **__: whole)
     assert len(described.files) == 1202  # with .gitattributes
     assert resolve_dataset(api, "me/rows") == described
+
+
+def test_a_list_of_files_that_does_not_end_is_not_kept(api, push, monkeypatch):
+    """A Hub that listed more and more of them, page by page, took gigabytes and minutes."""
+    push("me/model", {"model.safetensors": b"1"})
+    whole = api.repo_info("me/model", files_metadata=True)
+    (one,) = api.get_paths_info("me/model", ["model.safetensors"])
+    whole.siblings = [*whole.siblings] * 500
+    monkeypatch.setattr(api, "repo_info", lambda *_, **__: whole)
+    monkeypatch.setattr(api, "list_repo_tree", lambda *_, **__: itertools.repeat(one))
+    monkeypatch.setattr("lewis_hub.hub.resolve.MAX_FILES", 2000)
+
+    assert "me/model: it has more than 2,000 files and folders." in refusal(api, "me/model")
 
 
 def test_all_files_of_a_large_target_are_listed(api, push, monkeypatch):
