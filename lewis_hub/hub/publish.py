@@ -279,7 +279,8 @@ def _outputs_of_previous_merge(hub_repo: HubRepo, target: Target) -> set[str]:
 
 def _proposed(hub_repo: HubRepo, change: Change) -> PushedCommit | None:
     """The open pull request with exactly this change, whoever opened it."""
-    for url, proposed in open_pull_requests(hub_repo):
+    paths = change.digests.keys() | change.target.digests.keys()
+    for url, proposed in open_pull_requests(hub_repo, paths=paths):
         if change.done_in(proposed) and change.is_all_of(proposed):
             return PushedCommit(str(proposed.head), url)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from lewis_hub.hub.source import listed_sha
 
 if TYPE_CHECKING:
     import httpx2
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelInfo
 
 
 Landing = Literal["commit", "pull-request"]
@@ -157,20 +157,30 @@ def open_repo(hub_repo: HubRepo, landing: Landing, *, private: bool) -> Target:
 
 def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
     """The present state of the repo."""
+    info = _described(hub_repo, revision)
+    return _target(hub_repo, info) if info else Target(hub_repo.name, None, {})
+
+
+def _described(hub_repo: HubRepo, revision: str) -> ModelInfo | None:
+    """The Hub's description of the repo; None if it does not exist."""
     with hub_failures(hub_repo):
         try:
-            info = retry(
+            return retry(
                 lambda: hub_repo.api.model_info(
                     hub_repo.name, revision=revision, files_metadata=True, timeout=30
                 )
             )
         except RepositoryNotFoundError:
-            return Target(hub_repo.name, None, {})
+            return None
+
+
+def _target(hub_repo: HubRepo, info: ModelInfo) -> Target:
+    with hub_failures(hub_repo):
         sha = listed_sha(info.sha)
         files = listed_files(hub_repo, sha, info.siblings or ())
-        digests = {file.path: file.digest for file in files}
-        is_public = not (getattr(info, "private", False) or getattr(info, "gated", False))
-        return Target(hub_repo.name, sha, digests, is_public)
+    digests = {file.path: file.digest for file in files}
+    is_public = not (getattr(info, "private", False) or getattr(info, "gated", False))
+    return Target(hub_repo.name, sha, digests, is_public)
 
 
 def will_be_public(hub_repo: HubRepo, target: Target, *, private: bool) -> bool:
@@ -187,23 +197,30 @@ def will_be_public(hub_repo: HubRepo, target: Target, *, private: bool) -> bool:
 
 
 def open_pull_requests(
-    hub_repo: HubRepo, author: str | None = None
+    hub_repo: HubRepo, author: str | None = None, paths: Collection[str] | None = None
 ) -> Iterator[tuple[str, Target]]:
     """The address of each of the newest open pull requests, and the state of the repo with it.
 
     Anybody can open one: of a pull request that was not compared file by file, ask its `author`.
+    One with files beside `paths` is left out before they are listed: there may be very many.
     """
     n_found = 0
     for page in range(MAX_PULL_REQUESTS):
         listed = _pull_requests(hub_repo, page, author)
         for one in listed.discussions[: MAX_PULL_REQUESTS - n_found]:
             if author in (None, one.author.name):
-                url = f"{hub_repo.url}/discussions/{one.num}"
-                yield url, read_target(hub_repo, f"refs/pr/{one.num}")
+                info = _described(hub_repo, f"refs/pr/{one.num}")
+                if info and _has_only(info, paths):
+                    yield f"{hub_repo.url}/discussions/{one.num}", _target(hub_repo, info)
         n_found += len(listed.discussions)
         is_last = listed.start + len(listed.discussions) >= listed.count
         if is_last or not listed.discussions or n_found >= MAX_PULL_REQUESTS:
             return
+
+
+def _has_only(info: ModelInfo, paths: Collection[str] | None) -> bool:
+    """Whether a repo has no other files than `paths`, as far as it is described."""
+    return paths is None or all(file.rfilename in paths for file in info.siblings or ())
 
 
 def own_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:

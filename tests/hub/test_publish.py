@@ -317,6 +317,23 @@ def test_a_stranger_s_pull_request_without_a_file_of_main_is_another_one(api, fo
     assert content(api, "refs/pr/2")["notes.txt"] == b"mine"
 
 
+def test_a_stranger_s_pull_request_with_very_many_files_stops_no_push(
+    api, folder, hub, monkeypatch
+):
+    monkeypatch.setattr("lewis_hub.hub.resolve.MAX_SIBLINGS", 50)
+    monkeypatch.setattr("lewis_hub.hub.resolve.MAX_FILES", 100)
+    hub.add_token("hf_stranger", "stranger", "write")
+    api.create_repo(REPO)
+    changes = [CommitOperationAdd(f"{number}.txt", b"1") for number in range(101)]
+    hub.api("hf_stranger").create_commit(REPO, changes, commit_message="x", create_pr=True)
+
+    proposal = Publication("Second", landing="pull-request")
+    published = publish(api, folder, REPO, proposal, lambda _: None)
+
+    assert published.url == f"{hub.url}/{REPO}/discussions/2"
+    assert publish(api, folder, REPO, proposal, lambda _: None).url == published.url
+
+
 def test_only_the_newest_pull_requests_are_compared(hub, api, monkeypatch):
     monkeypatch.setattr(target, "MAX_PULL_REQUESTS", 3)
     api.create_repo(REPO)
