@@ -81,9 +81,10 @@ class MergeJob:
     @property
     def draws_by_own_tasks(self) -> bool:
         """Whether texts are drawn from own task files, or compared with the items of such."""
-        drawn_from = [one.include for one in self.texts.calibrations]
+        calibrations = self.texts.calibrations
+        are_compared = any(not one.allow_overlap for one in calibrations)
         held_out = self.held_out.include if self.held_out else None
-        return any(drawn_from) or bool(drawn_from and held_out)
+        return any(one.include for one in calibrations) or bool(are_compared and held_out)
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
         """Return the bytes that the merge takes on the disk, before or after texts are drawn."""

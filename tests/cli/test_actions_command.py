@@ -290,6 +290,7 @@ def test_a_recipe_with_a_gate_is_never_streamed(hub, place, monkeypatch):
     [
         ("{task: own_task, include: tasks, split: train, samples: 2}", True),
         ("{dataset: zoo/reverse, text: '{question}', samples: 2}", True),  # compared with its items
+        ("{dataset: zoo/reverse, text: '{question}', samples: 2, allow_overlap: true}", False),
         (None, False),
     ],
 )
