@@ -326,7 +326,8 @@ def test_a_list_that_names_no_files_is_one_message(listed):
     ],
 )
 def test_a_list_of_pull_requests_that_never_ends_is_left(page, monkeypatch):
-    monkeypatch.setattr(target, "read_target", lambda _, revision: revision)
+    monkeypatch.setattr(target, "_described", lambda _, revision: revision)
+    monkeypatch.setattr(target, "_target", lambda _, described: described)
     headers, requests = {"Content-Type": "application/json"}, []
 
     with answering(200, headers, json.dumps(page).encode(), requests) as api:
