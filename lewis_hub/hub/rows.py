@@ -42,6 +42,7 @@ READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
 TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
 DATASET_INFO = "dataset_info.json"  # of `datasets`, beside rows in its cache
 ROWS_NOTE = "lewis-hub-digests.json"  # beside them, too
+COMPUTED = re.compile("cache-[0-9a-f]{16}[._]")  # its names; rows of `me/cache-a` are no such file
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 ROWS_AT_ONCE = 1000
@@ -249,7 +250,7 @@ def _digests(folder: Path) -> bytes:
     """The digests of the files in a folder of the cache, but for what is computed from them."""
     names = ("*.arrow", DATASET_INFO)
     files = sorted(path for name in names for path in folder.glob(name))
-    files = [path for path in files if not path.name.startswith("cache-")]
+    files = [path for path in files if not COMPUTED.match(path.name)]
     named = zip((path.name for path in files), digests_of(files), strict=True)
     return json.dumps(dict(named), indent=2).encode()
 
