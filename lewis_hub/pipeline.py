@@ -25,7 +25,7 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
-from lewis_hub.hub.resolve import local_states
+from lewis_hub.hub.resolve import local_states, telling_changes
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import alone_with, open_workspace, scratch_folder
@@ -370,7 +370,7 @@ def run(
     guidance, gathered = _measure(job, sets, loader, sink, costs)
     gathered = replace(gathered, generated=generated.lines, aligned=aligned)
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
-    with costs.measure("merge", counts):
+    with costs.measure("merge", counts), telling_changes(files.sources.values()):
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
         locations = {**files.locations, **gathered.folders}
         shards = sink.write(planned, locations, job.means)

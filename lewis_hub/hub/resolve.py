@@ -17,7 +17,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import path_of, starts_like_path, visible_files
 from lewis_hub.hub.cache import damaged_files, remove
 from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 MAX_SIBLINGS = 1000  # of so many files the Hub may leave out some, where it describes a repo
 MAX_FILES = 250_000  # of a repo: each takes memory, and its name is compared with patterns
+FETCH_AGAIN = "Run the same command again: it fetches the file again."
+WEIGHTS = ("*.safetensors",)
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 PATTERN = re.compile(r"[*?[]|::")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -110,11 +112,32 @@ def unchanged(sources: Iterable[Source]) -> Iterator[Mapping[str, str]]:
             raise SourceError(path, "it was written while it was read", RESTORE)
 
 
+@contextmanager
+def telling_changes(sources: Iterable[Source]) -> Iterator[None]:
+    """Inside the block an error of the arithmetic tells that weights changed, if they did.
+
+    Raises:
+        SourceError: a file has another content than was pinned, or is missing.
+    """
+    try:
+        yield
+    except (LewisHubError, OSError):
+        raise
+    except Exception:
+        for source in sources:
+            require_unchanged(source)
+            if source.local_folder is None:
+                for file in damaged_files(source.snapshot, source.matching(WEIGHTS)):
+                    problem = f"`{file.path}` changed while it was read"
+                    raise SourceError(source.pinned, problem, FETCH_AGAIN) from None
+        raise
+
+
 def _local_weights(source: Source) -> dict[Path, SourceFile]:
     """The weights that others may change: none of the cache."""
     if source.folder is None or source.converted:
         return {}
-    weights = ("*.safetensors", *(PICKLED if source.is_pickled else ()))
+    weights = (*WEIGHTS, *(PICKLED if source.is_pickled else ()))
     return {source.folder / file.path: file for file in source.matching(weights)}
 
 
@@ -314,8 +337,7 @@ def require_listed(api: HfApi, source: Source) -> None:
         remove(source, others)
         hub_repo = HubRepo.of(api, source)
         problem = f"`{others[0].path}` is another file than {hub_repo.api.endpoint} lists"
-        remedy = "Run the same command again: it fetches the file again."
-        raise hub_repo.failed(problem, remedy)
+        raise hub_repo.failed(problem, FETCH_AGAIN)
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:

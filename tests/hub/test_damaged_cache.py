@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import fetch
-from lewis_hub.hub.resolve import require_listed, resolve_model
+from lewis_hub.hub.resolve import require_listed, resolve_model, telling_changes
 
 SHARD = "model-00001-of-00002.safetensors"
 FILES = {
@@ -95,3 +95,18 @@ def test_a_damaged_file_of_a_cache_without_links_is_fetched_again(api, source, m
         damage(folder / path)
 
     assert files_in(fetch(api, source, lambda _: None)) == FILES
+
+
+def test_an_error_of_the_arithmetic_tells_which_file_changed(api, source):
+    folder = fetch(api, source, lambda _: None)
+    with pytest.raises(IndexError), telling_changes([source]):
+        raise IndexError
+
+    damage((folder / SHARD).resolve())
+    with pytest.raises(SourceError) as error, telling_changes([source]):
+        raise IndexError
+
+    assert str(error.value) == (
+        f"{source.pinned}: `{SHARD}` changed while it was read.\n"
+        "Run the same command again: it fetches the file again."
+    )
