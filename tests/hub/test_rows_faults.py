@@ -173,13 +173,9 @@ def test_rows_that_are_damaged_in_the_cache_are_made_again(
     source = resolve_dataset(api, str(tmp_path) if place == "folder" else "me/cache-rows")
     table = load_rows(api, source, None, "train").table
     table.map(lambda _: {"n": 1}, remove_columns="text")  # which writes a file beside the rows
-    harmed = [
-        path
-        for path in Path(os.environ["HF_HOME"]).glob("datasets/**/*")
-        if path.is_file() and old in path.read_bytes()
-    ]
-    assert len(harmed) == 1
-    harmed[0].write_bytes(harmed[0].read_bytes().replace(old, new))
+    folder = Path(table.cache_files[0]["filename"]).parent
+    (harmed,) = (path for path in folder.iterdir() if old in path.read_bytes())
+    harmed.write_bytes(harmed.read_bytes().replace(old, new))
 
     with monkeypatch.context() as patch:
         for config in ("huggingface_hub.constants", "datasets.config"):
@@ -187,7 +183,7 @@ def test_rows_that_are_damaged_in_the_cache_are_made_again(
         with pytest.raises(SourceError) as raised:
             load_rows(api, source, None, "train")
     assert str(raised.value) == (
-        f"{harmed[0].parent}: these rows in the cache of `datasets` are damaged.\n"
+        f"{folder}: these rows in the cache of `datasets` are damaged.\n"
         "Run the same command again: it makes them again."
     )
     assert load_rows(api, source, None, "train").rows([0]) == [{"text": "yes"}]
