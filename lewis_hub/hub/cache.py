@@ -58,9 +58,10 @@ def damaged_files(folder: Path, files: Iterable[SourceFile]) -> list[SourceFile]
     """
     cached = [file for file in files if (folder / file.path).is_file()]
     large = [file for file in cached if file.digest.startswith("sha256:")]
-    digests = digests_of([folder / file.path for file in large])
-    same = {file for file, digest in zip(large, digests, strict=True) if digest == file.digest}
-    small = (file for file in cached if file not in large)
+    paths = [folder / file.path for file in large]
+    digests = dict(zip(large, digests_of(paths), strict=True))
+    same = {file for file, digest in digests.items() if digest == file.digest}
+    small = (file for file in cached if file not in digests)
     same |= {file for file in small if has_digest(folder / file.path, file)}
     return [file for file in cached if file not in same]
 
