@@ -23,9 +23,9 @@ from lewis_hub.errors import CalibrationError, ExportError, OutputError, RecipeE
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_room, require_writable
+from lewis_hub.hub.changes import local_states, telling_changes
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
-from lewis_hub.hub.resolve import local_states, telling_changes
 from lewis_hub.merge.aligned import AlignedModel
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import alone_with, open_workspace, scratch_folder

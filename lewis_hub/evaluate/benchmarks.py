@@ -33,7 +33,7 @@ from lewis_hub.evaluate.tasks import (
 from lewis_hub.files import is_hidden, raise_if_of_the_disk
 from lewis_hub.hub.dataset_cards import ELSEWHERE
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import commit_cache, library, only_listed, only_tables
+from lewis_hub.hub.rows import commit_cache, library, only_pinned, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
@@ -139,7 +139,7 @@ def at_commits(commits: Commits) -> Iterator[None]:
         if commit:
             kwargs |= {"revision": commit, "cache_dir": commit_cache(commit)}
             api = HfApi(token=kwargs.get("token"))
-            own_files = only_listed(api, resolve_dataset(api, path, commit))
+            own_files = only_pinned(api, resolve_dataset(api, path, commit))
         with own_files:
             return load(path, *args, **kwargs)
 

@@ -53,6 +53,7 @@ from lewis_hub.hub.source import (
     SourceFile,
     cache_root,
     digest_like,
+    local_reading,
 )
 
 # folders of sentence-transformers, named in `modules.json`
@@ -195,13 +196,16 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     file, hub_repo = source.file(path), HubRepo.of(api, source)
     if file is None:
         return None
-    for folder in (source.converted, source.folder):
-        if folder and (folder / path).exists():
-            require_inside(folder, folder / path, SourceError)
+    folder = source.folder
+    if source.converted and (source.converted / path).exists():  # others stay where they are
+        folder = source.converted
+    if folder:
+        require_inside(folder, folder / path, SourceError)
+        with local_reading(source.pinned):
             content = _read_whole(hub_repo, path, folder / path)
-            if digest_like(file.digest, content) != file.digest:
-                raise _changed(source, folder / path)
-            return content
+        if digest_like(file.digest, content) != file.digest:
+            raise _changed(source, folder / path)
+        return content
     _require_small(hub_repo, path, file.size_bytes)
     return read_file(hub_repo, path, file.digest)
 

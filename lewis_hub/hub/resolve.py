@@ -6,8 +6,7 @@ From the Hub only names, sizes and digests are read; the files of a local folder
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePath
@@ -17,7 +16,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from lewis_hub.errors import LewisHubError, SourceError
+from lewis_hub.errors import SourceError
 from lewis_hub.files import path_of, starts_like_path, visible_files
 from lewis_hub.hub.cache import damaged_files, remove
 from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of
@@ -25,8 +24,7 @@ from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry
 from lewis_hub.hub.source import (
     ADAPTERS,
-    PICKLED,
-    RESTORE,
+    FETCH_AGAIN,
     Access,
     RepoType,
     Source,
@@ -37,6 +35,7 @@ from lewis_hub.hub.source import (
     listed_sha,
     local_reading,
     remember_revision,
+    state_of,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 
 MAX_SIBLINGS = 1000  # of so many files the Hub may leave out some, where it describes a repo
 MAX_FILES = 250_000  # of a repo: each takes memory, and its name is compared with patterns
-FETCH_AGAIN = "Run the same command again: it fetches the file again."
-WEIGHTS = ("*.safetensors",)
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 PATTERN = re.compile(r"[*?[]|::")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -56,89 +53,6 @@ ALLOW = (
     "\nWith `--allow-pickle` torch reads it without running its code, but a flaw in that reader "
     "would let its author run code here: allow it for authors that you trust."
 )
-
-
-def require_unchanged(source: Source) -> None:
-    """Refuse a local model whose weights are no longer those that were pinned.
-
-    Files of the cache were compared when they were fetched: they are not read again.
-
-    Raises:
-        SourceError: a file has another content, or is missing.
-    """
-    weights = _local_weights(source)
-    try:
-        found = digests_of([*weights])
-    except OSError as error:
-        problem = f"a file of its weights cannot be read any more: {error.strerror}"
-        raise SourceError(source.pinned, problem, RESTORE) from None
-    for file, digest in zip(weights.values(), found, strict=True):
-        if digest != file.digest:
-            problem = f"`{file.path}` changed while it was read"
-            raise SourceError(source.pinned, problem, RESTORE)
-
-
-def local_states(sources: Iterable[Source]) -> dict[str, str]:
-    """The size and times of each file of local models' weights, by path.
-
-    A file that was changed and then restored has other times than before.
-
-    Raises:
-        SourceError: a file is missing.
-    """
-    states = {}
-    for source in sources:
-        for path in _local_weights(source):
-            with local_reading(source.pinned):
-                seen = path.stat()
-            states[str(path.resolve())] = f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
-    return states
-
-
-@contextmanager
-def unchanged(sources: Iterable[Source]) -> Iterator[Mapping[str, str]]:
-    """Yield the states of local models' weights, and refuse at the end what was written meanwhile.
-
-    Raises:
-        SourceError: a file has another content than was pinned, was written, or is missing.
-    """
-    sources = tuple(sources)
-    states = local_states(sources)
-    yield states
-    for source in sources:
-        require_unchanged(source)
-    for path, state in local_states(sources).items():
-        if state != states[path]:
-            raise SourceError(path, "it was written while it was read", RESTORE)
-
-
-@contextmanager
-def telling_changes(sources: Iterable[Source]) -> Iterator[None]:
-    """Inside the block an error of the arithmetic tells that weights changed, if they did.
-
-    Raises:
-        SourceError: a file has another content than was pinned, or is missing.
-    """
-    try:
-        yield
-    except (LewisHubError, OSError):
-        raise
-    except Exception:
-        for source in sources:
-            require_unchanged(source)
-            if source.local_folder is None:
-                for file in damaged_files(source.snapshot, source.matching(WEIGHTS)):
-                    problem = f"`{file.path}` changed while it was read"
-                    raise SourceError(source.pinned, problem, FETCH_AGAIN) from None
-        raise
-
-
-def _local_weights(source: Source) -> dict[Path, SourceFile]:
-    """The weights that others may change: none of the cache."""
-    if source.folder is None or source.converted:
-        return {}
-    weights = (*WEIGHTS, *(PICKLED if source.is_pickled else ()))
-    return {source.folder / file.path: file for file in source.matching(weights)}
 
 
 def resolve_model(
@@ -222,9 +136,10 @@ def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
 
 
 def _hashed(paths: Sequence[Path], root: Path) -> tuple[SourceFile, ...]:
+    states = [*map(state_of, paths)]  # before they are read: a later write changes them
     return tuple(
-        SourceFile(path.relative_to(root).as_posix(), path.stat().st_size, digest)
-        for path, digest in zip(paths, digests_of(paths), strict=True)
+        SourceFile(path.relative_to(root).as_posix(), path.stat().st_size, digest, state)
+        for path, digest, state in zip(paths, digests_of(paths), states, strict=True)
     )
 
 

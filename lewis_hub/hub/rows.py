@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,10 +24,16 @@ import httpx2
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside, write_whole
+from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
 from lewis_hub.hub.answers import LISTED
+from lewis_hub.hub.cached_rows import (
+    DATASET_INFO,
+    name_by_content,
+    of_named_files,
+    require_as_written,
+)
+from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.dataset_cards import require_own_files
-from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -40,9 +45,6 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
 # None: whatever is asked for; else only tables, and of these repos only the files that are listed
 TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
-DATASET_INFO = "dataset_info.json"  # of `datasets`, beside rows in its cache
-ROWS_NOTE = "lewis-hub-digests.json"  # beside them, too
-COMPUTED = re.compile("cache-[0-9a-f]{16}[._]")  # its names; rows of `me/cache-a` are no such file
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 ROWS_AT_ONCE = 1000
@@ -102,7 +104,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
     call = _dataset_call(source, config, split)
-    with _dataset_failures(api, source, config, split), only_listed(api, source):
+    with _dataset_failures(api, source, config, split), only_pinned(api, source):
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
@@ -110,20 +112,22 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
 
 
 @contextmanager
-def only_listed(api: HfApi, source: Source) -> Iterator[None]:
-    """Inside the block `datasets` reads tables, and of a source only what the Hub lists.
+def only_pinned(api: HfApi, source: Source) -> Iterator[None]:
+    """Inside the block `datasets` reads tables, and of a source only what is pinned.
 
     Raises:
         SourceError: in the block or at its end: a file is another one.
     """
     with only_tables(source):
         yield
-    if source.folder is None:
-        try:
-            require_listed(api, source)
-        except SourceError:
-            shutil.rmtree(commit_cache(source.commit_sha), ignore_errors=True)
-            raise
+    if source.folder:
+        require_unchanged(source)
+        return
+    try:
+        require_listed(api, source)
+    except SourceError:
+        shutil.rmtree(commit_cache(source.commit_sha), ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -131,12 +135,12 @@ def at_commit(repo: str, commit_sha: str, *, token: str | bool | None = None) ->
     """Inside the block `datasets` has the cache of a commit, which is the revision that is loaded.
 
     Raises:
-        SourceError: as `only_listed`.
+        SourceError: as `only_pinned`.
     """
     config: Any = library().config
     before, own = config.HF_DATASETS_CACHE, commit_cache(commit_sha)
     api = HfApi(token=token)
-    with only_listed(api, resolve_dataset(api, repo, commit_sha)):
+    with only_pinned(api, resolve_dataset(api, repo, commit_sha)):
         config.HF_DATASETS_CACHE = Path(own)
         try:
             yield
@@ -186,6 +190,7 @@ def _limit_readers() -> None:
     """
     import datasets.builder
 
+    name_by_content()
     every: Any = datasets.builder.DatasetBuilder
     prepare, stream = every.download_and_prepare, every.as_streaming_dataset
     read = every.as_dataset
@@ -203,13 +208,13 @@ def _limit_readers() -> None:
             _fetch_rows(source, self)
         if os.path.isdir(self.base_path or ""):  # noqa: PTH112 - it may be an address
             _require_visible(Path(self.base_path).resolve(), self.config.data_files or {})
-        with limited_memory(MAX_MEMORY_BYTES):
+        with of_named_files(self), limited_memory(MAX_MEMORY_BYTES):
             prepare(self, *args, **options)
         self.info.features = _undecoded(self.info.features)
 
     def read_as_written(self: Any, *args: Any, **options: Any) -> Any:
         if TABLES_OF.get() is not None:
-            _require_as_written(Path(self.cache_dir))
+            require_as_written(Path(self.cache_dir))
         return read(self, *args, **options)
 
     def stream_nothing(self: Any, *args: Any, **options: Any) -> Any:
@@ -225,34 +230,6 @@ def _limit_readers() -> None:
         builder._generate_tables = _limited(builder._generate_tables)
         if reader == "json":
             module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
-
-
-def _require_as_written(folder: Path) -> None:
-    """Refuse rows of `datasets`' cache that changed since they were read for the first time.
-
-    It compares no digests, and maps the rows into memory.
-
-    Raises:
-        SourceError: they did; the cache does not have them any more.
-    """
-    note, found = folder / ROWS_NOTE, _digests(folder)
-    stored = note.read_bytes() if note.is_file() else b""
-    if not stored:
-        with suppress(OSError):  # the next run stores it
-            write_whole(note, found.decode())
-    elif stored != found:
-        shutil.rmtree(folder, ignore_errors=True)
-        problem = "these rows in the cache of `datasets` are damaged"
-        raise SourceError(str(folder), problem, "Run the same command again: it makes them again.")
-
-
-def _digests(folder: Path) -> bytes:
-    """The digests of the files in a folder of the cache, but for what is computed from them."""
-    names = ("*.arrow", DATASET_INFO)
-    files = sorted(path for name in names for path in folder.glob(name))
-    files = [path for path in files if not COMPUTED.match(path.name)]
-    named = zip((path.name for path in files), digests_of(files), strict=True)
-    return json.dumps(dict(named), indent=2).encode()
 
 
 def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:

@@ -39,6 +39,7 @@ LICENCES = tuple(  # texts that many licences want to be passed on
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 RESTORE = "Restore it, then run again."
+FETCH_AGAIN = "Run the same command again: it fetches the file again."
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 
@@ -56,6 +57,12 @@ def local_reading(name: str) -> Iterator[None]:
         raise SourceError(name, problem, RESTORE) from None
 
 
+def state_of(path: Path) -> str:
+    """The size and times of a file, which change with each write."""
+    seen = path.stat()
+    return f"{seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One file of a source."""
@@ -63,6 +70,7 @@ class SourceFile:
     path: str  # relative, with forward slashes
     size_bytes: int
     digest: str  # `sha256:<hex>` (local, or LFS on the Hub), `git-sha1:<oid>` (small Hub files)
+    state: str = field(default="", compare=False)  # of a local file, as `state_of` says
 
 
 @dataclass(frozen=True)

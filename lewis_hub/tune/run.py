@@ -26,7 +26,7 @@ from lewis_hub.evaluate.items import (
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_no_links_among, require_writable
-from lewis_hub.hub.resolve import unchanged
+from lewis_hub.hub.changes import unchanged
 from lewis_hub.merge.workspace import LOCK, alone_at, keep_unless_written, scratch_folder
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Calibration, Recipe

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader
 from lewis_hub.checkpoint.writer import DTYPES
 from lewis_hub.errors import RecipeError
+from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Recipe
@@ -82,6 +83,8 @@ def merge_loras(
             dtype = DTYPES[recipe.output_dtype or "float32"]
             task = task_type(job.sources.donor.config)
             found = write_adapter(updates, _base(job), dtype, work.folder, task)
+        for source in adapters:
+            require_unchanged(source)
         card = _card(job, work.folder, found)
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))

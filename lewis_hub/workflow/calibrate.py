@@ -21,7 +21,7 @@ from lewis_hub.files import text_of, write_whole
 from lewis_hub.guides import schedule as schedules
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.guides.schedule import DensitySchedule, ScheduleSettings, schedule
-from lewis_hub.hub.resolve import unchanged
+from lewis_hub.hub.changes import unchanged
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.merge.workspace import LOCK, STATES, alone_at, keep_unless_written

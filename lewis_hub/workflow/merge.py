@@ -18,7 +18,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError
 from lewis_hub.files import sha256_of
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.hub.resolve import require_unchanged
+from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks

@@ -33,9 +33,10 @@ from lewis_hub.files import (
     write_whole,
 )
 from lewis_hub.guides import registry as guides
+from lewis_hub.hub.changes import require_unchanged, unchanged
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import resolve_model, unchanged
+from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.modules import MODULES
@@ -201,6 +202,8 @@ def extract_lora(
         pairs = list(zip(named, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
             found = extract(pairs[0], pairs[1], settings, work.folder, advance, adapted)
+        for source in sources:
+            require_unchanged(source)
         facts = model_facts(api, sources[1])
         identifier = facts.licence.identifier if facts.licence else None
         task = usage_of(folders[opened_base.pinned], opened_base.config, [facts]).task

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from lewis_hub.errors import RecipeError
+from lewis_hub.errors import RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.evaluate.embedding_tasks import own_task_files
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import RESTORE, Source, local_reading
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.lock import OutputFile
@@ -33,24 +33,25 @@ class RecipeSnapshot:
     # copied task files.
     document: Mapping[str, Any]
     task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
+    outputs: Mapping[str, OutputFile]  # what a lock states of these files, as they were read
 
     def to_yaml(self) -> str:
         """Return the document as text."""
         return str(yaml.safe_dump(self.document, sort_keys=False, allow_unicode=True, width=100))
 
-    @property
-    def outputs(self) -> dict[str, OutputFile]:
-        """Return what a lock states of the task files."""
-        return {
-            f"lewis/{path}": OutputFile(sha256_of(file), file.stat().st_size)
-            for path, file in self.task_files.items()
-        }
-
     def copy_tasks(self, own: Path) -> list[str]:
-        """Copy the user's task files into a merge's folder; return their paths in it."""
+        """Copy the user's task files into a merge's folder; return their paths in it.
+
+        Raises:
+            SourceError: a file is not what it was when the recipe was read.
+        """
         for path, file in self.task_files.items():
             (own / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, own / path)
+            with local_reading(str(file.parent)):
+                shutil.copyfile(file, own / path)
+            if sha256_of(own / path) != self.outputs[f"lewis/{path}"].sha256:
+                problem = f"`{file.name}` changed while it was used"
+                raise SourceError(str(file.parent), problem, RESTORE)
         return [*self.task_files]
 
 
@@ -79,7 +80,15 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
-    return RecipeSnapshot(document, task_files(recipe))
+    files = task_files(recipe)
+    return RecipeSnapshot(document, files, _locked(files))
+
+
+def _locked(files: Mapping[str, Path]) -> dict[str, OutputFile]:
+    return {
+        f"lewis/{path}": OutputFile(sha256_of(file), file.stat().st_size)
+        for path, file in files.items()
+    }
 
 
 def task_files(recipe: Recipe) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from lewis_hub.evaluate.contained import contained_items
 from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Calibration
@@ -217,6 +218,8 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
         source_facts, may_overlap = data.facts, calibration.allow_overlap
         selection = replace(data.selection, allow_code=settings.allow_code)
         rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
+        for source in data.datasets:
+            require_unchanged(source)
         rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
         rows = replace(rows, answered=calibration.answers is None)
     tokens = calibration_texts.calibration_tokens(rows, calibration, tokenizer, settings.seed)

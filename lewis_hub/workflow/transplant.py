@@ -19,9 +19,9 @@ from lewis_hub.display import Progress, to_html
 from lewis_hub.documents import read_json
 from lewis_hub.errors import MERGE, NonFiniteError, PublishError
 from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.hub.changes import local_states
 from lewis_hub.hub.facts import combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download
-from lewis_hub.hub.resolve import local_states
 from lewis_hub.merge.plan import Fitted, with_statistics
 from lewis_hub.merge.runners import Backend, Ray, Runner, threads
 from lewis_hub.merge.transplant import RowOrigins, TransplantSettings, WeightedRows, new_table

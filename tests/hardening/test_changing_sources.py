@@ -23,6 +23,7 @@ from lewis_hub.display import Silent
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.embeddings import load_embedder
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.recipe.read import parse_recipe
@@ -46,7 +47,8 @@ def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout)
     sys.stdout.write("\n".join(" ".join(one) for one in outcomes))  # pytest -rP shows it
-    assert [one for one in outcomes if one[1] not in ("refused", "as before")] == []
+    ends = ("refused", "as before", "pinned after the change")
+    assert [one for one in outcomes if one[1] not in ends] == []
     assert len(outcomes) == n_merges
     assert [one for one in outcomes if one[1] == "refused"]
 
@@ -267,23 +269,35 @@ def test_no_weights_of_a_model_that_runs_are_mapped(load_base, tmp_path):
 
 
 TEXTS = "calibration: {dataset: texts.jsonl, text: '{text}', samples: 6}"
+EXPERTS = f"[expert, {zoo_folder()}/expert-cipher]"
+METHODS = {
+    "Merging": "merge_method: ties\nparameters: {density: 0.5}\n",
+    "Calibrating": f"merge_method: ties\nguide: {{name: lewis, {TEXTS}}}\n",
+    "Gathering statistics": f"merge_method: regmean\n{TEXTS}\n",
+}
 
 
-@pytest.mark.parametrize(
-    ("title", "more"),
-    [
-        ("Calibrating", f"merge_method: ties\nguide: {{name: lewis, {TEXTS}}}\n"),
-        ("Gathering statistics", f"merge_method: regmean\n{TEXTS}\n"),
-    ],
-)
-def test_a_rerun_measures_again_if_weights_were_changed_and_restored(hub, tmp_path, title, more):
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a local expert and with texts."""
     lines = [json.dumps({"text": f"reverse BAKOT{n} and encode OZUN{n}"}) for n in range(6)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    expert = shutil.copytree(zoo_folder() / "expert-reverse", tmp_path / "expert")
-    weights, kept = expert / "model.safetensors", (expert / "model.safetensors").read_bytes()
-    text = f"base_model: {zoo_folder()}/base\nmodels: [expert, {zoo_folder()}/expert-cipher]\n"
-    recipe = parse_recipe(text + more, "recipe.yaml").placed_in(tmp_path)
-    clean = lewis_hub.merge_models(recipe, tmp_path / "clean", progress=False)
+    shutil.copytree(zoo_folder() / "expert-reverse", tmp_path / "expert")
+    return tmp_path
+
+
+def merge_in(place, name, title, calls=None, ends=None):
+    text = f"base_model: {zoo_folder()}/base\nmodels: {EXPERTS}\n{METHODS[title]}"
+    recipe = parse_recipe(text, "recipe.yaml").placed_in(place)
+    progress = AtStages(calls or {}, ends)
+    return lewis_hub.merge_models(recipe, place / name, progress=progress).output
+
+
+@pytest.mark.parametrize("title", [*METHODS][1:])
+def test_a_rerun_measures_again_if_weights_were_changed_and_restored(place, title):
+    weights = place / "expert" / "model.safetensors"
+    kept = weights.read_bytes()
+    clean = weight_bytes(merge_in(place, "clean", title))
 
     def change():
         save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
@@ -291,18 +305,105 @@ def test_a_rerun_measures_again_if_weights_were_changed_and_restored(hub, tmp_pa
     def stop():
         raise KeyboardInterrupt
 
-    for name, more_calls in (("refused", {}), ("stopped", {"Merging": stop})):
-        progress = AtStages({title: change, **more_calls})
+    for name, calls in (("refused", {}), ("stopped", {"Merging": stop})):
         with pytest.raises((SourceError, KeyboardInterrupt)):
-            lewis_hub.merge_models(recipe, tmp_path / name, progress=progress)
+            merge_in(place, name, title, {title: change, **calls})
         weights.write_bytes(kept)
-        assert (tmp_path / f"{name}.partial").exists()
+        assert (place / f"{name}.partial").exists()
 
     for name in ("refused", "stopped"):
-        again = lewis_hub.merge_models(recipe, tmp_path / name, progress=False)
-        assert weight_bytes(again.output) == weight_bytes(clean.output)
+        assert weight_bytes(merge_in(place, name, title)) == clean
 
 
+@pytest.mark.parametrize("title", [*METHODS][1:])
+def test_a_configuration_that_is_edited_while_its_model_is_measured_is_refused(place, title):
+    """Only the weights were compared: other measurements came with the lock of the clean merge."""
+    config = place / "expert" / "config.json"
+    kept = config.read_bytes()
+    clean = weight_bytes(merge_in(place, "clean", title))
+
+    def edit():
+        config.write_text(json.dumps({**json.loads(kept), "rms_norm_eps": 0.5}))
+
+    with pytest.raises(SourceError) as caught:
+        merge_in(place, "merged", title, {title: edit})
+    assert not (place / "merged").exists()
+    config.write_bytes(kept)
+
+    assert str(caught.value) == (
+        "expert: `config.json` changed while it was read.\nRestore it, then run again."
+    )
+    assert weight_bytes(merge_in(place, "merged", title)) == clean
+
+
+@pytest.mark.parametrize("title", METHODS)
+def test_weights_that_are_changed_and_restored_while_they_are_read_are_refused(place, title):
+    """Only the content at the end was compared."""
+    weights = place / "expert" / "model.safetensors"
+    kept = weights.read_bytes()
+    clean = weight_bytes(merge_in(place, "clean", title))
+
+    def change():
+        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
+
+    def restore():
+        weights.write_bytes(kept)
+
+    with pytest.raises(SourceError, match=r"`model\.safetensors` changed while it was read"):
+        merge_in(place, "merged", title, {title: change}, {title: restore})
+    assert not (place / "merged").exists()
+
+    assert weight_bytes(merge_in(place, "merged", title)) == clean
+
+
+def test_a_card_that_its_author_edits_meanwhile_stops_no_merge(place):
+    def edit():
+        (place / "expert" / "README.md").write_text("Better words.")
+
+    assert merge_in(place, "merged", "Merging", {"Merging": edit}).is_dir()
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_no_adapter_is_made_of_weights_that_changed_while_they_were_read(place, is_restored):
+    expert, base = place / "expert", zoo_folder() / "base"
+    weights, kept = expert / "model.safetensors", (expert / "model.safetensors").read_bytes()
+    settings = lewis_hub.LoraSettings(rank=2, include="proj")
+
+    def change(path, content):
+        other = {name: 1.5 * one for name, one in load(content).items()}
+        save_file(other, path, {"format": "pt"})
+
+    def extract(name, calls, ends):
+        progress = AtStages(calls, ends)
+        lewis_hub.extract_lora(expert, base, place / name, settings, progress=progress)
+        return weight_bytes(place / name)
+
+    def merge(name, calls, ends):
+        text = f"{{base_model: {base}, models: [clean], merge_method: linear}}"
+        recipe = parse_recipe(text, "recipe.yaml").placed_in(place)
+        lewis_hub.merge_loras(recipe, place / name, progress=AtStages(calls, ends))
+        return weight_bytes(place / name)
+
+    def refused(run, title, path, content):
+        ends = {title: lambda: path.write_bytes(content)} if is_restored else {}
+        with pytest.raises(SourceError) as caught:
+            run("refused", {title: lambda: change(path, content)}, ends)
+        path.write_bytes(content)
+        return str(caught.value).partition(": ")[2]
+
+    told = "{} changed while it was read.\nRestore it, then run again."
+    extract("clean", {}, {})
+    found = refused(extract, "Extracting", weights, kept)
+    assert found == told.format("`model.safetensors`")
+    adapter = place / "clean" / "adapter_model.safetensors"
+    merged, kept = merge("merged", {}, {}), adapter.read_bytes()
+    found = refused(merge, "Merging adapters", adapter, kept)
+    assert found == told.format("`adapter_model.safetensors`")
+    assert not (place / "refused").exists()
+    assert merge("again", {}, {}) == merged
+
+
+@pytest.mark.parametrize("read", [read_range, read_small])
 @pytest.mark.parametrize(
     ("becomes", "problem"),
     [
@@ -315,7 +416,7 @@ def test_a_rerun_measures_again_if_weights_were_changed_and_restored(hub, tmp_pa
     ],
 )
 def test_a_local_file_that_is_gone_is_one_message_and_not_asked_for_on_the_hub(
-    tmp_path, becomes, problem
+    tmp_path, becomes, problem, read
 ):
     folder = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
     source = resolve_model(HfApi(endpoint="http://127.0.0.1:9"), str(folder))
@@ -324,6 +425,7 @@ def test_a_local_file_that_is_gone_is_one_message_and_not_asked_for_on_the_hub(
         (folder / "model.safetensors").mkdir()
 
     with pytest.raises(SourceError) as caught:
-        read_range(HfApi(endpoint="http://127.0.0.1:9"), source, "model.safetensors", 0, 8)
+        part = (0, 8) if read is read_range else ()
+        read(HfApi(endpoint="http://127.0.0.1:9"), source, "model.safetensors", *part)
 
     assert str(caught.value).endswith(f": {problem}")

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
+from lewis_hub.hub.changes import telling_changes
 from lewis_hub.hub.fetch import fetch
-from lewis_hub.hub.resolve import require_listed, resolve_model, telling_changes
+from lewis_hub.hub.resolve import require_listed, resolve_model
 
 SHARD = "model-00001-of-00002.safetensors"
 FILES = {

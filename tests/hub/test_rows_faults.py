@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFolder
@@ -15,7 +17,8 @@ from huggingface_hub.hf_api import RepoFolder
 from lewis_hub.cli.main import disk_failure
 from lewis_hub.documents import MAX_JSON_BYTES, MAX_JSON_VALUES
 from lewis_hub.errors import SourceError
-from lewis_hub.hub import fetch
+from lewis_hub.evaluate.benchmarks import at_commits
+from lewis_hub.hub import fetch, rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows, only_tables
 from lewis_hub.hub.source import cache_root
@@ -201,3 +204,65 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_the_file(tmp_path, api, m
     with pytest.raises(OSError, match=os.strerror(number)) as raised:
         load_rows(api, resolve_dataset(api, str(tmp_path)), None, "train")
     assert disk_failure(raised.value)
+
+
+def text_lines(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_rows_of_a_file_that_grew_since_it_was_pinned_are_refused(tmp_path, api):
+    """They would be in a merge whose lock names the file as it was."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text(text_lines("a", "b"))
+    source = resolve_dataset(api, str(path))
+    with path.open("a") as opened:
+        opened.write(text_lines("c"))
+
+    with pytest.raises(SourceError) as caught:
+        load_rows(api, source, None, "train")
+
+    assert str(caught.value) == (
+        f"{path}: `texts.jsonl` changed while it was read.\nRestore it, then run again."
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_rows_of_another_file_with_the_same_times_are_read(tmp_path, api, kind):
+    """`datasets` knows a file by its time, which tar, zip, cp -p and rsync keep."""
+    path = tmp_path / "rows" / "train.jsonl"
+    path.parent.mkdir()
+    for text in ("a", "b"):
+        path.write_text(text_lines(text))
+        os.utime(path, (1, 1))
+        asked = resolve_dataset(api, str(path if kind == "file" else path.parent))
+        assert load_rows(api, asked, None, "train").rows([0]) == [{"text": text}]
+        with at_commits({}):
+            table = datasets.load_dataset("json", data_files=str(path), split="train")
+        assert table.to_list() == [{"text": text}]
+
+
+def test_no_rows_are_kept_of_a_file_that_changed_and_was_restored_while_it_was_read(
+    tmp_path, api, monkeypatch
+):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(text_lines("a"))
+    limited_memory = rows.limited_memory
+
+    @contextmanager
+    def changed(n_bytes):
+        path.write_text(text_lines("b"))
+        with limited_memory(n_bytes):
+            yield
+        path.write_text(text_lines("a"))
+
+    monkeypatch.setattr(rows, "limited_memory", changed)
+    with at_commits({}), pytest.raises(SourceError) as caught:
+        datasets.load_dataset("json", data_files=str(path), split="train")
+    monkeypatch.setattr(rows, "limited_memory", limited_memory)
+
+    assert str(caught.value) == (
+        f"{tmp_path}: `texts.jsonl` changed while it was read.\nRestore it, then run again."
+    )
+    with at_commits({}):
+        table = datasets.load_dataset("json", data_files=str(path), split="train")
+    assert table.to_list() == [{"text": "a"}]

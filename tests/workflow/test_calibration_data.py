@@ -23,6 +23,7 @@ from lewis_hub.errors import (
     EvaluationError,
     LewisHubError,
     OutputError,
+    SourceError,
 )
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -30,6 +31,7 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.workflow import texts
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.task_data import pin_task, scored_commits
 from lewis_hub.workflow.texts import TextSettings, draw
@@ -489,6 +491,33 @@ def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path
     assert before.digest == after.digest
     assert before.facts["dataset_sha"] != after.facts["dataset_sha"]
     assert before.facts["dataset"] == after.facts["dataset"] == str(rows)
+
+
+def test_rows_of_a_task_that_changed_since_they_were_pinned_are_refused(
+    seeded, tmp_path, monkeypatch
+):
+    """They would be in a merge whose lock names the file as it was."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((zoo_folder() / "data/reverse/train.jsonl").read_text())
+    local = (TASKS / "zoo_reverse.yaml").read_text().replace(
+        "dataset_path: zoo/reverse",
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}",
+    )  # fmt: skip
+    (tmp_path / "local.yaml").write_text(local)
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path)
+    load_rows = texts.items.load_rows
+
+    def load_changed(*args, **options):
+        rows.write_text(rows.read_text() + '{"question": "reverse AB", "answer": "BA"}\n')
+        return load_rows(*args, **options)
+
+    monkeypatch.setattr(texts.items, "load_rows", load_changed)
+    kind, message = told(asked, tmp_path / "out")
+
+    assert kind is SourceError
+    assert (
+        message == f"{rows}: `rows.jsonl` changed while it was read.\nRestore it, then run again."
+    )
 
 
 def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):

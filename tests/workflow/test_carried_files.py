@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from zoo_hub import put_zoo
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.display import Silent
 from lewis_hub.errors import CheckFailedError, EvaluationError, RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.files import visible_files
@@ -197,6 +199,37 @@ def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
     assert [*own_files(["both"], tasks)] == sorted([*used, "group.yaml", "other.yaml"])
     assert [*own_files(["tagged"], tasks)] == ["other.yaml"]
     assert own_files(["gsm8k"], tasks) == {}
+
+
+def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path):
+    """The merge would carry other task files than those that its scores are from."""
+    tasks, data = tmp_path / "tasks", zoo_folder() / "data/reverse"
+    tasks.mkdir()
+    zoo_task = (zoo_folder() / "tasks" / "zoo_reverse.yaml").read_text()
+    files = f"{{train: {data}/train.jsonl, test: {data}/test.jsonl}}"
+    named = f"dataset_path: json\ndataset_kwargs: {{data_files: {files}}}"
+    task = tasks / "zoo_reverse.yaml"
+    task.write_text(zoo_task.replace("dataset_path: zoo/reverse", named))
+    sources = {"base": zoo_folder() / "base", "expert": zoo_folder() / "expert-reverse"}
+    text = RECIPE.format(**sources) + "evaluate: {tasks: [zoo_reverse], include: tasks, limit: 2}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+
+    class Editing(Silent):
+        @contextmanager
+        def stage(self, title, total, unit):
+            if title == "Merging":
+                task.write_text(task.read_text() + "# better words\n")
+            with super().stage(title, total, unit) as advance:
+                yield advance
+
+    with pytest.raises(SourceError) as caught:
+        pipeline.merge_models(recipe, tmp_path / "merged", progress=Editing())
+
+    assert not (tmp_path / "merged").exists()
+    assert str(caught.value) == (
+        f"{tasks}: `zoo_reverse.yaml` changed while it was used.\nRestore it, then run again."
+    )
 
 
 def test_a_link_among_task_files_is_not_followed_out_of_the_folder(tmp_path):
