@@ -424,8 +424,8 @@ def test_a_local_file_that_is_gone_is_one_message_and_not_asked_for_on_the_hub(
     if becomes == "a folder":
         (folder / "model.safetensors").mkdir()
 
+    part = (0, 8) if read is read_range else ()
     with pytest.raises(SourceError) as caught:
-        part = (0, 8) if read is read_range else ()
         read(HfApi(endpoint="http://127.0.0.1:9"), source, "model.safetensors", *part)
 
     assert str(caught.value).endswith(f": {problem}")
