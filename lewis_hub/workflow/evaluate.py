@@ -25,6 +25,7 @@ from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.target import read_target, read_text
@@ -149,7 +150,11 @@ def score_merge(
     guidance: Guided | None,
     maker: TwinMaker,
 ) -> Scored:
-    """Make the twins of the merge, and score it beside them and its rivals."""
+    """Make the twins of the merge, and score it beside them and its rivals.
+
+    Raises:
+        SourceError: a rival changed since it was pinned.
+    """
     loader, twins = maker.loader, [Candidate("merged", merged.identity, merged.folder)]
     schedule = guidance.schedule if guidance else None
     if evaluation.plain_twin:
@@ -163,6 +168,8 @@ def score_merge(
     kept = loader.scratch / "scored"
     models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
     results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
+    for source in loader.files.sources.values():
+        require_unchanged(source)
     samples = samples_of(results, tasks, limit, evaluation.log_samples)
     data = library_of(tasks.selection).scored_data(tasks.loaded)
     return Scored(compare(results), results, data=data, samples=samples)

@@ -137,6 +137,7 @@ def evaluate_model(
             folder = loader.materialize_checkpoint(opened)
         candidate = Candidate(source.pinned, source.commit_sha, folder)
         results = score([candidate], tasks.loaded, asked.limit, how, Path(scratch), progress)
+        require_unchanged(source)
         return compare(results)
 
 

@@ -14,6 +14,7 @@ from effort import SEED, times
 from hub_models import tiny, weight_bytes
 from huggingface_hub import HfApi
 from safetensors.torch import load, load_file, save_file
+from zoo_hub import put_zoo
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -354,6 +355,38 @@ def test_weights_that_are_changed_and_restored_while_they_are_read_are_refused(p
     assert not (place / "merged").exists()
 
     assert weight_bytes(merge_in(place, "merged", title)) == clean
+
+
+def test_no_score_is_told_of_weights_that_changed_while_they_were_scored(hub, place, monkeypatch):
+    put_zoo(hub)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    shutil.copytree(zoo_folder() / "tasks", place / "tasks")
+    weights = place / "expert" / "model.safetensors"
+    asked = "{tasks: [zoo_reverse], include: tasks, limit: 2, compare: [experts]}"
+    text = f"{{base_model: zoo/base, models: [expert], merge_method: linear, evaluate: {asked}}}"
+    recipe = parse_recipe(text, "recipe.yaml").placed_in(place)
+    kept = weights.read_bytes()
+
+    def change():
+        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
+
+    def restore():
+        weights.write_bytes(kept)
+
+    def scored(progress):
+        asked = recipe.evaluate.model_copy(update={"include": str(place / "tasks")})
+        return lewis_hub.evaluate_model(place / "expert", asked, progress=progress)
+
+    def merge(progress):
+        lewis_hub.merge_models(recipe, place / "merged", progress=progress)
+
+    for run in (scored, merge):
+        with pytest.raises(SourceError, match=r"`model\.safetensors` changed while it was read"):
+            run(AtStages({"Evaluating": change}, {"Evaluating": restore}))
+    assert not (place / "merged").exists()
+    merge(Silent())
+
+    assert (place / "merged").is_dir()
 
 
 def test_a_card_that_its_author_edits_meanwhile_stops_no_merge(place):
