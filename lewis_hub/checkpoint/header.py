@@ -23,6 +23,7 @@ Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
 Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
 MAX_DIMENSIONS = 64
+MAX_SHOWN = 100  # letters
 MAX_NAME = 1000  # characters: some work on a name grows with the square of its length
 MAX_EMPTY = 1 << 20  # of a dimension of a tensor without values
 LARGE_HEADER_BYTES = 4 << 20  # larger ones are parsed one at a time, since each takes much memory
@@ -268,11 +269,12 @@ def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHea
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in WIDTHS:
         known = ", ".join(WIDTHS)
-        raise file.broken(f"`{name}` has the unknown dtype {dtype!r}; known are {known}")
+        raise file.broken(f"`{name}` has the unknown dtype {_shown(dtype)}; known are {known}")
     if not _are_sizes(shape):
-        raise file.broken(f"`{name}` has the shape {shape!r}, which is not a list of sizes")
+        raise file.broken(f"`{name}` has the shape {_shown(shape)}, which is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise file.broken(f"`{name}` has the data_offsets {offsets!r}, expected [start, stop]")
+        problem = f"`{name}` has the data_offsets {_shown(offsets)}, expected [start, stop]"
+        raise file.broken(problem)
     start, stop = offsets
     n_bytes = prod(shape) * WIDTHS[dtype]
     if stop - start != n_bytes:
@@ -283,6 +285,12 @@ def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHea
     if not n_bytes and max(shape, default=0) > MAX_EMPTY:
         raise file.broken(f"`{name}` has the shape {shape}, but no values")
     return TensorHeader(name, dtype, tuple(shape), file.path, data_start + start, n_bytes)
+
+
+def _shown(value: object) -> str:
+    """A value of the header as text, which may be as long as the header."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} and so on"
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:
