@@ -1,10 +1,12 @@
-"""What transformers must not do when it loads: files elsewhere, maps, endless texts, code."""
+"""What transformers must not do when it loads: other files, maps, endless lists and texts, code."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -12,6 +14,8 @@ from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import SourceError, TokenizerError
 from lewis_hub.files import require_inside, text_of
+from lewis_hub.limits import TooMuchError, limited
+from lewis_hub.system import limited_memory
 from lewis_hub.text_growth import require_modest
 
 TOKENIZERS = "*tokenizer.*json"  # settings may choose one for a version of transformers
@@ -27,6 +31,12 @@ WEIGHTS = "*.safetensors"
 CACHE = "TIKTOKEN_CACHE_DIR"  # of tiktoken, by the paths of files; empty: none
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
+# of a tokenizer: one of 262,144 tokens and 500,000 merges takes 3 s and 0.4 GB
+MAX_LOAD_S = 45.0
+MAX_LOAD_BYTES = 1_500_000_000  # of growth of this process
+LAST_LOAD_S = 60.0  # code in Rust that no error stops ends with the process
+SMALLER = "Its files are damaged, or made to do so: use an intact copy of the model."
+IS_LIMITED: ContextVar[bool] = ContextVar("IS_LIMITED", default=False)  # a load, by another one
 
 
 def require_loadable(folder: Path) -> None:
@@ -74,7 +84,7 @@ def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     Raises:
         SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    with without_code(), weights_copied(), ExitStack() as only:
+    with without_code(), weights_copied(), tokenizers_limited(), ExitStack() as only:
         if not and_others:
             only.enter_context(without_cache())
             only.enter_context(confined_to(folder))
@@ -114,6 +124,71 @@ def weights_copied() -> Iterator[None]:
     finally:
         for module in modules:
             module.safe_open = safe_open
+
+
+@contextmanager
+def tokenizers_limited() -> Iterator[None]:
+    """Have transformers refuse tokenizers that take too much time or memory to load.
+
+    A number in a small file makes a list of any length, and a long token as many merges as the
+    square of its letters. Other libraries load a tokenizer together with its model, which may
+    take long: so the methods that load one are replaced.
+
+    Raises:
+        TokenizerError: in them, and at the end of the block, as a library may go on without one.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    refused = list[TokenizerError]()
+    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerBase)
+    with ExitStack() as restored:
+        for kind in kinds:
+            before = kind.__dict__["from_pretrained"]
+            restored.callback(setattr, kind, "from_pretrained", before)
+            kind.from_pretrained = classmethod(_within_limits(before.__func__, refused))
+        try:
+            yield
+        except Exception:
+            if refused:
+                raise refused[0] from None
+            raise
+        if refused:
+            raise refused[0]
+
+
+def _within_limits(load: Callable[..., Any], refused: list[TokenizerError]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_within_limits(kind: type, folder: object, *args: Any, **options: Any) -> Any:
+        if IS_LIMITED.get():  # a process has one last limit of time
+            return load(kind, folder, *args, **options)
+        if refused:  # a library tries another class
+            raise refused[0]
+        token = IS_LIMITED.set(True)
+        try:
+            with _limited_load(str(folder)):
+                return load(kind, folder, *args, **options)
+        except TokenizerError as error:
+            refused.append(error)
+            raise
+        finally:
+            IS_LIMITED.reset(token)
+
+    return load_within_limits
+
+
+@contextmanager
+def _limited_load(folder: str) -> Iterator[None]:
+    where = f"{folder}: its tokenizer"
+    try:
+        with (
+            limited_memory(2 * MAX_LOAD_BYTES),
+            limited(MAX_LOAD_S, "its load", max_bytes=MAX_LOAD_BYTES, last_s=LAST_LOAD_S),
+        ):
+            yield
+    except TooMuchError as error:
+        raise TokenizerError(where, str(error), SMALLER) from None
+    except MemoryError:
+        raise TokenizerError(where, "it takes too much memory to load", SMALLER) from None
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """Settings by which transformers would open files that are not the model's."""
 
+import base64
 import json
 import os
 import shutil
 
 import pytest
+import transformers
 
+from lewis_hub import loadable
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError, SourceError
+from lewis_hub.errors import LewisHubError, SourceError, TokenizerError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+from lewis_hub.evaluate.embeddings import load_embedder
 from lewis_hub.loadable import only_files_of
 
 ARGUMENTS = {"init_inputs": ["SECRET"]}
@@ -158,3 +162,87 @@ def test_tiktoken_opens_no_file_of_its_cache(before, folder, monkeypatch):
     assert os.environ.get("TIKTOKEN_CACHE_DIR") == before
     with only_files_of(folder, and_others=True):
         assert os.environ.get("TIKTOKEN_CACHE_DIR") == before
+
+
+def with_extra_ids(base, n):
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "ByT5Tokenizer", "extra_ids": n}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def with_special_tokens(base, n):
+    (base / "tokenizer.json").unlink()
+    tokens = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    special = [{"rank": i, "token_str": s} for i, s in enumerate(["<unk>", "<s>", "</s>"])]
+    document = {
+        "config": {"pattern": "a+", "default_num_special_tokens": n},
+        "vocab": [{"rank": i, "token_bytes": token} for i, token in enumerate(tokens)],
+        "special_tokens": special,
+    }
+    (base / "tekken.json").write_text(json.dumps(document))
+
+
+def with_long_token(base, n):
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    (base / "tokenizer.json").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Qwen2Tokenizer"}
+    settings |= {"vocab": {**vocabulary, "a" * n: max(vocabulary.values()) + 1}}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+LARGE = {  # what makes a tokenizer -> a usual number, one that takes very much, and the limit
+    with_extra_ids: (3, 10**8, "0.1 GB"),
+    with_special_tokens: (3, 3 * 10**7, "0.1 GB"),
+    with_long_token: (3, 300_000, "0.3 s"),
+}
+LOADERS = {
+    "measured": lambda base: load_tokenizer(str(base), "zoo/base"),
+    "scored": lambda base: load_backend(base, EvaluationSettings()),
+    "embedding": lambda base: load_embedder(base, EvaluationSettings(backend="mteb")),
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("make", LARGE, ids=lambda make: make.__name__)
+def test_a_tokenizer_that_takes_too_much_to_load_is_refused(make, load, tmp_path, monkeypatch):
+    """A number in 15 KB of settings made a list that filled the memory of the machine."""
+    usual, large, limit = LARGE[make]
+    for name, n in (("usual", usual), ("large", large)):
+        make(shutil.copytree(zoo_folder() / "base", tmp_path / name), n)
+    load(tmp_path / "usual")  # also imports what would take most of the limits below
+    monkeypatch.setattr(loadable, "MAX_LOAD_BYTES", 100_000_000)
+    monkeypatch.setattr(loadable, "MAX_LOAD_S", 0.3 if limit.endswith("s") else 45.0)
+
+    with pytest.raises(TokenizerError) as caught:
+        load(tmp_path / "large")
+
+    assert str(caught.value) == (
+        f"{tmp_path / 'large'}: its tokenizer: it takes more than {limit} for its load.\n"
+        "Its files are damaged, or made to do so: use an intact copy of the model."
+    )
+
+
+def test_a_tokenizer_for_which_memory_is_refused_is_one_message(folder, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", classmethod(load))
+
+    with (
+        pytest.raises(TokenizerError, match=": its tokenizer: it takes too much memory to load"),
+        only_files_of(folder),
+    ):
+        transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_is_loaded_as_before_outside_of_the_limits(folder):
+    kinds = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerBase)
+    before = [kind.__dict__["from_pretrained"] for kind in kinds]
+
+    with only_files_of(folder):
+        limited = [kind.__dict__["from_pretrained"] for kind in kinds]
+
+    assert [kind.__dict__["from_pretrained"] for kind in kinds] == before
+    assert before[0] is not limited[0]
+    assert before[1] is not limited[1]

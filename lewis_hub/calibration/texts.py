@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from lewis_hub.checkpoint import names
@@ -190,6 +191,8 @@ def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> No
 
 
 MAX_LETTERS = 10_000_000  # of a text: its tokens take some GB before they are cut
+# of all texts: they take a minute to tokenise; 1024 texts of ten pages have 30 million
+MAX_LETTERS_TOGETHER = 50_000_000
 LETTERS_AT_ONCE = 50_000  # that are tokenised; a longer text alone
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
 BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
@@ -306,20 +309,17 @@ def calibration_tokens(
     if not calibration.task:
         check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
-    texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
-    for i, text in zip(drawn, texts, strict=True):
-        _require_tokenisable(f"calibration on {calibration.data}", i, text)
+    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}")
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
-    limit, cut_first = calibration.max_tokens, bool(calibration.task or calibration.answers)
-    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
     numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
-    encoded = _encoded([text for _, text in kept], tokenizer, template)
-    for (i, _), tokens in zip(kept, encoded, strict=True):
-        ids = _left_open(tokens, tokenizer) if calibration.answers else tokens
-        if ids:
+    # in a call, after which nothing holds the tokens of a long text: they take some 100 MB
+    shortened = partial(_shortened, calibration, tokenizer)
+    encoded = map(shortened, _encoded([text for _, text in kept], tokenizer, template))
+    for (i, _), (part, n_left_out) in zip(kept, encoded, strict=True):
+        if part:
             numbers.append(i)
-            cut.append(_last(ids, limit, starts) if cut_first else ids[:limit])
-            n_cut.append(len(ids) - len(cut[-1]))
+            cut.append(part)
+            n_cut.append(n_left_out)
     if not cut:
         where = f"calibration on {calibration.data}, split {calibration.split}"
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
@@ -332,11 +332,25 @@ def calibration_tokens(
         n_truncated=sum(map(bool, n_cut)),
         n_empty=len(texts) - len(cut),
         tokenizer=tokenizer.name_or_path,
-        limit=limit,
+        limit=calibration.max_tokens,
         end=tokenizer.eos_token_id,
         n_cut=sum(n_cut),
-        cut_first=cut_first,
+        cut_first=bool(calibration.task or calibration.answers),
     )
+
+
+def _rendered(rows: TextRows, drawn: Sequence[int], template: Template, where: str) -> list[str]:
+    texts, n_letters = list[str](), 0
+    for i, row in zip(drawn, rows.rows(drawn), strict=True):
+        text = template.render(i, row)
+        _require_tokenisable(where, i, text)
+        texts.append(text)
+        n_letters += len(text)
+        if n_letters > MAX_LETTERS_TOGETHER:
+            problem = f"the texts up to row {i} have {n_letters:,} letters, the limit for all is "
+            remedy = "Set fewer `samples`, or calibrate on shorter texts."
+            raise CalibrationError(where, f"{problem}{MAX_LETTERS_TOGETHER:,}", remedy)
+    return texts
 
 
 def _require_tokenisable(where: str, row: int, text: str) -> None:
@@ -346,6 +360,18 @@ def _require_tokenisable(where: str, row: int, text: str) -> None:
     if len(text) > MAX_LETTERS:
         problem = f"row {row} has a text of {len(text):,} letters, the limit is {MAX_LETTERS:,}"
         raise CalibrationError(where, problem, "Split the row, or draw others by `seed`.")
+
+
+def _shortened(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+) -> tuple[list[int], int]:
+    """The tokens of a text that are kept, and how many are not."""
+    ids = _left_open(tokens, tokenizer) if calibration.answers else tokens
+    part = ids[: calibration.max_tokens]
+    if ids and (calibration.task or calibration.answers):
+        starts = {tokenizer.bos_token_id, tokenizer.cls_token_id}
+        part = _last(ids, calibration.max_tokens, starts)
+    return part, len(ids) - len(part)
 
 
 def _encoded(
@@ -359,7 +385,10 @@ def _encoded(
             stop += 1
         special, some = template.adds_special_tokens, list(texts[start:stop])
         encoded = tokenizer(some, add_special_tokens=special, verbose=False)
-        yield from cast("list[list[int]]", encoded["input_ids"])
+        ids = cast("list[list[int]]", encoded["input_ids"])
+        del encoded  # before the next texts take as much
+        while ids:
+            yield ids.pop(0)
         start = stop
 
 

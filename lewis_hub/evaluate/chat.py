@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,13 @@ from lewis_hub.tokenizer import apply_all_merges
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 LAST_S = 30.0  # C code that no error stops, as it compares nested lists, ends with the process
+# of the text of a conversation: a template may add a system prompt and the JSON of tools, whose
+# letters it escapes by at most six; a tokenizer takes 100 times the memory of the text
+MAX_ADDED_LETTERS = 50_000
+MAX_TIMES = 8
 MAX_BITS = 1 << 20  # of a number that a template computes: larger ones take C code very long
+# of tokens: no text has them
+OF_TOKENS = {"tokenize", "return_assistant_tokens_mask", "sanitize_control_tokens"}
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
 
 
@@ -42,8 +48,10 @@ def limit_tokenizer(label: str, tokenizer: Any) -> None:
 def limit_templates(tokenizer: Any) -> None:
     """Let a tokenizer of transformers refuse conversations that take too much time or memory.
 
-    Its `apply_chat_template` raises a TokenizerError then. What Python code raises in a template,
-    as `1 / 0` or a macro that calls itself, is a TemplateError as what Jinja raises.
+    Its `apply_chat_template` raises a TokenizerError then, also for a text that is far longer than
+    the conversation, before it is tokenised. What Python code raises in a template, as `1 / 0` or
+    a macro that calls itself, is a TemplateError as what Jinja raises; so is a template with more
+    loops in each other than Python compiles.
     """
     apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
     if apply is None:  # of a server that is given texts
@@ -53,15 +61,45 @@ def limit_templates(tokenizer: Any) -> None:
     @functools.wraps(apply)
     def apply_within_limits(*args: Any, **options: Any) -> Any:
         where = f"{tokenizer.name_or_path}: chat template"
-        with limited_memory(2 * MAX_GROWTH_BYTES), limited(where):
-            try:
+        with limited_memory(2 * MAX_GROWTH_BYTES), limited(where), _python_errors_of_template():
+            if options.get("tokenize", True):  # its text is looked at first
+                as_text = {key: options[key] for key in options.keys() - OF_TOKENS}
+                _require_modest_text(where, apply(*args, **as_text, tokenize=False), args, options)
                 return apply(*args, **options)
-            except (ArithmeticError, AssertionError, AttributeError, RuntimeError) as error:
-                from jinja2 import TemplateError
-
-                raise TemplateError(f"{type(error).__name__}: {error}") from error
+            rendered = apply(*args, **options)
+            _require_modest_text(where, rendered, args, options)
+            return rendered
 
     tokenizer.apply_chat_template = apply_within_limits
+
+
+@contextmanager
+def _python_errors_of_template() -> Iterator[None]:
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, RuntimeError, SyntaxError) as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
+def _require_modest_text(where: str, rendered: str | list[str], *given: object) -> None:
+    """Refuse what a template wrote if it is far longer than what it was given."""
+    texts = [rendered] if isinstance(rendered, str) else rendered
+    n_letters, limit = sum(map(len, texts)), MAX_ADDED_LETTERS * len(texts)
+    limit += MAX_TIMES * _n_letters(given)
+    if n_letters > limit:
+        problem = f"it makes a text of {n_letters:,} letters of one conversation, the limit is "
+        raise TokenizerError(where, f"{problem}{limit:,}", REMEDY)
+
+
+def _n_letters(value: object) -> int:
+    """The letters of all texts in messages, tools and other values."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_n_letters, (*value.keys(), *value.values())))
+    return sum(map(_n_letters, value)) if isinstance(value, list | tuple) else 0
 
 
 def _limit_numbers() -> None:

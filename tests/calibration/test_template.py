@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.calibration.texts import Messages, Rendered, Text, check_columns
 from lewis_hub.errors import CalibrationError
+from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.schema import Calibration
 
 COLUMNS = ("question", "answer", "Full Text", "a.b")
@@ -150,6 +151,21 @@ def test_a_conversation_that_the_chat_template_refuses_is_an_error(byte_tokenize
         "calibration on me/data, `messages`: the chat template refuses row 8:"
         " roles must alternate.\n"
         "The roles or their order do not suit this tokenizer; use `text`."
+    )
+
+
+def test_a_chat_template_with_more_loops_in_each_other_than_python_compiles_is_an_error(
+    byte_tokenizer,
+):
+    byte_tokenizer.chat_template = "{% for a in messages %}" * 21 + "{% endfor %}" * 21
+    limit_templates(byte_tokenizer)
+
+    with pytest.raises(CalibrationError) as caught:
+        messages(byte_tokenizer).render(8, {"chat": [{"role": "user", "content": "hi"}]})
+
+    assert str(caught.value).startswith(
+        "calibration on me/data, `messages`: the chat template refuses row 8:"
+        " SyntaxError: too many statically nested blocks"
     )
 
 

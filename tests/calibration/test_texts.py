@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -280,3 +281,53 @@ def test_a_text_that_takes_very_much_memory_is_refused(byte_tokenizer):
         "calibration on me/data: row 1 has a text of 10,000,001 letters, the limit is 10,000,000.\n"
         "Split the row, or draw others by `seed`."
     )
+
+
+def test_texts_that_together_take_very_long_are_refused_before_any_is_tokenised(
+    byte_tokenizer, monkeypatch
+):
+    """15 texts of 9 million letters took three minutes and 3 GB."""
+    monkeypatch.setattr(texts, "MAX_LETTERS_TOGETHER", 100)
+    counting, rows = Counting(byte_tokenizer), [{"text": "a" * 25}] * 4
+
+    assert calibration_tokens(Table(rows), asking(samples=4), byte_tokenizer, seed=0).n_tokens
+    with pytest.raises(CalibrationError) as caught:
+        calibration_tokens(Table([*rows, *rows]), asking(samples=8), counting, seed=0)
+
+    assert str(caught.value) == (
+        "calibration on me/data: the texts up to row 4 have 125 letters, the limit for all is 100."
+        "\nSet fewer `samples`, or calibrate on shorter texts."
+    )
+    assert counting.n_letters == []
+
+
+class Tokens(list[int]):
+    """Tokens that tell whether something holds them."""
+
+
+class Watching(Counting):
+    """A tokenizer that counts the texts whose tokens something holds while it makes others."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.made: list[weakref.ref[Tokens]] = []
+        self.n_held: list[int] = []
+
+    def __call__(self, some: list[str], **options: Any) -> Any:
+        self.n_held.append(sum(one() is not None for one in self.made))
+        ids = [Tokens(one) for one in super().__call__(some, **options)["input_ids"]]
+        self.made += map(weakref.ref, ids)
+        return {"input_ids": ids}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataset": None, "text": None, "task": "any"}])
+def test_the_tokens_of_a_long_text_are_not_held_while_another_is_tokenised(
+    settings, byte_tokenizer
+):
+    watching = Watching(byte_tokenizer)
+    rows = Table([{"text": "ab" * 30_000}] * 3)
+
+    tokens = calibration_tokens(rows, asking(max_tokens=4, **settings), watching, seed=0)
+
+    assert [len(ids) for ids in tokens.ids] == [4, 4, 4]
+    assert watching.n_held == [0, 0, 0]

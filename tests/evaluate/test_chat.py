@@ -86,12 +86,78 @@ def test_a_template_within_the_limits_is_rendered(monkeypatch):
     assert rendered(template, monkeypatch) == "user: hi!"
 
 
+def test_a_text_far_longer_than_its_conversation_is_refused(monkeypatch):
+    """The tokenizer took 19 GB for what a template of 45 bytes wrote."""
+    template = "{{ messages[0].content | center(n) }}"
+    # 21 letters are given: role, user, content, hi, end, !
+    longest = template.replace("n)", "50168)")
+
+    assert len(rendered(longest, monkeypatch)) == 50_168
+    with pytest.raises(TokenizerError) as caught:
+        rendered(template.replace("n)", "50169)"), monkeypatch)
+
+    assert str(caught.value) == (
+        "a/b: chat template: it makes a text of 50,169 letters of one conversation, the limit is "
+        "50,168.\n"
+        "Set `chat_template` in the recipe, or use a copy of the model with another template."
+    )
+
+
+def test_a_long_conversation_may_make_a_long_text(monkeypatch):
+    """JSON escapes make up to six letters of one."""
+    tokenizer = Tokenizer("{{ messages | tojson }}")
+    limit_templates(tokenizer)
+
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "<" * 100_000}])
+
+    assert len(text) > 600_000
+
+
+SAID = [{"role": "user", "content": "reverse ab"}]
+
+
+def zoo_tokenizer(folder, template):
+    base = shutil.copytree(zoo_folder() / "base", folder / "base")
+    (base / "chat_template.jinja").write_text(template)
+    return load_tokenizer(str(base), "zoo/base")
+
+
+def test_a_text_far_longer_than_its_conversation_is_not_tokenised(tmp_path, monkeypatch):
+    tokenizer = zoo_tokenizer(tmp_path, "{{ messages[0].content | center(10 ** 6) }}")
+    tokenised = []
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: tokenised.append(1))
+
+    for said in (SAID, [SAID] * 2):
+        with pytest.raises(TokenizerError, match=r"a text of [12],000,000 letters of one conv"):
+            tokenizer.apply_chat_template(said, add_generation_prompt=True)
+    assert tokenised == []
+
+
+def test_a_conversation_becomes_texts_or_tokens_as_without_limits(tmp_path):
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = zoo_tokenizer(tmp_path, template)
+    text, ids = "reverse ab", tokenizer("reverse ab", add_special_tokens=False)["input_ids"]
+
+    apply = tokenizer.apply_chat_template
+    assert apply(SAID, tokenize=False) == text
+    assert apply([SAID, SAID], tokenize=False) == [text, text]
+    assert apply(SAID)["input_ids"] == ids
+    assert apply([SAID, SAID], return_dict=False) == [ids, ids]
+    assert apply(SAID, return_assistant_tokens_mask=True)["assistant_masks"] == [1] * len(ids)
+    assert apply(SAID, sanitize_control_tokens=True)["input_ids"] == ids
+
+
+NESTED = "{% for a in messages %}" * 21 + "{% endfor %}" * 21
+
+
 @pytest.mark.parametrize(
-    "template", ["{{ 1 // 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"]
+    "template", ["{{ 1 // 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", NESTED]
 )
 def test_an_error_of_python_code_is_one_of_the_template(template, monkeypatch):
     """Scoring, which comes after the merge, expects no other errors of a template."""
-    with pytest.raises(TemplateError, match="^(ZeroDivision|Recursion)Error: "):
+    with pytest.raises(TemplateError, match="^(ZeroDivision|Recursion|Syntax)Error: "):
         rendered(template, monkeypatch)
 
 

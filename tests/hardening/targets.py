@@ -16,11 +16,12 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
 from hardening.mutation import Document
-from lewis_hub import pipeline
+from lewis_hub import loadable, pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import Scaled, TensorHeader, read_header
@@ -713,6 +714,7 @@ def name_an_adapter(base: Path) -> None:
     adapted_model(base, opened.config, opened.checkpoint, has_tied_head=True)
 
 
+@patch.object(loadable, "MAX_LOAD_BYTES", 100_000_000)  # which it takes in a second
 def run_a_model(document: Document) -> None:
     """Load a model with hostile files, to calibrate it, to score it and to name an adapter's."""
     with hostile_base(document) as (base, recipe):
@@ -746,9 +748,28 @@ def _zoo_header() -> Document:
     return {"header": json.loads(content[8:end]), "length": None, "n_data": len(content) - end}
 
 
+def _of_class(name: str, **settings: Any) -> Document:
+    """A model whose tokenizer is made by a class of transformers with such settings."""
+    small = _small("base")
+    config = small["tokenizer_config.json"] | {"tokenizer_class": name, **settings}
+    return small | {"tokenizer_config.json": config}
+
+
+def _in_tekken() -> Document:
+    tokens = [base64.b64encode(bytes([i])).decode() for i in range(256)]
+    special = [{"rank": i, "token_str": text} for i, text in enumerate(["<unk>", "<s>", "</s>"])]
+    tekken = {
+        "config": {"pattern": "a+", "default_num_special_tokens": 3},
+        "vocab": [{"rank": i, "token_bytes": token} for i, token in enumerate(tokens)],
+        "special_tokens": special,
+    }
+    return _small("base") | {"tokenizer.json": None, "tekken.json": tekken}
+
+
 SMALL = [_small("base"), {**_small("base"), "README.md": "---\nlicense: mit\n---\n"}]
 FOLDERS = Target(SMALL, merge_a_folder, 0.0002)
-MODELS = Target(SMALL, run_a_model, 0.0001)
+OTHER_TOKENIZERS = [_of_class("ByT5Tokenizer", extra_ids=3), _in_tekken()]
+MODELS = Target([*SMALL, *OTHER_TOKENIZERS], run_a_model, 0.0001)
 EXPORTS = Target([{**_small("base"), **_zoo_header()}], plan_an_export, 0.004)
 
 TARGETS = {
