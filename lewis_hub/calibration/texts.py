@@ -191,8 +191,8 @@ def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> No
 
 
 MAX_LETTERS = 10_000_000  # of a text: its tokens take some GB before they are cut
-# of all texts: they take a minute to tokenise; 1024 texts of ten pages have 30 million
-MAX_LETTERS_TOGETHER = 50_000_000
+# of all texts: they take a minute to tokenise. Where many are asked for, each may be a book
+MAX_LETTERS_TOGETHER, MAX_LETTERS_EACH = 50_000_000, 500_000
 LETTERS_AT_ONCE = 50_000  # that are tokenised; a longer text alone
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
 BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
@@ -309,7 +309,8 @@ def calibration_tokens(
     if not calibration.task:
         check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
-    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}")
+    limit = max(MAX_LETTERS_TOGETHER, MAX_LETTERS_EACH * len(drawn))
+    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}", limit)
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
     # in a call, after which nothing holds the tokens of a long text: they take some 100 MB
@@ -339,17 +340,19 @@ def calibration_tokens(
     )
 
 
-def _rendered(rows: TextRows, drawn: Sequence[int], template: Template, where: str) -> list[str]:
+def _rendered(
+    rows: TextRows, drawn: Sequence[int], template: Template, where: str, limit: int
+) -> list[str]:
     texts, n_letters = list[str](), 0
     for i, row in zip(drawn, rows.rows(drawn), strict=True):
         text = template.render(i, row)
         _require_tokenisable(where, i, text)
         texts.append(text)
         n_letters += len(text)
-        if n_letters > MAX_LETTERS_TOGETHER:
+        if n_letters > limit:
             problem = f"the texts up to row {i} have {n_letters:,} letters, the limit for all is "
             remedy = "Set fewer `samples`, or calibrate on shorter texts."
-            raise CalibrationError(where, f"{problem}{MAX_LETTERS_TOGETHER:,}", remedy)
+            raise CalibrationError(where, f"{problem}{limit:,}", remedy)
     return texts
 
 
