@@ -247,13 +247,19 @@ def _scaled(
     shared = _block(checkpoint, weight, scale, block)
     if zero is not None and not _is_zero_of(zero, scale, weight.shape[:1], codes):
         raise _unfit(checkpoint, zero, scale)
-    if groups is not None and (groups.dtype != "I32" or groups.shape != weight.shape[-1:]):
-        problem = f"{_describe(groups)}, expected I32 of {weight.shape[-1]} columns"
+    if groups is not None and not _is_order_of(groups, weight):
+        columns = f"{weight.shape[-1]} columns" if weight.shape else "columns, and there are none"
+        problem = f"{_describe(groups)}, expected I32 of {columns}"
         raise _misfit(checkpoint, groups, problem)
     measure = parts["_shape"]
     if measure and (measure.dtype not in ("I32", "I64") or measure.shape != (len(weight.shape),)):
         raise _unfit(checkpoint, measure, weight)
     return Scaled(weight, scale, shared, codes, zero, groups, measure)
+
+
+def _is_order_of(groups: TensorHeader, weight: TensorHeader) -> bool:
+    """Whether there is a group for each column."""
+    return groups.dtype == "I32" and len(groups.shape) == 1 and groups.shape == weight.shape[-1:]
 
 
 def _is_zero_of(

@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
 MAX_TENSORS = 1_000_000  # of all files; Kimi K2 with scales has 210,000
+MAX_LETTERS = 100_000_000  # of their names; Python takes four bytes for some
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,19 @@ def read_headers(
     for shard in shards:
         if shard not in sizes:
             raise _bad_index(label, f"it names the shard `{shard}`, which does not exist")
-    n_tensors, counting = 0, threading.Lock()
+    n_tensors, n_letters, counting = 0, 0, threading.Lock()
 
     def header(shard: str) -> tuple[TensorHeader, ...]:
-        nonlocal n_tensors
-        found = () if n_tensors > MAX_TENSORS else read_header(label, shard, sizes[shard], read)
+        nonlocal n_tensors, n_letters
+        is_within = n_tensors <= MAX_TENSORS and n_letters <= MAX_LETTERS
+        found = read_header(label, shard, sizes[shard], read) if is_within else ()
         with counting:
             n_tensors += len(found)
-        if n_tensors > MAX_TENSORS:
+            n_letters += sum(len(tensor.name) for tensor in found)
+        if n_tensors > MAX_TENSORS or n_letters > MAX_LETTERS:
             problem = f"its files have more than {MAX_TENSORS:,} tensors"
+            if n_letters > MAX_LETTERS:
+                problem = f"the names of its tensors have more than {MAX_LETTERS:,} letters"
             raise BrokenCheckpointError(label, problem, "Use an intact copy.")
         return found
 

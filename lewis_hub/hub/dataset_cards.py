@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -49,13 +50,20 @@ def require_own_files(api: HfApi, source: Source) -> None:
     for name in CARDS:
         content = _local(source.folder, name) if source.folder else read_small(api, source, name)
         try:
-            card = _card(name, content or b"")
+            wrong = _wrong(name, content or b"")
         except ValueError as error:
             remedy = "Repair its card, or use another dataset."
             raise SourceError(source.pinned, f"`{name}` cannot be read: {error}", remedy) from None
-        configs = card.get("configs") if isinstance(card, dict) else None
-        for problem, remedy in _wrongs(configs):
+        if wrong:
+            problem, remedy = wrong
             raise SourceError(source.pinned, f"`{name}` {problem}", remedy)
+
+
+@lru_cache(16)  # a card within the limits may take 8 s, and a recipe names a dataset several times
+def _wrong(name: str, content: bytes) -> tuple[str, str] | None:
+    """Problem and remedy of what `datasets` must not read in a card."""
+    card = _card(name, content)
+    return next(_wrongs(card.get("configs") if isinstance(card, dict) else None), None)
 
 
 def _card(name: str, content: bytes) -> Any:

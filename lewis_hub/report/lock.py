@@ -152,6 +152,7 @@ class Lock:
             _, digest, seal = (document.pop(key) for key in ("version", "digest", "seal"))
             lock = TypeAdapter(cls).validate_python(document)
             _require_few_characters(lock)
+            _require_possible(lock)
             written = lock.to_json()
         except (ValueError, TypeError, KeyError) as error:
             problem = f"it is not the lock of a merge ({_reason(error)})."
@@ -213,6 +214,14 @@ def _require_few_characters(lock: Lock) -> None:
         raise ValueError(f"{n:,} characters with the names around each value")
 
 
+def _require_possible(lock: Lock) -> None:
+    if not lock.inputs:
+        raise ValueError("it has no inputs")
+    for path, file in lock.outputs.items():
+        if not 0 <= file.n_bytes < 2**63:
+            raise ValueError(f"the size of `{path[:100]}` is not one of a file")
+
+
 def _n_characters(value: Any, above: int = 0) -> int:
     """The characters of all values and of the keys around each."""
     if isinstance(value, Mapping):
@@ -226,7 +235,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _plain(value: Any) -> Any:

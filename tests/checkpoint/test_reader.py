@@ -157,9 +157,18 @@ def test_two_copies_that_the_index_does_not_tell_apart_are_refused():
     assert "`a` is in both `1.safetensors` and `2.safetensors`" in problem(two, index)
 
 
-def test_a_model_of_more_tensors_than_any_is_refused_before_all_its_headers_are_read(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("MAX_TENSORS", "its files have more than 1,000 tensors"),
+        ("MAX_LETTERS", "the names of its tensors have more than 1,000 letters"),
+    ],
+)
+def test_a_model_of_more_tensors_than_any_is_refused_before_all_its_headers_are_read(
+    limit, says, monkeypatch
+):
     """Each header has a limit, but a model may have any number of files."""
-    monkeypatch.setattr(reader, "MAX_TENSORS", 1000)
+    monkeypatch.setattr(reader, limit, 1000)
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     files = {
         f"{k}.safetensors": file({f"{k}.{i}": empty for i in range(100)}, 0) for k in range(100)
@@ -174,10 +183,7 @@ def test_a_model_of_more_tensors_than_any_is_refused_before_all_its_headers_are_
     with pytest.raises(BrokenCheckpointError) as caught:
         read_headers(LABEL, sizes, counted, json.dumps(index).encode())
 
-    assert (
-        str(caught.value)
-        == f"{LABEL}: its files have more than 1,000 tensors.\nUse an intact copy."
-    )
+    assert str(caught.value) == f"{LABEL}: {says}.\nUse an intact copy."
     assert len(asked) < 30
 
 

@@ -199,6 +199,15 @@ BROKEN = {
         {"a.weight_g_idx": torch.zeros(31, dtype=torch.int32)},
         "`a.weight_g_idx` is I32 of shape [31], expected I32 of 32 columns",
     ),
+    "one number": (
+        {
+            "a.weight_packed": None,
+            "a.weight": torch.tensor(1, dtype=torch.int8),
+            "a.weight_scale": torch.ones(()),
+            "a.weight_g_idx": torch.zeros(1, dtype=torch.int32),
+        },
+        "`a.weight_g_idx` is I32 of shape [1], expected I32 of columns, and there are none",
+    ),
     "a shape in bytes": (
         {"a.weight_shape": torch.tensor([8, 32, 1], dtype=torch.uint8)},
         "`a.weight_shape` is U8 of shape [3], which does not fit a.weight of shape [8, 32]",

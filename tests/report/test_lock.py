@@ -352,7 +352,7 @@ def test_a_lock_is_what_its_schema_says():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "it is not the lock of a merge (JSONDecodeError: "),
+        ("{", "it is not the lock of a merge (Expecting property name"),
         ("[]", "it is not the lock of a merge (TypeError: "),
         ('{"version": 9}', "it has version 9, expected 1."),
         ('{"version": 1}', "it is not the lock of a merge (KeyError: 'digest')."),
@@ -361,7 +361,10 @@ def test_a_lock_is_what_its_schema_says():
             "it is not the lock of a merge (`seed`: Input should be a valid integer, unable to "
             "parse",
         ),
-        ("[" * 100_000, "it is not the lock of a merge (DocumentError: "),
+        (
+            "[" * 100_000,
+            "it is not the lock of a merge (its values are in each other more than 100 deep)",
+        ),
     ],
     ids=["no JSON", "a list", "version", "empty", "a word", "deep"],
 )
@@ -401,6 +404,25 @@ def test_a_small_lock_that_is_written_out_as_a_large_one_is_refused(changes):
 
     with pytest.raises(OutputError, match="characters with the names around each value"):
         Lock.from_json(json.dumps(document, separators=(",", ":")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"inputs": ()}, "it has no inputs"),
+        ({"outputs": {"x": OutputFile("0" * 64, 10**400)}}, "the size of `x` is not one of a file"),
+        ({"outputs": {"x": OutputFile("0" * 64, -1)}}, "the size of `x` is not one of a file"),
+    ],
+)
+def test_a_lock_of_no_merge_is_refused_though_it_is_sealed(changes, says):
+    """`push` and `verify` ended in tracebacks."""
+    with pytest.raises(OutputError) as refused:
+        Lock.from_json(replace(LOCK, **changes).to_json())
+
+    assert str(refused.value) == (
+        f"lewis/lock.json: it is not the lock of a merge ({says}).\n"
+        "Use the file that the merge wrote."
+    )
 
 
 def test_cards_pictures_and_formats_that_are_not_read_stay_out_of_the_lock():
