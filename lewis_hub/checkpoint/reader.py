@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
 MAX_TENSORS = 1_000_000  # of all files; Kimi K2 with scales has 210,000
+CHANGED = "The file changed after it was checked: restore it, then run again."
 MAX_LETTERS = 100_000_000  # of their names; Python takes four bytes for some
 
 
@@ -102,13 +103,22 @@ def local_header(label: str, file: Path) -> tuple[TensorHeader, ...]:
 
 
 def local_checkpoint(label: str, folder: Path) -> Checkpoint:
-    """Read the headers of a local folder, as `read_headers` does."""
-    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-    index = None
-    if (folder / INDEX).exists():
-        with (folder / INDEX).open("rb") as opened:
-            index = opened.read(MAX_TABLE_BYTES + 1)
-    return read_headers(label, sizes, partial(_read_local, folder), index)
+    """Read the headers of a local folder, as `read_headers` does.
+
+    A file that is gone, or is a folder now, is a `BrokenCheckpointError`, too.
+    """
+    try:
+        sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+        index = None
+        if (folder / INDEX).exists():
+            with (folder / INDEX).open("rb") as opened:
+                index = opened.read(MAX_TABLE_BYTES + 1)
+        return read_headers(label, sizes, partial(_read_local, folder), index)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        where = f"{label}: {Path(error.filename).name}"
+        raise BrokenCheckpointError(
+            where, f"it cannot be read: {error.strerror}", CHANGED
+        ) from None
 
 
 def _read_local(folder: Path, file: str, start: int, stop: int) -> bytes:
@@ -219,8 +229,7 @@ class TensorReader:
             return self._descriptors[shard]
 
     def _broken(self, shard: str, problem: str) -> BrokenCheckpointError:
-        remedy = "The file changed after it was checked: restore it, then run again."
-        return BrokenCheckpointError(f"{self._label}: {shard}", problem, remedy)
+        return BrokenCheckpointError(f"{self._label}: {shard}", problem, CHANGED)
 
 
 def read_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:

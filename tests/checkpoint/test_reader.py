@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lewis_hub.checkpoint import reader
-from lewis_hub.checkpoint.reader import TensorReader, read_headers, read_tensor
+from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_headers, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 
 LABEL = "me/model@abc"
@@ -264,3 +264,26 @@ def test_whole_numbers_of_all_widths_are_read_and_what_torch_lacks_is_refused(tm
             else:
                 with pytest.raises(BrokenCheckpointError, match=f"`a` is {dtype}, which this"):
                     read_tensor(reader, tensor)
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a folder"])
+def test_a_local_file_that_is_gone_when_its_header_is_read_is_told(tmp_path, monkeypatch, becomes):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(ONE)
+    header = reader.read_header
+
+    def read_late(*args):
+        path.unlink()
+        if becomes == "a folder":
+            path.mkdir()
+        return header(*args)
+
+    monkeypatch.setattr(reader, "read_header", read_late)
+    with pytest.raises(BrokenCheckpointError) as caught:
+        local_checkpoint("me", tmp_path)
+
+    said = {"nothing": "No such file or directory", "a folder": "Is a directory"}[becomes]
+    assert str(caught.value) == (
+        f"me: model.safetensors: it cannot be read: {said}.\n"
+        "The file changed after it was checked: restore it, then run again."
+    )
