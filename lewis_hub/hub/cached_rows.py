@@ -73,23 +73,21 @@ def of_named_files(builder: Any) -> Iterator[None]:
     Raises:
         SourceError: one did since the builder was made; the cache does not have its rows.
     """
-    files = dict(_local_files(builder))
+    every = (builder.config.data_files or {}).values()
+    files = sorted({path for named in every for path in map(_local_path, named) if path.is_file()})
+    # it describes files, too, that the builder leaves out later
+    known = {
+        digest for named in every for described in named.origin_metadata for digest in described
+    }
     before = _states(files)
     yield
-    after, digests = _states(files), digests_of([*files])
-    for n, (path, digest) in enumerate(files.items()):
-        if (digests[n], after[n]) != (digest, before[n]):
+    for path, digest, old, new in zip(
+        files, digests_of(files), before, _states(files), strict=True
+    ):
+        if digest not in known or new != old:
             shutil.rmtree(builder.cache_dir, ignore_errors=True)
             problem = f"`{path.name}` changed while it was read"
             raise SourceError(str(path.parent), problem, RESTORE)
-
-
-def _local_files(builder: Any) -> Iterator[tuple[Path, str]]:
-    """The local files of a builder, with the digests that name their rows."""
-    for files in (builder.config.data_files or {}).values():
-        for file, described in zip(files, files.origin_metadata, strict=True):
-            if described and described[0].startswith("sha256:"):
-                yield _local_path(file), described[0]
 
 
 def _local_path(file: str) -> Path:

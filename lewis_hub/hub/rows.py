@@ -47,6 +47,11 @@ READERS = ("json", "parquet", "csv", "text", "arrow", "cache")  # of `datasets`
 TABLES_OF: ContextVar[tuple[Source, ...] | None] = ContextVar("TABLES_OF", default=None)
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
+# `datasets` unpacks it to the disk, without a limit, and by its path it has it for ever
+ARCHIVE = (
+    "is an archive, or is compressed though its name does not say so; .jsonl, .jsonl.gz, .csv and "
+    ".parquet are read"
+)
 ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
@@ -191,6 +196,7 @@ def _limit_readers() -> None:
     import datasets.builder
 
     name_by_content()
+    _refuse_archives()
     every: Any = datasets.builder.DatasetBuilder
     prepare, stream = every.download_and_prepare, every.as_streaming_dataset
     read = every.as_dataset
@@ -230,6 +236,18 @@ def _limit_readers() -> None:
         builder._generate_tables = _limited(builder._generate_tables)
         if reader == "json":
             module.paj = _guarded(module.paj, module.pa.ArrowInvalid)
+
+
+def _refuse_archives() -> None:
+    manager: Any = import_module("datasets.utils.extract").ExtractManager
+    unpack = manager.extract
+
+    def unpack_no_tables(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        if TABLES_OF.get() is not None and self.extractor.infer_extractor_format(path):
+            raise ValueError(f"{Path(path).name} {ARCHIVE}")
+        return unpack(self, path, *args, **options)
+
+    manager.extract = unpack_no_tables
 
 
 def _guarded(arrow_json: Any, refused: type[Exception]) -> Any:

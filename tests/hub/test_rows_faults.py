@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import io
 import json
 import os
+import tarfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +242,49 @@ def test_rows_of_another_file_with_the_same_times_are_read(tmp_path, api, kind):
         with at_commits({}):
             table = datasets.load_dataset("json", data_files=str(path), split="train")
         assert table.to_list() == [{"text": text}]
+
+
+def test_files_that_are_left_out_stop_no_rows(tmp_path, api):
+    (tmp_path / "train.jsonl").write_text(text_lines("a"))
+    (tmp_path / "notes.txt").write_text("of another kind")
+    (tmp_path / "figure.png").write_bytes(b"\x89PNG")
+
+    found = load_rows(api, resolve_dataset(api, str(tmp_path)), None, "train")
+
+    assert found.rows([0]) == [{"text": "a"}]
+
+
+def tarred(name, content):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.tar.gz", "train.jsonl"])
+def test_no_archive_is_unpacked_to_the_disk(tmp_path, api, push, name):
+    """It took any room, and by its path it was never unpacked again: rows of an older one."""
+    rows_of_one = text_lines("a").encode()
+    is_archive = name.endswith("tar.gz")
+    content = tarred("a.jsonl", rows_of_one) if is_archive else gzip.compress(rows_of_one)
+    (tmp_path / name).write_bytes(content)
+    push("me/packed", {name: content}, "dataset")
+
+    for asked in (str(tmp_path), "me/packed"):
+        with pytest.raises(SourceError) as caught:
+            load_rows(api, resolve_dataset(api, asked), None, "train")
+        assert (
+            "is an archive, or is compressed though its name does not say so; .jsonl, .jsonl.gz, "
+            ".csv and .parquet are read)." in str(caught.value)
+        )
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for text in ("a", "b"):
+        (packed / "train.jsonl.gz").write_bytes(gzip.compress(text_lines(text).encode()))
+        found = load_rows(api, resolve_dataset(api, str(packed)), None, "train")
+        assert found.rows([0]) == [{"text": text}]
 
 
 def test_no_rows_are_kept_of_a_file_that_changed_and_was_restored_while_it_was_read(
