@@ -18,6 +18,8 @@ from urllib.parse import unquote, urljoin
 
 import httpx2
 
+from lewis_hub.documents import MAX_JSON_VALUES, count_values
+
 if TYPE_CHECKING:
     from lewis_hub.hub.source import SourceFile
 
@@ -224,6 +226,7 @@ def limit_body(answer: httpx2.Response) -> None:
         else:
             pieces = _decompressed(fast_enough(answer.stream), encoding)
             pieces = _limited(pieces, _too_large("an answer to a lookup"), MAX_LOOKUP_BYTES)
+            pieces = _of_few_values(pieces)
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -280,6 +283,16 @@ def _limited(pieces: Iterable[bytes], problem: str, max_bytes: int) -> Iterator[
     for piece in pieces:
         n_bytes += len(piece)
         if n_bytes > max_bytes:
+            raise httpx2.DecodingError(problem)
+        yield piece
+
+
+def _of_few_values(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    n_values = 0
+    for piece in pieces:
+        n_values += count_values(piece)
+        if n_values > MAX_JSON_VALUES:
+            problem = f"an answer to a lookup has more than {MAX_JSON_VALUES:,} values"
             raise httpx2.DecodingError(problem)
         yield piece
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import write_whole
-from lewis_hub.hub.digests import digests_of
+from lewis_hub.hub.digests import content_sha, digests_of
 from lewis_hub.hub.source import RESTORE, local_reading, state_of
 
 DATASET_INFO = "dataset_info.json"  # of `datasets`, beside the rows
@@ -50,20 +50,20 @@ def _digests(folder: Path) -> bytes:
     return json.dumps(dict(named), indent=2).encode()
 
 
-@cache
 def name_by_content() -> None:
-    """Let `datasets` name the rows of local files by the digests of the files.
+    """Let `datasets` name the rows of local files by the contents of the files.
 
-    It names them by the times of the files, which a copy may keep.
+    It names them by the times of the files, which a copy may keep, or by what a card says of them.
     """
-    module: Any = import_module("datasets.data_files")
-    describe = module._get_single_origin_metadata
+    builders: Any = import_module("datasets.builder").DatasetBuilder
+    build = builders._build_cache_dir
 
-    def describe_content(file: str, *args: Any, **options: Any) -> Any:
-        path = _local_path(file)
-        return (digests_of([path])[0],) if path.is_file() else describe(file, *args, **options)
+    def build_by_content(self: Any) -> str:
+        folder = str(build(self))
+        files = _local_files(self)
+        return f"{folder}-{_content(files)}" if files else folder
 
-    module._get_single_origin_metadata = describe_content
+    builders._build_cache_dir = build_by_content
 
 
 @contextmanager
@@ -73,25 +73,29 @@ def of_named_files(builder: Any) -> Iterator[None]:
     Raises:
         SourceError: one did since the builder was made; the cache does not have its rows.
     """
-    every = (builder.config.data_files or {}).values()
-    files = sorted({path for named in every for path in map(_local_path, named) if path.is_file()})
-    # it describes files, too, that the builder leaves out later
-    known = {
-        digest for named in every for described in named.origin_metadata for digest in described
-    }
+    files = _local_files(builder)
     before = _states(files)
     yield
-    for path, digest, old, new in zip(
-        files, digests_of(files), before, _states(files), strict=True
-    ):
-        if digest not in known or new != old:
-            shutil.rmtree(builder.cache_dir, ignore_errors=True)
-            problem = f"`{path.name}` changed while it was read"
-            raise SourceError(str(path.parent), problem, RESTORE)
+    written = [
+        path for path, old, new in zip(files, before, _states(files), strict=True) if old != new
+    ]
+    if files and (written or not builder.cache_dir.endswith(_content(files))):
+        shutil.rmtree(builder.cache_dir, ignore_errors=True)
+        changed = (written or files)[0]
+        problem = f"`{changed.name}` changed while it was read"
+        raise SourceError(str(changed.parent), problem, RESTORE)
 
 
-def _local_path(file: str) -> Path:
-    return Path(file.removeprefix("file://"))
+def _local_files(builder: Any) -> list[Path]:
+    every = chain.from_iterable((builder.config.data_files or {}).values())
+    paths = {Path(file.removeprefix("file://")) for file in every}
+    return sorted(path for path in paths if path.is_file())
+
+
+def _content(files: Sequence[Path]) -> str:
+    """The first 32 digits of a digest of files: their paths and contents."""
+    found = content_sha(zip(map(str, files), digests_of(files), strict=True))
+    return found.rpartition(":")[2][:32]
 
 
 def _states(files: Iterable[Path]) -> list[str]:

@@ -125,8 +125,12 @@ LOOKUPS = {
         "an answer to a lookup has more than 64 MiB",
     ),
     "without compression": (
-        ("identity", b"[" * (65 << 20)),
+        ("identity", b" " * (65 << 20)),
         "an answer to a lookup has more than 64 MiB",
+    ),
+    "very many values": (
+        ("gzip", gzip.compress(b"[" + b"{}," * 2_000_001)),
+        "an answer to a lookup has more than 4,000,000 values",
     ),
     "not compressed": (
         ("gzip", b"{}"),

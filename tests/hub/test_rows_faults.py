@@ -229,11 +229,17 @@ def test_rows_of_a_file_that_grew_since_it_was_pinned_are_refused(tmp_path, api)
     )
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "folder with a card"])
 def test_rows_of_another_file_with_the_same_times_are_read(tmp_path, api, kind):
-    """`datasets` knows a file by its time, which tar, zip, cp -p and rsync keep."""
+    """`datasets` knows a file by its time, which tar, zip, cp -p and rsync keep.
+
+    In a folder whose card names the file it did not look at the file at all.
+    """
     path = tmp_path / "rows" / "train.jsonl"
     path.parent.mkdir()
+    if kind == "folder with a card":
+        card = "configs:\n- {config_name: default, data_files: train.jsonl}\n"
+        (path.parent / "README.md").write_text(f"---\n{card}---\n")
     for text in ("a", "b"):
         path.write_text(text_lines(text))
         os.utime(path, (1, 1))
