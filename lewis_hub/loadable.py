@@ -31,12 +31,14 @@ WEIGHTS = "*.safetensors"
 CACHE = "TIKTOKEN_CACHE_DIR"  # of tiktoken, by the paths of files; empty: none
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
-# of a tokenizer: one of 262,144 tokens and 500,000 merges takes 3 s and 0.4 GB
+# to load a tokenizer: 262,144 tokens and 500,000 merges take 3 s and 0.4 GB
 MAX_LOAD_S = 45.0
-MAX_LOAD_BYTES = 1_500_000_000  # of growth of this process
+MAX_LOAD_BYTES = 1_500_000_000  # by which this process grows
 LAST_LOAD_S = 60.0  # code in Rust that no error stops ends with the process
 SMALLER = "Its files are damaged, or made to do so: use an intact copy of the model."
-IS_LIMITED: ContextVar[bool] = ContextVar("IS_LIMITED", default=False)  # a load, by another one
+IS_LIMITED: ContextVar[bool] = ContextVar(
+    "IS_LIMITED", default=False
+)  # inside of a load that is limited
 
 
 def require_loadable(folder: Path) -> None:

@@ -191,8 +191,8 @@ def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> No
 
 
 MAX_LETTERS = 10_000_000  # of a text: its tokens take some GB before they are cut
-# of all texts: they take a minute to tokenise. Where many are asked for, each may be a book
-MAX_LETTERS_TOGETHER, MAX_LETTERS_EACH = 50_000_000, 500_000
+MAX_LETTERS_TOGETHER = 50_000_000  # of all texts: they take a minute to tokenise
+MAX_LETTERS_ON_AVERAGE = 500_000  # of many texts, which have more together: each may be a book
 LETTERS_AT_ONCE = 50_000  # that are tokenised; a longer text alone
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
 BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
@@ -309,11 +309,11 @@ def calibration_tokens(
     if not calibration.task:
         check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
-    limit = max(MAX_LETTERS_TOGETHER, MAX_LETTERS_EACH * len(drawn))
-    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}", limit)
+    max_letters = max(MAX_LETTERS_TOGETHER, MAX_LETTERS_ON_AVERAGE * len(drawn))
+    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}", max_letters)
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
-    # in a call, after which nothing holds the tokens of a long text: they take some 100 MB
+    # a function, so that the tokens of a long text are freed before the next one is tokenised
     shortened = partial(_shortened, calibration, tokenizer)
     encoded = map(shortened, _encoded([text for _, text in kept], tokenizer, template))
     for (i, _), (part, n_left_out) in zip(kept, encoded, strict=True):
@@ -341,7 +341,7 @@ def calibration_tokens(
 
 
 def _rendered(
-    rows: TextRows, drawn: Sequence[int], template: Template, where: str, limit: int
+    rows: TextRows, drawn: Sequence[int], template: Template, where: str, max_letters: int
 ) -> list[str]:
     texts, n_letters = list[str](), 0
     for i, row in zip(drawn, rows.rows(drawn), strict=True):
@@ -349,10 +349,10 @@ def _rendered(
         _require_tokenisable(where, i, text)
         texts.append(text)
         n_letters += len(text)
-        if n_letters > limit:
+        if n_letters > max_letters:
             problem = f"the texts up to row {i} have {n_letters:,} letters, the limit for all is "
             remedy = "Set fewer `samples`, or calibrate on shorter texts."
-            raise CalibrationError(where, f"{problem}{limit:,}", remedy)
+            raise CalibrationError(where, f"{problem}{max_letters:,}", remedy)
     return texts
 
 
@@ -390,8 +390,9 @@ def _encoded(
         encoded = tokenizer(some, add_special_tokens=special, verbose=False)
         ids = cast("list[list[int]]", encoded["input_ids"])
         del encoded  # before the next texts take as much
+        ids.reverse()
         while ids:
-            yield ids.pop(0)
+            yield ids.pop()
         start = stop
 
 

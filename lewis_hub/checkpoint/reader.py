@@ -25,8 +25,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
 MAX_TENSORS = 1_000_000  # of all files; Kimi K2 with scales has 210,000
+MAX_LETTERS = 100_000_000  # of the names of all tensors; Python takes four bytes for some
 CHANGED = "The file changed after it was checked: restore it, then run again."
-MAX_LETTERS = 100_000_000  # of their names; Python takes four bytes for some
 
 
 @dataclass(frozen=True)

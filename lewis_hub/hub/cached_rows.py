@@ -68,10 +68,12 @@ def name_by_content() -> None:
 
 @contextmanager
 def of_named_files(builder: Any) -> Iterator[None]:
-    """Inside the block a builder of `datasets` makes rows of local files, which must not change.
+    """Inside the block a builder of `datasets` makes rows of its local files.
+
+    Its cache folder was named by their contents when the builder was made.
 
     Raises:
-        SourceError: one did since the builder was made; the cache does not have its rows.
+        SourceError: a file changed since then, or meanwhile; the cache does not have the rows.
     """
     files = _local_files(builder)
     before = _states(files)

@@ -1,6 +1,6 @@
 """Local sources that are written while a run reads them: they are refused.
 
-Files of the cache were compared when they were fetched: they are not read again.
+The files of a repo are compared when they are fetched into the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.hub.cache import damaged_files
 from lewis_hub.hub.digests import digests_of
-from lewis_hub.hub.fetch import READ_WHOLE
+from lewis_hub.hub.fetch import MODULES, READ_WHOLE
 from lewis_hub.hub.source import (
     FETCH_AGAIN,
     PICKLED,
@@ -24,17 +24,24 @@ from lewis_hub.hub.source import (
 )
 
 WEIGHTS = ("*.safetensors",)
-CARD = "README.md"  # its author may write it meanwhile; what is read of it is compared then
-MODEL_FILES = (*(pattern for pattern in READ_WHOLE if pattern != CARD), *WEIGHTS)
+CARD = "README.md"  # its author may write it during a run
+MODEL_FILES = (
+    *(pattern for pattern in READ_WHOLE if pattern != CARD),
+    *("*vocab*", "*.codes", "dict.txt"),  # of tokenizers that are written in Python
+    *WEIGHTS,
+    *MODULES,
+)
+WRITE_LATER = "Run again when nothing writes it."
 
 
 def require_unchanged(source: Source) -> None:
     """Refuse a local source whose files are no longer those that were pinned.
 
-    A file that was changed and then restored has other times than before.
+    A file that was changed and then restored has other times than before. So has one that was
+    linked, as a backup does.
 
     Raises:
-        SourceError: a file has another content, was written, or is missing.
+        SourceError: a file has another content or other times, or is missing.
     """
     files = _files(source)
     try:
@@ -44,9 +51,12 @@ def require_unchanged(source: Source) -> None:
         problem = f"a file of it cannot be read any more: {error.strerror}"
         raise SourceError(source.pinned, problem, RESTORE) from None
     for file, digest, state in zip(files.values(), found, states, strict=True):
-        if (digest, state) != (file.digest, file.state):
+        if digest != file.digest:
             problem = f"`{file.path}` changed while it was read"
             raise SourceError(source.pinned, problem, RESTORE)
+        if state != file.state:
+            problem = f"`{file.path}` was written or linked while it was read"
+            raise SourceError(source.pinned, problem, WRITE_LATER)
 
 
 def local_states(sources: Iterable[Source]) -> dict[str, str]:

@@ -59,7 +59,7 @@ def require_own_files(api: HfApi, source: Source) -> None:
             raise SourceError(source.pinned, f"`{name}` {problem}", remedy)
 
 
-@lru_cache(16)  # a card within the limits may take 8 s, and a recipe names a dataset several times
+@lru_cache(4)  # a card within the limits may take 8 s, and a recipe names a dataset several times
 def _wrong(name: str, content: bytes) -> tuple[str, str] | None:
     """Problem and remedy of what `datasets` must not read in a card."""
     card = _card(name, content)

@@ -219,7 +219,7 @@ def _require_possible(lock: Lock) -> None:
         raise ValueError("it has no inputs")
     for path, file in lock.outputs.items():
         if not 0 <= file.n_bytes < 2**63:
-            raise ValueError(f"the size of `{path[:100]}` is not one of a file")
+            raise ValueError(f"no file has the size of `{path[:100]}`")
 
 
 def _n_characters(value: Any, above: int = 0) -> int:

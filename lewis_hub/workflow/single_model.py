@@ -119,6 +119,7 @@ def evaluate_model(
         with TemporaryDirectory() as kept:
             candidate = Candidate(source.pinned, source.commit_sha, fetch.small_files(api, source))
             results = score([candidate], tasks.loaded, asked.limit, how, Path(kept), progress)
+            require_unchanged(source)
             return compare(results)
     has_modules = source.file(MODULES) is not None
     config = open_model(api, source).config

@@ -15,7 +15,7 @@ from lewis_hub.errors import RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.evaluate.embedding_tasks import own_task_files
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.source import RESTORE, Source, local_reading
+from lewis_hub.hub.source import RESTORE, Source, local_reading, state_of
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.lock import OutputFile
@@ -33,7 +33,8 @@ class RecipeSnapshot:
     # copied task files.
     document: Mapping[str, Any]
     task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
-    outputs: Mapping[str, OutputFile]  # what a lock states of these files, as they were read
+    outputs: Mapping[str, OutputFile]  # what a lock states of these files, as they were then
+    states: Mapping[str, str]  # of these files then, by path beside the recipe
 
     def to_yaml(self) -> str:
         """Return the document as text."""
@@ -49,7 +50,8 @@ class RecipeSnapshot:
             (own / path).parent.mkdir(parents=True, exist_ok=True)
             with local_reading(str(file.parent)):
                 shutil.copyfile(file, own / path)
-            if sha256_of(own / path) != self.outputs[f"lewis/{path}"].sha256:
+            is_same = sha256_of(own / path) == self.outputs[f"lewis/{path}"].sha256
+            if not is_same or state_of(file) != self.states[path]:
                 problem = f"`{file.name}` changed while it was used"
                 raise SourceError(str(file.parent), problem, RESTORE)
         return [*self.task_files]
@@ -81,7 +83,8 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
     files = task_files(recipe)
-    return RecipeSnapshot(document, files, _locked(files))
+    states = {path: state_of(file) for path, file in files.items()}
+    return RecipeSnapshot(document, files, _locked(files), states)
 
 
 def _locked(files: Mapping[str, Path]) -> dict[str, OutputFile]:

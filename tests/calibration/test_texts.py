@@ -288,7 +288,7 @@ def test_texts_that_together_take_very_long_are_refused_before_any_is_tokenised(
 ):
     """15 texts of 9 million letters took three minutes and 3 GB."""
     monkeypatch.setattr(texts, "MAX_LETTERS_TOGETHER", 100)
-    monkeypatch.setattr(texts, "MAX_LETTERS_EACH", 12)
+    monkeypatch.setattr(texts, "MAX_LETTERS_ON_AVERAGE", 12)
     counting, rows = Counting(byte_tokenizer), [{"text": "a" * 25}] * 4
 
     assert calibration_tokens(Table(rows), asking(samples=4), byte_tokenizer, seed=0).n_tokens
@@ -300,7 +300,7 @@ def test_texts_that_together_take_very_long_are_refused_before_any_is_tokenised(
         "\nSet fewer `samples`, or calibrate on shorter texts."
     )
     assert counting.n_letters == []
-    monkeypatch.setattr(texts, "MAX_LETTERS_EACH", 25)
+    monkeypatch.setattr(texts, "MAX_LETTERS_ON_AVERAGE", 25)
     assert calibration_tokens(Table([*rows, *rows]), asking(samples=8), counting, seed=0).n_tokens
 
 

@@ -201,7 +201,8 @@ def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
     assert own_files(["gsm8k"], tasks) == {}
 
 
-def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path):
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path, is_restored):
     """The merge would carry other task files than those that its scores are from."""
     tasks, data = tmp_path / "tasks", zoo_folder() / "data/reverse"
     tasks.mkdir()
@@ -213,13 +214,15 @@ def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path):
     sources = {"base": zoo_folder() / "base", "expert": zoo_folder() / "expert-reverse"}
     text = RECIPE.format(**sources) + "evaluate: {tasks: [zoo_reverse], include: tasks, limit: 2}\n"
     (tmp_path / "recipe.yaml").write_text(text)
-    recipe = read_recipe(tmp_path / "recipe.yaml")
+    recipe, kept = read_recipe(tmp_path / "recipe.yaml"), task.read_text()
 
     class Editing(Silent):
         @contextmanager
         def stage(self, title, total, unit):
             if title == "Merging":
                 task.write_text(task.read_text() + "# better words\n")
+            if title == "Evaluating" and is_restored:
+                task.write_text(kept)
             with super().stage(title, total, unit) as advance:
                 yield advance
 
