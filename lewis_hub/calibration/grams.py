@@ -136,14 +136,16 @@ def write_grams(
     return grams
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a file of safetensors atomically, or raise an OutputError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     new = path.with_name(path.name + ".new")
     try:
-        save_file(dict(tensors), new)
+        save_file(dict(tensors), new, metadata)
         new.replace(path)
     except (OSError, SafetensorError) as error:
         new.unlink(missing_ok=True)

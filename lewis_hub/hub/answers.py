@@ -28,6 +28,8 @@ SPEED_AFTER_S = 30.0  # the speed is measured over so long
 LONGEST_SILENCE_S = 60.0  # before an answer, and between its pieces
 LONGEST_WORK_S = 300.0  # before the answer to a request for work, such as a commit
 MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
+MAX_OBJECTS = 600_000  # in it: 250,000 files have two each
+MAX_LINE_BYTES = 16 << 20  # of a line of a log
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
 MAX_PAGES = 1000  # of a list, such as that of a repo's files
@@ -200,8 +202,7 @@ def _purpose(request: httpx2.Request) -> Purpose:
 def limit_body(answer: httpx2.Response) -> None:
     """Limit the speed and the size of an answer, as its request's purpose allows.
 
-    A file is as long as it announces, or has at most FILE_BYTES. A line of a log has at most the
-    length of a lookup.
+    A file is as long as it announces, or has at most FILE_BYTES.
 
     Raises:
         RemoteProtocolError: a file is compressed.
@@ -288,11 +289,15 @@ def _limited(pieces: Iterable[bytes], problem: str, max_bytes: int) -> Iterator[
 
 
 def _of_few_values(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    n_values = 0
+    n_values, n_objects = 0, 0
     for piece in pieces:
         n_values += count_values(piece)
-        if n_values > MAX_JSON_VALUES:
-            problem = f"an answer to a lookup has more than {MAX_JSON_VALUES:,} values"
+        n_objects += piece.count(b"{") + piece.count(b"[")
+        if n_values > MAX_JSON_VALUES or n_objects > MAX_OBJECTS:
+            what, limit = ("values", MAX_JSON_VALUES)
+            if n_objects > MAX_OBJECTS:
+                what, limit = "objects and lists", MAX_OBJECTS
+            problem = f"an answer to a lookup has more than {limit:,} {what}"
             raise httpx2.DecodingError(problem)
         yield piece
 
@@ -302,8 +307,9 @@ def _limited_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         end = piece.rfind(b"\n")
         n_bytes = n_bytes + len(piece) if end < 0 else len(piece) - end - 1
-        if n_bytes > MAX_LOOKUP_BYTES:
-            raise httpx2.DecodingError(_too_large("a line of a log"))
+        if n_bytes > MAX_LINE_BYTES:
+            problem = f"a line of a log has more than {MAX_LINE_BYTES >> 20} MiB"
+            raise httpx2.DecodingError(problem)
         yield piece
 
 

@@ -131,8 +131,13 @@ def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | N
         return 0
     message = read_answer(hub_repo, MESSAGE, status.message) or "the Hub does not say why"
     say(f"Job {status.stage}: {message}")
-    code = EXIT_CODE.search(message)
-    return int(code[1]) if code else None
+    return exit_code_in(message)
+
+
+def exit_code_in(message: str) -> int | None:
+    """The exit code of a failure, if the Hub's message on it has one."""
+    found = EXIT_CODE.search(message)
+    return code if found and 0 < (code := int(found[1])) < 256 else None
 
 
 def scheduled(api: HfApi, namespace: str | None) -> list[dict[str, Any]]:

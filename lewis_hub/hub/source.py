@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.file_download import repo_folder_name
 
+from lewis_hub.documents import SURROGATE
 from lewis_hub.errors import SourceError
 from lewis_hub.files import is_hidden
 
@@ -150,7 +151,7 @@ def listed_file(file: RepoSibling | RepoFile) -> SourceFile:
         FileMetadataError: its name, size or digest is none.
     """
     path, size_bytes = file.rfilename, file.size or 0
-    if not isinstance(path, str) or not path or "\0" in path:
+    if not isinstance(path, str) or not path or "\0" in path or SURROGATE.search(path):
         raise FileMetadataError(f"{path!r} is not the name of a file")
     if not isinstance(size_bytes, int) or size_bytes < 0:
         raise FileMetadataError(f"{path}: {size_bytes!r} is not a size")

@@ -122,7 +122,8 @@ def extract(
         NonFiniteError: a task vector holds NaN or infinity.
     """
     import torch
-    from safetensors.torch import save_file
+
+    from lewis_hub.calibration.grams import write_tensors
 
     whole_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32, F16=torch.float16)
     factor_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32)  # float16 overflows
@@ -151,7 +152,7 @@ def extract(
     config = adapter_config(base[0], fits, [*whole, *heads], model.task)
     if _is_tied(held, whole):
         config["ensure_weight_tying"] = True
-    save_file(held, output / weights, {"format": "pt"})
+    write_tensors(held, output / weights, {"format": "pt"})
     (output / configuration).write_text(
         json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
     )

@@ -129,8 +129,12 @@ LOOKUPS = {
         "an answer to a lookup has more than 64 MiB",
     ),
     "very many values": (
-        ("gzip", gzip.compress(b"[" + b"{}," * 2_000_001)),
+        ("gzip", gzip.compress(b"[" + b"0," * 4_000_000)),
         "an answer to a lookup has more than 4,000,000 values",
+    ),
+    "very many objects": (
+        ("gzip", gzip.compress(b"[" + b"{}," * 600_000)),
+        "an answer to a lookup has more than 600,000 objects and lists",
     ),
     "not compressed": (
         ("gzip", b"{}"),
@@ -177,6 +181,7 @@ WRONGLY_LISTED = [
     {"siblings": [{"rfilename": None, "blobId": SHA1}]},
     {"siblings": [{"rfilename": "", "blobId": SHA1}]},
     {"siblings": [{"rfilename": "a\0.json", "blobId": SHA1}]},
+    {"siblings": [{"rfilename": "\ud800.json", "blobId": SHA1}]},
     {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "size": -1}]},
     {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "size": "x"}]},
     {"siblings": [{"rfilename": "a.json", "blobId": SHA1, "lfs": 5}]},
@@ -294,7 +299,7 @@ def test_a_file_without_a_length_is_limited(tmp_path, monkeypatch):
 
 
 def test_the_log_of_a_job_may_be_quiet_and_long_but_no_line_endless(monkeypatch):
-    monkeypatch.setattr(answers, "MAX_LOOKUP_BYTES", 50_000)
+    monkeypatch.setattr(answers, "MAX_LINE_BYTES", 50_000)
     monkeypatch.setattr(answers, "SPEED_AFTER_S", 0.0)
     lines = [b'data: {"data": "%d", "timestamp": ""}\n' % number for number in range(5000)]
 

@@ -59,6 +59,20 @@ def test_a_job_ends_with_its_command_s_exit_code(api, code):
     assert said == [f"Job ERROR: Job failed with exit code: {code}. Reason: Error"]
 
 
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("Job failed with exit code: 137. Reason: OOMKilled", 137),
+        ("exit code 1", 1),
+        ("Job timeout", None),
+        ("exit code 0", None),
+        ("exit code 256", None),  # as a status it would be 0
+    ],
+)
+def test_a_failure_has_the_exit_code_of_a_failure(message, code):
+    assert jobs.exit_code_in(message) == code
+
+
 def test_lines_come_while_the_job_still_runs(api):
     job = run(api, "import time; print('now', flush=True); time.sleep(60)")
 

@@ -1,6 +1,7 @@
 """`extract-lora`: a fine-tuned model becomes an adapter that a merge can take back."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, OutputError
 from lewis_hub.recipe.read import parse_recipe
 
 BASE = zoo_folder() / "base"
@@ -476,3 +477,22 @@ def test_the_task_is_that_of_the_model(tmp_path, kind, task):
 
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["task_type"] == task
+
+
+def test_a_full_disk_is_one_message(model, tmp_path):
+    """safetensors writes in Rust, whose error was a traceback after all factorisations."""
+    expert, adapter = model("expert", tuned), tmp_path / "adapter"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            lewis_hub.extract_lora(expert, BASE, adapter, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    written = tmp_path / "adapter.partial" / "adapter_model.safetensors"
+    told = str(caught.value)
+    assert told.startswith(f"{written}: it cannot be written (")
+    assert "File too large" in told
+    assert told.endswith("Free some space, then run again.")
+    assert not adapter.exists()
