@@ -31,6 +31,7 @@ from lewis_hub.evaluate.tasks import (
     read_folder,
 )
 from lewis_hub.files import is_hidden, raise_if_of_the_disk
+from lewis_hub.hub.cached_rows import computed_anew
 from lewis_hub.hub.dataset_cards import ELSEWHERE
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import commit_cache, library, only_pinned, only_tables
@@ -230,7 +231,8 @@ def with_prompts(
 @contextmanager
 def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
     """The settings under which lm-eval builds tasks and renders their items."""
-    with library_settings(allow_code=selection.allow_code), at_commits(commits):
+    settings = library_settings(allow_code=selection.allow_code)
+    with settings, at_commits(commits), computed_anew():
         yield
 
 

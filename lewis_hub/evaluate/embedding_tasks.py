@@ -20,6 +20,7 @@ from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import raise_if_of_the_disk, require_inside
+from lewis_hub.hub.cached_rows import computed_anew
 from lewis_hub.hub.rows import at_commit, only_tables
 
 KINDS = {  # types of own tasks -> class of mteb
@@ -156,7 +157,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
             pinned.pop("trust_remote_code", None)  # `datasets` runs no code
             task.metadata = task.metadata.model_copy(update={"dataset": pinned})
         try:
-            with own_cache, quiet_libraries(), only_tables():
+            with own_cache, quiet_libraries(), only_tables(), computed_anew():
                 task.load_data()
         except LewisHubError:
             raise

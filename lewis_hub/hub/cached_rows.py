@@ -50,6 +50,24 @@ def _digests(folder: Path) -> bytes:
     return json.dumps(dict(named), indent=2).encode()
 
 
+@contextmanager
+def computed_anew() -> Iterator[None]:
+    """Inside the block `datasets` does not cache what functions compute of rows.
+
+    It names that by the names of the functions in a module, so that an edited one gives the old
+    rows, and it compares nothing.
+    """
+    import datasets
+
+    was_enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.enable_caching()
+
+
 def name_by_content() -> None:
     """Let `datasets` name the rows of local files by the contents of the files.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from lewis_hub.errors import EvaluationError, SourceError
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
@@ -65,17 +64,14 @@ ScoredSources = Mapping[tuple[str, str | None], Source]  # by name and revision 
 def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
     """Return the repos and folders that scored tasks read.
 
-    A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
-
     Raises:
-        SourceError: the card of a dataset names data elsewhere, or a folder has links out of it.
+        SourceError: a repo cannot be found, though the cache of `datasets` may have rows of it, of
+            whatever commit; the card of a dataset names data elsewhere, or a folder has links out
+            of it.
     """
     every = library_of(selected).data(selected)
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
-    found: dict[tuple[str, str | None], Source] = {}
-    for name, revision in repos:
-        with nullcontext() if Path(name).exists() else suppress(SourceError):
-            found[name, revision] = resolve_dataset(api, name, revision)
+    found = {(name, revision): resolve_dataset(api, name, revision) for name, revision in repos}
     for source in found.values():
         require_own_files(api, source)
     return found

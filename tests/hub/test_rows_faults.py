@@ -10,7 +10,9 @@ import os
 import tarfile
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -20,7 +22,8 @@ from huggingface_hub.hf_api import RepoFolder
 from lewis_hub.cli.main import disk_failure
 from lewis_hub.documents import MAX_JSON_BYTES, MAX_JSON_VALUES
 from lewis_hub.errors import SourceError
-from lewis_hub.evaluate.benchmarks import at_commits
+from lewis_hub.evaluate.benchmarks import at_commits, prepared
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub import fetch, rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows, only_tables
@@ -318,3 +321,21 @@ def test_no_rows_are_kept_of_a_file_that_changed_and_was_restored_while_it_was_r
     with at_commits({}):
         table = datasets.load_dataset("json", data_files=str(path), split="train")
     assert table.to_list() == [{"text": "a"}]
+
+
+def test_what_functions_compute_of_rows_is_computed_anew(tmp_path, monkeypatch):
+    """`datasets` names it by the name of the function: an edited one gave the old rows."""
+    (tmp_path / "own_rows.py").write_text("def word(row):\n    return {'word': WORD}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own: Any = import_module("own_rows")
+    path = tmp_path / "texts.jsonl"
+    path.write_text(text_lines("x"))
+    found = []
+    for word in ("a", "b"):
+        own.WORD = word
+        with prepared(TaskSelection(("gsm8k",)), {}):
+            table: Any = datasets.load_dataset("json", data_files=str(path), split="train")
+            found.append(table.map(own.word)[0]["word"])
+
+    assert found == ["a", "b"]
+    assert datasets.is_caching_enabled()
