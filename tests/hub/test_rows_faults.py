@@ -28,6 +28,7 @@ from lewis_hub.hub import fetch, rows
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.rows import describe_dataset, load_rows, only_tables
 from lewis_hub.hub.source import cache_root
+from lewis_hub.workflow.task_data import scored_sources
 
 ROWS, OTHERS = (b'{"text": "%s"}\n' % text for text in (b"yes", b"no"))
 CARD = b"---\nconfigs:\n- {config_name: default, data_files: other.jsonl}\n---\n"
@@ -339,3 +340,11 @@ def test_what_functions_compute_of_rows_is_computed_anew(tmp_path, monkeypatch):
 
     assert found == ["a", "b"]
     assert datasets.is_caching_enabled()
+
+
+def test_a_scored_dataset_that_cannot_be_found_is_not_read_from_a_cache(tmp_path, api):
+    """The cache of `datasets` may have rows of another commit, or of another Hub."""
+    (tmp_path / "own.yaml").write_text("task: own\ndataset_path: me/none\ntest_split: train\n")
+
+    with pytest.raises(SourceError, match="me/none"):
+        scored_sources(api, TaskSelection(("own",), tmp_path))
