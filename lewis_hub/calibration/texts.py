@@ -309,14 +309,13 @@ def calibration_tokens(
     if not calibration.task:
         check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
-    max_letters = max(MAX_LETTERS_TOGETHER, MAX_LETTERS_ON_AVERAGE * len(drawn))
-    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}", max_letters)
+    texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}")
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
+    encoded = _encoded([text for _, text in kept], tokenizer, template)
     # a function, so that the tokens of a long text are freed before the next one is tokenised
-    shortened = partial(_shortened, calibration, tokenizer)
-    encoded = map(shortened, _encoded([text for _, text in kept], tokenizer, template))
-    for (i, _), (part, n_left_out) in zip(kept, encoded, strict=True):
+    shortened = map(partial(_shortened, calibration, tokenizer), encoded)
+    for (i, _), (part, n_left_out) in zip(kept, shortened, strict=True):
         if part:
             numbers.append(i)
             cut.append(part)
@@ -340,19 +339,17 @@ def calibration_tokens(
     )
 
 
-def _rendered(
-    rows: TextRows, drawn: Sequence[int], template: Template, where: str, max_letters: int
-) -> list[str]:
+def _rendered(rows: TextRows, drawn: Sequence[int], template: Template, where: str) -> list[str]:
     texts, n_letters = list[str](), 0
+    max_letters = max(MAX_LETTERS_TOGETHER, MAX_LETTERS_ON_AVERAGE * len(drawn))
     for i, row in zip(drawn, rows.rows(drawn), strict=True):
         text = template.render(i, row)
         _require_tokenisable(where, i, text)
         texts.append(text)
         n_letters += len(text)
         if n_letters > max_letters:
-            problem = f"the texts up to row {i} have {n_letters:,} letters, the limit for all is "
-            remedy = "Set fewer `samples`, or calibrate on shorter texts."
-            raise CalibrationError(where, f"{problem}{max_letters:,}", remedy)
+            problem = f"up to row {i} there are {n_letters:,} letters, the limit is {max_letters:,}"
+            raise CalibrationError(where, problem, "Set fewer `samples`, or draw shorter texts.")
     return texts
 
 
@@ -372,8 +369,7 @@ def _shortened(
     ids = _left_open(tokens, tokenizer) if calibration.answers else tokens
     part = ids[: calibration.max_tokens]
     if ids and (calibration.task or calibration.answers):
-        starts = {tokenizer.bos_token_id, tokenizer.cls_token_id}
-        part = _last(ids, calibration.max_tokens, starts)
+        part = _last(ids, calibration.max_tokens, {tokenizer.bos_token_id, tokenizer.cls_token_id})
     return part, len(ids) - len(part)
 
 

@@ -34,6 +34,7 @@ from lewis_hub.files import is_hidden, require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
+MAX_PROMPT = 50_000  # letters, before each text
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -112,6 +113,13 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         remedy = "Expected: a folder that sentence-transformers can load."
         raise EvaluationError(str(folder), problem, remedy) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
+    for name, prompt in (getattr(model, "prompts", None) or {}).items():
+        if len(str(prompt)) > MAX_PROMPT:
+            problem = (
+                f"its prompt `{str(name)[:100]}` has {len(prompt):,} letters, which go before "
+            )
+            problem += f"each text; the limit is {MAX_PROMPT:,}"
+            raise EvaluationError(str(folder), problem, "Use a copy with a shorter prompt.")
     return model
 
 

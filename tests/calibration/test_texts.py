@@ -296,8 +296,8 @@ def test_texts_that_together_take_very_long_are_refused_before_any_is_tokenised(
         calibration_tokens(Table([*rows, *rows]), asking(samples=8), counting, seed=0)
 
     assert str(caught.value) == (
-        "calibration on me/data: the texts up to row 4 have 125 letters, the limit for all is 100."
-        "\nSet fewer `samples`, or calibrate on shorter texts."
+        "calibration on me/data: up to row 4 there are 125 letters, the limit is 100."
+        "\nSet fewer `samples`, or draw shorter texts."
     )
     assert counting.n_letters == []
     monkeypatch.setattr(texts, "MAX_LETTERS_ON_AVERAGE", 25)
