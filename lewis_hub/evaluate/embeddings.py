@@ -34,7 +34,7 @@ from lewis_hub.files import is_hidden, require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
-MAX_PROMPT = 50_000  # letters, before each text
+MAX_PROMPT = 10_000  # letters, before each text
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
 WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -115,10 +115,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
-            problem = (
-                f"its prompt `{str(name)[:100]}` has {len(prompt):,} letters, which go before "
-            )
-            problem += f"each text; the limit is {MAX_PROMPT:,}"
+            problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "
+            problem += f"{len(str(prompt)):,} letters; the limit is {MAX_PROMPT:,}"
             raise EvaluationError(str(folder), problem, "Use a copy with a shorter prompt.")
     return model
 

@@ -181,15 +181,15 @@ def test_no_processor_adapter_or_module_leads_out_of_the_model(name, settings, t
 def test_no_text_gets_a_very_long_prompt(tmp_path):
     """It goes before each text that the model embeds."""
     embedder(tmp_path, 1)
-    prompts = {"prompts": {"query": "x" * 50_001}, "default_prompt_name": "query"}
+    prompts = {"prompts": {"query": "x" * 10_001}, "default_prompt_name": "query"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
 
     with pytest.raises(EvaluationError) as caught:
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 
     assert str(caught.value) == (
-        f"{tmp_path}: its prompt `query` has 50,001 letters, which go before each text; "
-        "the limit is 50,000.\nUse a copy with a shorter prompt."
+        f"{tmp_path}: its prompt `query`, which goes before each text, has 10,001 letters; "
+        "the limit is 10,000.\nUse a copy with a shorter prompt."
     )
 
 
