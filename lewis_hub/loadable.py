@@ -36,9 +36,8 @@ MAX_LOAD_S = 45.0
 MAX_LOAD_BYTES = 1_500_000_000  # by which this process grows
 LAST_LOAD_S = 60.0  # code in Rust that no error stops ends with the process
 SMALLER = "Its files are damaged, or made to do so: use an intact copy of the model."
-IS_LIMITED: ContextVar[bool] = ContextVar(
-    "IS_LIMITED", default=False
-)  # inside of a load that is limited
+# inside of a load that is limited
+IS_LIMITED: ContextVar[bool] = ContextVar("IS_LIMITED", default=False)
 
 
 def require_loadable(folder: Path) -> None:

@@ -212,7 +212,7 @@ def require_stated(found: Lock) -> None:
 
 def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     """The facts with a recipe as it was run, and its `publish`."""
-    text = RecipeSnapshot(recipe, {}, {}, {}).to_yaml()
+    text = RecipeSnapshot(recipe, {}).to_yaml()
     named = replace(facts, title=recipe.get("name") or UNNAMED, recipe=text)
     return published_as(replace(named, exports=exports_in(recipe)), publishing_in(recipe))
 

@@ -26,15 +26,27 @@ TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 
 
 @dataclass(frozen=True)
+class OwnTaskFile:
+    """A file of the user that the tasks of a recipe use, as it was when the recipe was read."""
+
+    file: Path
+    output: OutputFile  # what a lock states of its copy
+    state: str  # as `state_of` says
+
+
+@dataclass(frozen=True)
 class RecipeSnapshot:
     """A recipe as it was run."""
 
     # plain data with all defaults and pinned revisions. It can be read as a recipe beside the
     # copied task files.
     document: Mapping[str, Any]
-    task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
-    outputs: Mapping[str, OutputFile]  # what a lock states of these files, as they were then
-    states: Mapping[str, str]  # of these files then, by path beside the recipe
+    task_files: Mapping[str, OwnTaskFile]  # by path beside it
+
+    @property
+    def outputs(self) -> dict[str, OutputFile]:
+        """Return what a lock states of the task files."""
+        return {f"lewis/{path}": one.output for path, one in self.task_files.items()}
 
     def to_yaml(self) -> str:
         """Return the document as text."""
@@ -46,14 +58,13 @@ class RecipeSnapshot:
         Raises:
             SourceError: a file is not what it was when the recipe was read.
         """
-        for path, file in self.task_files.items():
+        for path, one in self.task_files.items():
             (own / path).parent.mkdir(parents=True, exist_ok=True)
-            with local_reading(str(file.parent)):
-                shutil.copyfile(file, own / path)
-            is_same = sha256_of(own / path) == self.outputs[f"lewis/{path}"].sha256
-            if not is_same or state_of(file) != self.states[path]:
-                problem = f"`{file.name}` changed while it was used"
-                raise SourceError(str(file.parent), problem, RESTORE)
+            with local_reading(str(one.file.parent)):
+                shutil.copyfile(one.file, own / path)
+            if (sha256_of(own / path), state_of(one.file)) != (one.output.sha256, one.state):
+                problem = f"`{one.file.name}` changed while it was used"
+                raise SourceError(str(one.file.parent), problem, RESTORE)
         return [*self.task_files]
 
 
@@ -82,16 +93,13 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
-    files = task_files(recipe)
-    states = {path: state_of(file) for path, file in files.items()}
-    return RecipeSnapshot(document, files, _locked(files), states)
+    files = {path: _as_it_is(file) for path, file in task_files(recipe).items()}
+    return RecipeSnapshot(document, files)
 
 
-def _locked(files: Mapping[str, Path]) -> dict[str, OutputFile]:
-    return {
-        f"lewis/{path}": OutputFile(sha256_of(file), file.stat().st_size)
-        for path, file in files.items()
-    }
+def _as_it_is(file: Path) -> OwnTaskFile:
+    state = state_of(file)  # before it is read: a later write changes it
+    return OwnTaskFile(file, OutputFile(sha256_of(file), file.stat().st_size), state)
 
 
 def task_files(recipe: Recipe) -> dict[str, Path]:

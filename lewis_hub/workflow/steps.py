@@ -106,7 +106,7 @@ def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
     reporting = ReportSettings(
         facts=facts_of(found),
         planned=planned,
-        snapshot=RecipeSnapshot(planned.recipe, {}, {}, {}),
+        snapshot=RecipeSnapshot(planned.recipe, {}),
         mergekit=None,
         benchmarks={},
         device="cpu",

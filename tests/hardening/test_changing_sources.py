@@ -294,14 +294,24 @@ def merge_in(place, name, title, calls=None, ends=None):
     return lewis_hub.merge_models(recipe, place / name, progress=progress).output
 
 
-@pytest.mark.parametrize("title", [*METHODS][1:])
-def test_a_rerun_measures_again_if_weights_were_changed_and_restored(place, title):
-    weights = place / "expert" / "model.safetensors"
+def altering(weights):
+    """Functions that write other values into a file of weights, and its old content again."""
     kept = weights.read_bytes()
-    clean = weight_bytes(merge_in(place, "clean", title))
 
     def change():
         save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
+
+    def restore():
+        weights.write_bytes(kept)
+
+    return change, restore
+
+
+@pytest.mark.parametrize("title", [*METHODS][1:])
+def test_a_rerun_measures_again_if_weights_were_changed_and_restored(place, title):
+    weights = place / "expert" / "model.safetensors"
+    clean = weight_bytes(merge_in(place, "clean", title))
+    change, restore = altering(weights)
 
     def stop():
         raise KeyboardInterrupt
@@ -309,7 +319,7 @@ def test_a_rerun_measures_again_if_weights_were_changed_and_restored(place, titl
     for name, calls in (("refused", {}), ("stopped", {"Merging": stop})):
         with pytest.raises((SourceError, KeyboardInterrupt)):
             merge_in(place, name, title, {title: change, **calls})
-        weights.write_bytes(kept)
+        restore()
         assert (place / f"{name}.partial").exists()
 
     for name in ("refused", "stopped"):
@@ -341,14 +351,8 @@ def test_a_configuration_that_is_edited_while_its_model_is_measured_is_refused(p
 def test_weights_that_are_changed_and_restored_while_they_are_read_are_refused(place, title):
     """Only the content at the end was compared."""
     weights = place / "expert" / "model.safetensors"
-    kept = weights.read_bytes()
     clean = weight_bytes(merge_in(place, "clean", title))
-
-    def change():
-        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
-
-    def restore():
-        weights.write_bytes(kept)
+    change, restore = altering(weights)
 
     with pytest.raises(SourceError, match=r"`model\.safetensors` was written or linked while"):
         merge_in(place, "merged", title, {title: change}, {title: restore})
@@ -365,13 +369,7 @@ def test_no_score_is_told_of_weights_that_changed_while_they_were_scored(hub, pl
     asked = "{tasks: [zoo_reverse], include: tasks, limit: 2, compare: [experts]}"
     text = f"{{base_model: zoo/base, models: [expert], merge_method: linear, evaluate: {asked}}}"
     recipe = parse_recipe(text, "recipe.yaml").placed_in(place)
-    kept = weights.read_bytes()
-
-    def change():
-        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
-
-    def restore():
-        weights.write_bytes(kept)
+    change, restore = altering(weights)
 
     def scored(progress):
         asked = recipe.evaluate.model_copy(update={"include": str(place / "tasks")})
@@ -399,12 +397,7 @@ def test_a_card_that_its_author_edits_meanwhile_stops_no_merge(place):
 @pytest.mark.parametrize("is_restored", [False, True])
 def test_no_adapter_is_made_of_weights_that_changed_while_they_were_read(place, is_restored):
     expert, base = place / "expert", zoo_folder() / "base"
-    weights, kept = expert / "model.safetensors", (expert / "model.safetensors").read_bytes()
     settings = lewis_hub.LoraSettings(rank=2, include="proj")
-
-    def change(path, content):
-        other = {name: 1.5 * one for name, one in load(content).items()}
-        save_file(other, path, {"format": "pt"})
 
     def extract(name, calls, ends):
         progress = AtStages(calls, ends)
@@ -417,22 +410,22 @@ def test_no_adapter_is_made_of_weights_that_changed_while_they_were_read(place, 
         lewis_hub.merge_loras(recipe, place / name, progress=AtStages(calls, ends))
         return weight_bytes(place / name)
 
-    def refused(run, title, path, content):
-        ends = {title: lambda: path.write_bytes(content)} if is_restored else {}
+    def refused(run, title, path):
+        change, restore = altering(path)
         with pytest.raises(SourceError) as caught:
-            run("refused", {title: lambda: change(path, content)}, ends)
-        path.write_bytes(content)
+            run("refused", {title: change}, {title: restore} if is_restored else {})
+        restore()
         return str(caught.value).partition(": ")[2]
 
     told = "{} changed while it was read.\nRestore it, then run again."
     if is_restored:
         told = "{} was written or linked while it was read.\nRun again when nothing writes it."
     extract("clean", {}, {})
-    found = refused(extract, "Extracting", weights, kept)
+    found = refused(extract, "Extracting", expert / "model.safetensors")
     assert found == told.format("`model.safetensors`")
     adapter = place / "clean" / "adapter_model.safetensors"
-    merged, kept = merge("merged", {}, {}), adapter.read_bytes()
-    found = refused(merge, "Merging adapters", adapter, kept)
+    merged = merge("merged", {}, {})
+    found = refused(merge, "Merging adapters", adapter)
     assert found == told.format("`adapter_model.safetensors`")
     assert not (place / "refused").exists()
     assert merge("again", {}, {}) == merged

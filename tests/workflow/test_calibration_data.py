@@ -476,14 +476,20 @@ def test_data_made_by_python_cannot_be_pinned(seeded, tmp_path):
     assert message.startswith("zoo_reverse: makes its items with Python")
 
 
-def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path):
-    rows = tmp_path / "rows.jsonl"
+def task_on_local_rows(folder):
+    """Write a task whose rows are in a file beside it; return that file."""
+    rows = folder / "rows.jsonl"
     rows.write_text((zoo_folder() / "data/reverse/train.jsonl").read_text())
     local = (TASKS / "zoo_reverse.yaml").read_text().replace(
         "dataset_path: zoo/reverse",
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}",
     )  # fmt: skip
-    (tmp_path / "local.yaml").write_text(local)
+    (folder / "local.yaml").write_text(local)
+    return rows
+
+
+def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path):
+    rows = task_on_local_rows(tmp_path)
     before = pin_task(seeded.api(), "zoo_reverse", None, tmp_path)
     rows.write_text('{"question": "reverse AB", "answer": "BA"}\n')
     after = pin_task(seeded.api(), "zoo_reverse", None, tmp_path)
@@ -497,13 +503,7 @@ def test_rows_of_a_task_that_changed_since_they_were_pinned_are_refused(
     seeded, tmp_path, monkeypatch
 ):
     """They would be in a merge whose lock names the file as it was."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text((zoo_folder() / "data/reverse/train.jsonl").read_text())
-    local = (TASKS / "zoo_reverse.yaml").read_text().replace(
-        "dataset_path: zoo/reverse",
-        f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}",
-    )  # fmt: skip
-    (tmp_path / "local.yaml").write_text(local)
+    rows = task_on_local_rows(tmp_path)
     asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path)
     load_rows = texts.items.load_rows
 

@@ -82,7 +82,7 @@ def forge(merged, files):
 def put_lock(merged, lock, text=None):
     """A lock, with a provenance that fits it, and with its recipe or another `text` beside it."""
     recipe = merged / "lewis/recipe.yaml"
-    recipe.write_text(text or RecipeSnapshot(lock.recipe, {}, {}, {}).to_yaml())
+    recipe.write_text(text or RecipeSnapshot(lock.recipe, {}).to_yaml())
     file = OutputFile(sha256_of(recipe), recipe.stat().st_size)
     lock = replace(lock, outputs={**lock.outputs, "lewis/recipe.yaml": file})
     (merged / "lewis/lock.json").write_text(lock.to_json())
