@@ -1,7 +1,10 @@
-"""Keeps libraries inside a folder while they load a model of others, by an audit hook (PEP 578).
+"""What code may open, by an audit hook (PEP 578).
 
-Settings in the files of a model make transformers and sentence-transformers open other files. The
-hook sees every file that Python code opens, and every connection that it makes. It sees no file
+Settings in the files of a model make transformers and sentence-transformers open other files:
+libraries are kept inside a folder while they load a model of others. The Python of a user's tasks
+may open the files that the tasks name.
+
+The hook sees every file that Python code opens, and every connection that it makes. It sees no file
 that a library opens in C or Rust.
 """
 
@@ -14,16 +17,17 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from importlib.util import source_from_cache
+from pathlib import Path, PurePath
 from traceback import walk_stack
 from typing import Any
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import require_inside
+from lewis_hub.files import is_hidden, require_inside
 
 EVENTS = frozenset(  # of several hundred: most, such as that of `id`, are far more frequent
     ("open", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
@@ -42,6 +46,8 @@ NOT_OF_A_MODEL = {
     ("<frozen importlib._bootstrap>", "_find_and_load"),
     (logging.Logger.callHandlers.__code__.co_filename, "callHandlers"),
 }
+SYSTEM = ("/dev", "/etc", "/proc", "/run", "/sys", "/var")
+INSTALLED_DATA = "nltk_data"  # as NLTK names its folder, wherever it is
 NEW = os.O_CREAT | os.O_EXCL
 REMEDY = "Its settings lead there; only the files of a model are used. Remove them in a copy."
 
@@ -76,6 +82,25 @@ def confined_to(folder: Path) -> Iterator[None]:
         _thread.rule = before
 
 
+@contextmanager
+def opening_only(
+    named: Callable[[], Collection[Path]], folder: Path, *, elsewhere: bool
+) -> Iterator[Sequence[str]]:
+    """Let Python files in a folder read only the files of it that are `named`, in this thread.
+
+    Files elsewhere they may read if `elsewhere` is true; else only those of packages, of the
+    system, of caches and hidden ones. Yields the paths that were refused so far: code may go on
+    without a file.
+    """
+    _install()
+    before, rule = getattr(_thread, "reads", None), _Reads(_real(folder), named, elsewhere)
+    _thread.reads = rule
+    try:
+        yield rule.refused
+    finally:
+        _thread.reads = before
+
+
 def _cause(error: BaseException | None) -> _OutsideError | None:
     """What was refused, and so made other errors."""
     seen: set[int] = set()
@@ -96,6 +121,9 @@ def _install() -> None:
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     if event not in EVENTS:
         return
+    reads: _Reads | None = getattr(_thread, "reads", None)
+    if reads and event == "open" and not isinstance(args[0], int):
+        reads.require(os.fsdecode(args[0]), args[2])
     rule: _Rule | None = getattr(_thread, "rule", None)
     if rule is None:
         return
@@ -139,6 +167,85 @@ class _Rule:
         if flags & NEW == NEW:
             return _is_in(_real(path), {self.temporary})
         return whole.is_dir()  # has no content; Python names it for a file without a name
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """What the Python files in a folder may read."""
+
+    folder: str  # without links
+    named: Callable[[], Collection[Path]]
+    elsewhere: bool
+    refused: list[str] = field(default_factory=list)
+
+    def require(self, path: str, flags: int) -> None:
+        """Raise an error if a Python file of the folder opens what it may not read."""
+        if flags & os.O_WRONLY:
+            return
+        file = _source(_real(path))
+        is_beside = _is_in(file, {self.folder})
+        if (not is_beside and self.elsewhere) or not self._is_asking() or not Path(file).is_file():
+            return
+        if is_beside:
+            allowed = file in self._named or _is_in(file, self._installed_beside)
+        else:
+            allowed = _is_in(file, self._installed) or _is_of_the_machine(file)
+        if not allowed:
+            self.refused.append(file)
+            raise _OutsideError(errno.EACCES, "no file that the task names", file)
+
+    def _is_asking(self) -> bool:
+        """Whether Python of the folder is at work."""
+        files = {frame.f_code.co_filename for frame, _ in walk_stack(sys._getframe())}
+        own = [real for file in files if _is_in(real := _real_cached(file), {self.folder})]
+        return any(not _is_in(file, self._installed_beside) for file in own)
+
+    @cached_property
+    def _named(self) -> Set[str]:
+        _thread.reads = None  # to find them, files are read
+        try:
+            return {_real(file) for file in self.named()}
+        finally:
+            _thread.reads = self
+
+    @cached_property
+    def _installed(self) -> Set[str]:
+        return {*_packages(), *map(_real, _caches()), *SYSTEM}
+
+    @cached_property
+    def _installed_beside(self) -> Set[str]:
+        """Packages and caches in the folder; the task may have put its own Python into the path."""
+        found = {one for one in _packages() if _is_in(one, {_real(sys.prefix)})}
+        found |= {_real(Path(__file__).parent), *map(_real, _caches())}
+        return {one for one in found if _is_in(one, {self.folder})}
+
+
+def _source(file: str) -> str:
+    """The Python file of a compiled one; any other file itself."""
+    if PurePath(file).parent.name == "__pycache__":
+        with suppress(ValueError, NotImplementedError):
+            return source_from_cache(file)
+    return file
+
+
+def _is_of_the_machine(file: str) -> bool:
+    path = Path(file)
+    return is_hidden(path.relative_to(path.anchor)) or INSTALLED_DATA in path.parts
+
+
+def _caches() -> Iterator[str]:
+    """The folders with what libraries fetched, and for temporary files."""
+    from huggingface_hub import constants
+
+    yield from (constants.HF_HOME, constants.HF_HUB_CACHE, tempfile.gettempdir())
+    if datasets := sys.modules.get("datasets.config"):
+        yield str(datasets.HF_CACHE_HOME)
+        yield str(datasets.HF_DATASETS_CACHE)
+
+
+@lru_cache(maxsize=10_000)
+def _real_cached(file: str) -> str:
+    return _real(file)
 
 
 def _is_own(folder: Path, path: Path) -> bool:

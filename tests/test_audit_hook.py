@@ -1,20 +1,22 @@
-"""Code that loads a model of others opens files of this model only."""
+"""Code opens only what it may: files of a model, or files that a user's tasks name."""
 
 import json
 import logging
 import os
+import py_compile
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 import transformers
 
-from lewis_hub.audit_hook import confined_to
+from lewis_hub.audit_hook import confined_to, opening_only
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import SourceError
 
@@ -274,3 +276,79 @@ def test_a_setting_that_names_a_file_leads_nowhere(tmp_path):
 
     with pytest.raises(SourceError, match=f"to load it opens {secret}"), confined_to(folder):
         SparseEncoder(str(folder), local_files_only=True)
+
+
+def python_of(folder, text):
+    """Run Python as if it were a file of a folder; return what it defines."""
+    found = {"Path": Path, "folder": folder}
+    exec(compile(text, str(folder / "own.py"), "exec"), found)
+    return found
+
+
+def reader(folder):
+    return python_of(folder, "def read(name): return (folder / name).read_text()")["read"]
+
+
+def test_python_of_a_folder_reads_only_the_files_of_it_that_are_named(model, secret):
+    (model / "words.json").write_text("[]")
+    read = reader(model)
+    with opening_only(lambda: [model / "config.json"], model, elsewhere=True) as refused:
+        assert read("config.json") == "{}"
+        assert read("../secret") == "hunter2"
+        assert (model / "words.json").read_text() == "[]"  # by this file, which is elsewhere
+        with pytest.raises(PermissionError, match="no file that the task names"):
+            read("words.json")
+        with pytest.raises(FileNotFoundError):
+            read("absent.json")
+        python_of(model, "(folder / 'log').write_text('a line')")
+        assert refused == [str(model / "words.json")]
+    assert read("words.json") == "[]"
+
+
+def test_python_of_a_folder_reads_no_other_files_elsewhere(model, secret, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for name in ("temporary/file", ".hidden/file", "nltk_data/file"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("fetched")
+    read = reader(model)
+    with opening_only(list, model, elsewhere=False) as refused:
+        assert [read(f"../{one}/file") for one in ("temporary", ".hidden", "nltk_data")] == [
+            "fetched"
+        ] * 3
+        assert read(zoo_folder() / "base" / "config.json").startswith("{")
+        with pytest.raises(PermissionError):
+            read("../secret")
+    assert refused == [str(secret)]
+
+
+def test_compiled_python_of_a_folder_counts_as_its_source(model):
+    for name in ("named", "unnamed"):
+        (model / f"{name}.py").write_text("")
+        py_compile.compile(str(model / f"{name}.py"))
+    read = python_of(model, "def read(name): return Path(name).read_bytes()")["read"]
+    with opening_only(lambda: [model / "named.py"], model, elsewhere=True) as refused:
+        assert read(cache_from_source(str(model / "named.py")))
+        with pytest.raises(PermissionError):
+            read(cache_from_source(str(model / "unnamed.py")))
+    assert refused == [str(model / "unnamed.py")]
+
+
+def test_packages_and_caches_in_a_folder_may_be_read(model, monkeypatch):
+    """As where the folder of the recipe has both the task files and a virtual environment."""
+    package = model / "venv" / "lib" / "package"
+    package.mkdir(parents=True)
+    (package / "data.json").write_text("[1]")
+    (model / "cache").mkdir()
+    (model / "cache" / "rows.json").write_text("[2]")
+    monkeypatch.setattr(sys, "prefix", str(model / "venv"))
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(model / "cache"))
+    (model / "words.json").write_text("[3]")
+    with opening_only(list, model, elsewhere=True) as refused:
+        read = reader(model)
+        assert read("venv/lib/package/data.json") == "[1]"
+        assert read("cache/rows.json") == "[2]"
+        assert reader(package)("../../../words.json") == "[3]"  # code of the package
+        with pytest.raises(PermissionError):
+            read("words.json")
+    assert refused == [str(model / "words.json")]

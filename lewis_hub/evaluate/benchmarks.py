@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.errors import EvaluationError, LewisHubError
+from lewis_hub.audit_hook import opening_only
+from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.code import with_imports
 from lewis_hub.evaluate.harness import (
     LONGEST_CAUSE,
     Benchmarks,
@@ -30,10 +32,10 @@ from lewis_hub.evaluate.tasks import (
     locate_tasks,
     read_folder,
 )
-from lewis_hub.files import is_hidden, raise_if_of_the_disk
+from lewis_hub.files import is_hidden, raise_if_of_the_disk, visible_files
 from lewis_hub.hub.cached_rows import computed_anew
-from lewis_hub.hub.dataset_cards import ELSEWHERE
-from lewis_hub.hub.resolve import resolve_dataset
+from lewis_hub.hub.dataset_cards import CARDS, ELSEWHERE
+from lewis_hub.hub.resolve import DATA_SUFFIXES, resolve_dataset
 from lewis_hub.hub.rows import commit_cache, library, only_pinned, only_tables
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
@@ -55,6 +57,7 @@ class TaskData:
     revision: str | None  # as the task's file writes it
     files: tuple[str, ...]  # what `data_files` names: local files or addresses
     by_code: bool  # a Python function makes the rows, so their origin is unknown
+    data_dir: str | None = None  # the folder whose files are read, if it is not that of a repo
 
 
 def task_data(located: LocatedTasks) -> tuple[TaskData, ...]:
@@ -67,16 +70,19 @@ def _data(file: TaskFile) -> TaskData:
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     by_code = "custom_dataset" in config or not isinstance(path, str)
     files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
+    data_dir = None if options.get("data_dir") is None else str(options["data_dir"])
     if path in FORMATS or any(map(ELSEWHERE.search, files)):  # the rows are not those of a repo
-        return TaskData(file.name, None, None, files, by_code)
-    return TaskData(file.name, path, options.get("revision"), (), by_code)
+        return TaskData(file.name, None, None, files, by_code, data_dir)
+    leads_out = data_dir if data_dir and ELSEWHERE.search(data_dir) else None
+    return TaskData(file.name, path, options.get("revision"), (), by_code, leads_out)
 
 
 def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
     """The files in a folder of own task files that tasks, groups or tags use, by path in it.
 
-    These are the files of the tasks and groups, and what they name: included files, Python and
-    data. Other files of the folder, hidden files and files elsewhere are left out.
+    These are the files of the tasks and groups, and what they name: included files, Python with
+    the Python that it imports, and data. Other files of the folder, hidden files and files
+    elsewhere are left out.
     """
     own = read_folder(folder)
     known = own.keys() | {tag for file in own.values() for tag in file.tags}
@@ -84,13 +90,36 @@ def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
     if not asked:
         return {}
     located = locate_tasks(TaskSelection(asked, folder, allow_code=True))
-    used = {Path(file) for data in task_data(located) for file in data.files}
-    for file in located.files:
-        used |= {file.path, *file.included, *file.modules}
     root = folder.resolve()
+    used = {file for data in task_data(located) for file in _data_files(data, root)}
+    for file in located.files:
+        used |= {file.path, *file.included, *_python(file, folder)}
     files = sorted(path for used_one in used if (path := used_one.resolve()).is_file())
     inside = {path.relative_to(root): path for path in files if path.is_relative_to(root)}
     return {part.as_posix(): path for part, path in inside.items() if not is_hidden(part)}
+
+
+def _data_files(data: TaskData, root: Path) -> Iterable[Path]:
+    within = data.repo or (None if data.files else data.data_dir)
+    if within is not None:
+        return tables_beside(within, root)
+    return [Path(data.data_dir or "") / file for file in data.files]
+
+
+def tables_beside(dataset: str, root: Path) -> list[Path]:
+    """The files of a dataset that is a folder in a folder of own task files; none of others."""
+    folder = Path(dataset).resolve()
+    if not folder.is_dir() or root not in folder.parents:
+        return []
+    files = visible_files(folder, SourceError)
+    tables = [file for file in files if file.suffix in DATA_SUFFIXES or file.name in CARDS]
+    return tables or files
+
+
+def _python(file: TaskFile, folder: Path | None) -> list[Path]:
+    """The Python of a task's file, and the Python in the folder of own tasks that it imports."""
+    imported = with_imports(file.modules, folder) if folder else set()
+    return sorted({*file.modules, *imported})
 
 
 def free_split(located: LocatedTasks) -> str | None:
@@ -105,10 +134,11 @@ def free_split(located: LocatedTasks) -> str | None:
 
 
 def files_digest(located: LocatedTasks) -> str:
-    """Digest of the task files, of the files that they include and of the Python that they name."""
+    """Digest of the task files, of the files that they include and of the Python that they use."""
     contents: dict[str, Any] = {}
     for file in located.files:
-        digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in file.modules)
+        python = _python(file, located.selection.include)
+        digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in python)
         contents[file.name] = [_without_data(file.config), digests]
     text = json.dumps(contents, sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -232,8 +262,46 @@ def with_prompts(
 def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
     """The settings under which lm-eval builds tasks and renders their items."""
     settings = library_settings(allow_code=selection.allow_code)
-    with settings, at_commits(commits), computed_anew():
+    with settings, at_commits(commits), computed_anew(), reading_only_named(selection):
         yield
+
+
+@contextmanager
+def reading_only_named(selection: TaskSelection) -> Iterator[None]:
+    """Inside the block the Python of own tasks reads no file beside it that no task names.
+
+    Such a file would be neither compared nor published with them. What a calibration reads
+    elsewhere would not be, either.
+
+    Raises:
+        EvaluationError: it reads one.
+    """
+    folder = selection.include
+    if folder is None:
+        yield
+        return
+
+    def named() -> list[Path]:
+        return [*own_files(selection.names, folder).values()]
+
+    with opening_only(named, folder, elsewhere=not selection.is_calibration) as refused:
+        try:
+            yield
+        except Exception as error:
+            if refused:
+                raise _unnamed(selection, refused[0]) from error
+            raise
+    if refused:
+        raise _unnamed(selection, refused[0])
+
+
+def _unnamed(selection: TaskSelection, file: str) -> EvaluationError:
+    problem = f"its Python reads {file}, which no task names, so that it is not part of the merge."
+    remedy = "Write its content into a Python file that this one imports, or name it in "
+    remedy += "`data_files`."
+    if not selection.is_calibration:
+        remedy += f"\nOr move it out of {selection.include}: then nothing compares it."
+    return EvaluationError(", ".join(selection.names), problem, remedy)
 
 
 def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:

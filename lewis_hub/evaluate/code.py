@@ -1,4 +1,4 @@
-"""Python of tasks that runs what a model wrote, or what the Hub has: found by its text alone."""
+"""The Python of tasks, by its text alone: what it imports, and whether it runs code of others."""
 
 from __future__ import annotations
 
@@ -47,12 +47,7 @@ def _is_found(pattern: re.Pattern[str], modules: Iterable[Path], root: Path) -> 
 
 def _imported(module: Path, text: str, root: Path) -> Iterator[Path]:
     """The files of lm-eval's tasks that the imports of a module name."""
-    if not IMPORTS_OTHERS.search(text):
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in its strings
-        tree = ast.parse(text)
-    for node in ast.walk(tree):
+    for node in ast.walk(_parsed(text)) if IMPORTS_OTHERS.search(text) else ():
         places: list[Path] = []
         if isinstance(node, ast.Import):
             places = [_place(root, name.name.removeprefix(PREFIX)) for name in node.names]
@@ -64,6 +59,50 @@ def _imported(module: Path, text: str, root: Path) -> Iterator[Path]:
             places += [place / name.name for place in places for name in node.names]
         for place in places:
             yield from filter(Path.is_file, (place.with_suffix(".py"), place / "__init__.py"))
+
+
+def with_imports(modules: Iterable[Path], folder: Path) -> set[Path]:
+    """Python files of a folder, and those of it that their imports name, and so on.
+
+    An import may name a file beside it, or one from any folder above: it depends on `sys.path`.
+    """
+    seen: set[Path] = set()
+    left = [module for module in modules if module.is_relative_to(folder)]
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            left += filter(Path.is_file, _imported_beside(module, folder))
+    return seen
+
+
+def _imported_beside(module: Path, folder: Path) -> Iterator[Path]:
+    """The files that may be meant by the imports of a module."""
+    above = [place for place in module.parents if place.is_relative_to(folder)]
+    try:
+        tree = _parsed(module.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # told when the task is built
+        return
+    for node in ast.walk(tree):
+        named: list[str] = []
+        places = above
+        if isinstance(node, ast.Import):
+            named = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            places = above[node.level - 1 : node.level] if node.level else above
+            named = [f"{node.module or ''}.{name.name}" for name in node.names]
+        for place in places:
+            for name in named:
+                parts = name.strip(".").split(".")
+                for n in range(1, len(parts) + 1):
+                    found = place.joinpath(*parts[:n])
+                    yield from (found.with_suffix(".py"), found / "__init__.py")
+
+
+def _parsed(text: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in its strings
+        return ast.parse(text)
 
 
 def _place(folder: Path, name: str) -> Path:

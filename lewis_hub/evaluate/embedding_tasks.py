@@ -15,7 +15,13 @@ from typing import Any
 
 from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, read_yaml
 from lewis_hub.errors import EvaluationError, LewisHubError
-from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, ScoredData, TaskData
+from lewis_hub.evaluate.benchmarks import (
+    Commits,
+    LoadedTasks,
+    ScoredData,
+    TaskData,
+    tables_beside,
+)
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -47,10 +53,16 @@ def locate_embedding_tasks(selection: TaskSelection) -> dict[str, Any]:
 
 
 def own_task_files(names: tuple[str, ...], folder: Path) -> dict[str, Path]:
-    """The files of own tasks that are named, by path in the folder."""
-    own = _own_files(folder)
-    paths = [own[name][0] for name in names if name in own]
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    """The files of own tasks that are named, and their data in the folder, by path in it."""
+    own, root = _own_files(folder), folder.resolve()
+    named = [own[name] for name in names if name in own]
+    found = {path.relative_to(folder).as_posix(): path for path, _ in named}
+    for _, document in named:
+        dataset = document.get("dataset")
+        place = dataset.get("path") if isinstance(dataset, Mapping) else None
+        for path in tables_beside(place, root) if isinstance(place, str) else ():
+            found[path.relative_to(root).as_posix()] = path
+    return found
 
 
 def _own_files(folder: Path) -> dict[str, tuple[Path, Mapping[str, Any]]]:

@@ -268,15 +268,15 @@ LibraryName = Literal["lm-eval", "mteb"]
 class TaskSelection:
     """The tasks, groups or tags to score, and where to look for them.
 
-    Task files are code (Python functions, unrestricted templates), so a folder from a Hub repo
-    needs `allow_code`.
+    Task files are code (functions, templates): a folder from a Hub repo needs `allow_code`.
     """
 
     names: tuple[str, ...]
     include: Path | None = None  # folder of own task files; they come before lm-eval's
-    own_include: bool = True  # whether that folder is the user's own
+    own_include: bool = True  # it is the user's own
     allow_code: bool = False  # whether tasks may run code that the model writes
     library: LibraryName = "lm-eval"
+    is_calibration: bool = False  # whether texts are drawn from them
 
 
 @dataclass(frozen=True)

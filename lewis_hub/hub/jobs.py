@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 from huggingface_hub import Volume
 from huggingface_hub.utils import disable_progress_bars
 from pydantic import TypeAdapter
@@ -93,12 +95,25 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
         "volumes": [_upload_files(hub_repo, request.files)],
         "namespace": hub_repo.name,
     }
-    with hub_failures(hub_repo):
+    with hub_failures(hub_repo), _told_if_it_may_run(hub_repo):
         if cron is None:
             job = api.run_job(**options)
             return SubmittedJob(job.id, hub_repo.name, without_credentials(job.url))
         made = api.create_scheduled_job(schedule=cron, **options)
     return SubmittedJob(made.id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
+
+
+@contextmanager
+def _told_if_it_may_run(hub_repo: HubRepo) -> Iterator[None]:
+    """A Job whose answer was lost may run, and the same command would start a second one."""
+    try:
+        yield
+    except httpx2.ConnectError:  # nothing was sent
+        raise
+    except httpx2.RequestError as error:
+        problem = f"no answer came ({str(error) or type(error).__name__}), so the Job may exist"
+        remedy = f"Look at {address(hub_repo.api)}/settings/jobs before you start it again."
+        raise hub_repo.failed(problem, remedy) from error
 
 
 def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | None:

@@ -15,7 +15,12 @@ from lewis_hub.calibration.texts import draw_rows
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.benchmarks import build_requests, free_split, prepared
+from lewis_hub.evaluate.benchmarks import (
+    build_requests,
+    free_split,
+    prepared,
+    reading_only_named,
+)
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import Benchmarks, evaluate_loaded
 from lewis_hub.evaluate.items import (
@@ -245,7 +250,8 @@ def _metric_part(
     def measure(lm: Any, advance: Advance) -> Sequence[Share]:
         shares = []
         for benchmarks, (task, indices) in zip(ready, by_task.items(), strict=True):
-            found = evaluate_loaded(lm, benchmarks, settings, lambda _: None)
+            with reading_only_named(drawn[task].rows.selection):
+                found = evaluate_loaded(lm, benchmarks, settings, lambda _: None)
             shares += [_share(one.metrics, task, metric) for one in found.tasks.values()]
             advance(len(indices))
         return shares

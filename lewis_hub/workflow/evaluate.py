@@ -14,7 +14,13 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
-from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, own_files, with_prompts
+from lewis_hub.evaluate.benchmarks import (
+    LoadedTasks,
+    ScoredData,
+    own_files,
+    reading_only_named,
+    with_prompts,
+)
 from lewis_hub.evaluate.embedding_tasks import n_documents
 from lewis_hub.evaluate.embeddings import evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
@@ -192,7 +198,8 @@ def score(
     }
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
-    with progress.stage("Evaluating", n_new * n_items, "items") as advance:
+    stage = progress.stage("Evaluating", n_new * n_items, "items")
+    with stage as advance, reading_only_named(loaded.selection):
         for candidate in candidates:
             file = files[candidate.label]
             if not file.exists():

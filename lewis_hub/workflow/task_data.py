@@ -41,7 +41,7 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
 
     `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
     """
-    asked = TaskSelection((task,), include, allow_code=True)
+    asked = TaskSelection((task,), include, allow_code=True, is_calibration=True)
     located = locate_tasks(asked)
     every = task_data(located)
     for data in every:
@@ -92,6 +92,10 @@ def _require_pinnable(data: TaskData) -> None:
     if data.by_code:
         problem = "makes its items with Python code, so they cannot be pinned."
         raise EvaluationError(data.task, problem, remedy)
+    if data.data_dir is not None or not (data.repo or data.files):
+        problem = "does not name the files of its data, so they cannot be pinned."
+        expected = "Name each file with its folder in `data_files`, without `data_dir`."
+        raise EvaluationError(data.task, problem, expected)
     for file in data.files:
         if not is_local(file):
             problem = f"reads `{file}`, which is not a local file, so it cannot be pinned."

@@ -118,6 +118,23 @@ def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_paus
     api.cancel_job(job_id=job.id, namespace=ME)
 
 
+@pytest.mark.parametrize(("cron", "path"), [(None, "/api/jobs/"), ("@weekly", "/scheduled-jobs/")])
+def test_a_job_whose_answer_is_lost_may_exist(api, running, tmp_path, cron, path):
+    """The same command would start a second one, and both cost money."""
+    (tmp_path / "recipe.yaml").write_text("")
+    files = {"recipe.yaml": tmp_path / "recipe.yaml"}
+    request = JobRequest(["--version"], files, "lewis-hub", None, None, ME)
+    running.fail(path, "drop", times=1, after_bytes=0, method="POST")
+
+    with pytest.raises(PublishError) as caught:
+        jobs.submit(api, request, cron)
+
+    problem, remedy = str(caught.value).splitlines()
+    assert problem.startswith(f"{ME}: no answer came (")
+    assert problem.endswith("), so the Job may exist.")
+    assert remedy == f"Look at {running.url}/settings/jobs before you start it again."
+
+
 def test_a_log_that_never_comes_is_asked_for_six_times(api, running, no_pauses):
     """huggingface_hub itself repeats this call five times."""
     job = run(api, "import time; time.sleep(60)")
