@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,12 @@ def _data_files(data: TaskData, root: Path) -> Iterable[Path]:
     within = data.repo or (None if data.files else data.data_dir)
     if within is not None:
         return tables_beside(within, root)
-    return [Path(data.data_dir or "") / file for file in data.files]
+    names = [str(Path(data.data_dir or "") / file) for file in data.files]
+    return [Path(file) for name in names for file in (name, *_matching(name))]
+
+
+def _matching(name: str) -> list[str]:
+    return glob(name, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
 
 
 def tables_beside(dataset: str, root: Path) -> list[Path]:

@@ -87,6 +87,16 @@ def evaluate_embedder(
     return ModelResult(found, settings.stated)
 
 
+def digest_of_items(tasks: Mapping[str, Any]) -> str:
+    """A digest of the items of loaded tasks: rows, or queries."""
+    digest = hashlib.sha256()
+    for name, task in tasks.items():
+        for split in task.eval_splits:
+            for one in documents_of(task, split):
+                digest.update(f"{name} {_digest(*one)}\n".encode())
+    return digest.hexdigest()
+
+
 def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     """Load the model in a folder by the class of sentence-transformers that its files name.
 

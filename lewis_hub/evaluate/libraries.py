@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lewis_hub.evaluate import embedding_tasks
 from lewis_hub.evaluate.benchmarks import (
@@ -12,6 +13,7 @@ from lewis_hub.evaluate.benchmarks import (
     ScoredData,
     TaskData,
     load_tasks,
+    own_files,
     scored_data,
     task_data,
 )
@@ -21,7 +23,7 @@ from lewis_hub.evaluate.tasks import LibraryName, TaskSelection, locate_tasks, r
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of a library; all but `items` and `scored_data` take a selection."""
+    """The functions of a library; most of them take a selection."""
 
     distribution: str  # its installed version is part of what scores mean
     require_tasks: Callable[[TaskSelection], object]  # refuses unknown ones; nothing is downloaded
@@ -30,6 +32,7 @@ class Library:
     load: Callable[[TaskSelection, Commits], LoadedTasks]
     items: Callable[[LoadedTasks], Iterator[TaskItem]]  # every item of every split that is scored
     scored_data: Callable[[LoadedTasks], dict[str, ScoredData]]
+    own_files: Callable[[tuple[str, ...], Path], dict[str, Path]]  # of tasks in a folder
 
 
 def _embedding_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
@@ -46,6 +49,7 @@ LIBRARIES: Mapping[LibraryName, Library] = {
         load=load_tasks,
         items=scored_items,
         scored_data=scored_data,
+        own_files=own_files,
     ),
     "mteb": Library(
         "mteb",
@@ -55,6 +59,7 @@ LIBRARIES: Mapping[LibraryName, Library] = {
         load=embedding_tasks.load_embedding_tasks,
         items=_embedding_items,
         scored_data=embedding_tasks.scored_embedding_data,
+        own_files=embedding_tasks.own_task_files,
     ),
 }
 

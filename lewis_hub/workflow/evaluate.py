@@ -17,12 +17,11 @@ from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
 from lewis_hub.evaluate.benchmarks import (
     LoadedTasks,
     ScoredData,
-    own_files,
     reading_only_named,
     with_prompts,
 )
 from lewis_hub.evaluate.embedding_tasks import n_documents
-from lewis_hub.evaluate.embeddings import evaluate_embedder
+from lewis_hub.evaluate.embeddings import digest_of_items, evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.libraries import library_of
@@ -215,13 +214,11 @@ Run = Callable[[Path, EvaluationSettings, Advance], ModelResult]
 def _runner(
     loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
 ) -> tuple[int, str, Run]:
-    """Return the number of items that a model is scored on, a digest of them, and the scorer.
-
-    The data of mteb are those of commits, and have no digest.
-    """
+    """Return the number of items that a model is scored on, a digest of them, and the scorer."""
     if settings.backend == "mteb":
         tasks = loaded.tasks
-        return n_documents(tasks), "", lambda folder, *how: evaluate_embedder(folder, tasks, *how)
+        n, digest = n_documents(tasks), digest_of_items(tasks)
+        return n, digest, lambda folder, *how: evaluate_embedder(folder, tasks, *how)
     benchmarks = with_prompts(loaded, limit, settings)
     n, digest = benchmarks.n_requests, benchmarks.digest
     return n, digest, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
@@ -236,7 +233,7 @@ def _file_name(
 ) -> str:
     """Return a name by model, tasks, the user's task files, items, settings and lm-eval version."""
     selected, own = loaded.selection, loaded.selection.include
-    files = own_files(selected.names, own) if own else {}
+    files = library_of(selected).own_files(selected.names, own) if own else {}
     texts = {path: sha256_of(file) for path, file in files.items()}
     facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked]
     installed = version(library_of(selected).distribution)

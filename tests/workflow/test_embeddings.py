@@ -13,12 +13,17 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from scipy.stats import spearmanr
 from sentence_models import embedder
+from statistical_merges import Recorder
 
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, EvaluationError, RecipeError
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.evaluate import Candidate, score
 
 pytestmark = [  # mteb brings large packages, which stay in the process
     pytest.mark.slow,
@@ -246,3 +251,32 @@ def test_settings_of_text_generation_do_not_apply(folder):
     for key, value in {"limit": 3, "num_fewshot": 2, "chat_template": True}.items():
         with pytest.raises(RecipeError, match=f"`{key}` does not apply to `backend: mteb`"):
             recipe(folder, **{key: value})
+
+
+@pytest.mark.parametrize("place", ["tasks/rows", "rows"])
+def test_results_on_local_rows_that_changed_are_not_used_again(folder, monkeypatch, place):
+    monkeypatch.chdir(folder)
+    (folder / place).mkdir()
+    task = {
+        "name": "own",
+        "type": "STS",
+        "dataset": {"path": place},
+        "main_score": "cosine_spearman",
+    }
+    (folder / "tasks" / "own.yaml").write_text(yaml.safe_dump(task))
+    selection = TaskSelection(("own",), folder / "tasks", library="mteb")
+
+    def scored(rows):
+        (folder / place / "test.jsonl").write_bytes(lines(rows))
+        loaded, told = load_embedding_tasks(selection, {}), Recorder()
+        how = EvaluationSettings(backend="mteb")
+        one = Candidate("base", "sha256:0", folder / "base")
+        found = score([one], loaded, None, how, folder / "kept", told)
+        return found["base"].tasks["own"].documents, told.totals["Evaluating"]
+
+    first, again = scored(PAIRS), scored(PAIRS)
+    other = scored([*PAIRS[:-1], {**PAIRS[-1], "sentence1": "another"}])
+
+    assert (first[1], again[1], other[1]) == (12, 0, 12)
+    assert first[0] == again[0] == (*other[0][:-1], first[0][-1])
+    assert first[0] != other[0]

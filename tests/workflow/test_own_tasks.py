@@ -177,6 +177,7 @@ def test_a_calibration_on_a_folder_whose_files_no_task_names_is_refused(tmp_path
     [
         "data_dir: tasks/rows",
         "data_dir: tasks/rows, data_files: {train: train.jsonl, test: test.jsonl}",
+        "data_files: {train: tasks/*/train.jsonl, test: 'tasks/**/[st]est.jsonl'}",
         "FOLDER",
     ],
 )
