@@ -43,10 +43,17 @@ class ModelFiles:
 
     def stored_bytes(self, folder: str | None = None) -> int:
         """The size of its weights in safetensors; of a folder only those in it."""
+        return self._size(WEIGHTS, folder)
+
+    def json_bytes(self, folder: str) -> int:
+        """The size of the JSON files in a folder: settings and tokenizer."""
+        return self._size(".json", folder)
+
+    def _size(self, end: str, folder: str | None) -> int:
         return sum(
             size
             for path, size in self.sizes.items()
-            if path.endswith(WEIGHTS) and folder in (None, folder_of(path))
+            if path.endswith(end) and folder in (None, folder_of(path))
         )
 
     def has_weights(self, folder: str) -> bool:

@@ -7,6 +7,7 @@ its weights are opened, as often as it is listed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -24,6 +25,7 @@ SAVE_AGAIN = "Load it in sentence-transformers and save it again."
 OTHER = "Only the files of the model are used: use another one."
 MAX_MODULES = 100  # as listed; a model for queries and documents has some ten
 PART_BYTES = 1 << 14  # of a layer beside its weights
+JSON_TIMES = 16  # the memory of a vocabulary by that of its JSON
 TOKENIZER = "tokenizer_class"
 CLASSES = (  # a file of a module -> its key with names of classes
     *((ROUTER, "types"), (CONFIGURATION, "types")),
@@ -132,23 +134,28 @@ def listed_modules(files: ModelFiles) -> list[Listed]:
         raise ValueError("modules.json is no list of modules")
     left = [Listed(str(one.get("path")), str(one.get("type"))) for one in first]
     found: list[Listed] = []
+    inner: dict[str, list[tuple[str, str]]] = {}  # folder of a router -> its modules
     while left:
         module = left.pop(0)
         found.append(module)
         if module.kind == "Router":
-            left += _routed(files, module)
+            place = normal(module.path)
+            if place not in inner:
+                inner[place] = _routed(files, place)
+            left += [Listed(str(PurePosixPath(place) / path), kind) for path, kind in inner[place]]
         if len(found) + len(left) > MAX_MODULES:
             problem = f"it lists more than {MAX_MODULES} modules"
             raise EvaluationError(f"{files.where}: {MODULES}", problem, DAMAGED)
     return found
 
 
-def _routed(files: ModelFiles, router: Listed) -> list[Listed]:
-    place = PurePosixPath(router.path)
-    settings = files.document(normal(str(place / ROUTER)))
-    types = (settings or files.document(normal(str(place / CONFIGURATION)))).get("types")
-    inner = types.items() if isinstance(types, Mapping) else ()
-    return [Listed(str(place / path), str(named)) for path, named in inner]
+def _routed(files: ModelFiles, place: str) -> list[tuple[str, str]]:
+    """The paths and classes of the modules of a router."""
+    settings, older = (
+        files.document(normal(str(PurePosixPath(place) / name))) for name in (ROUTER, CONFIGURATION)
+    )
+    types = (settings or older).get("types")
+    return [(path, str(named)) for path, named in types.items()] if isinstance(types, dict) else []
 
 
 def require_supported(files: ModelFiles) -> None:
@@ -251,11 +258,11 @@ def require_memory(files: ModelFiles, built: Mapping[str, int] | None = None) ->
         EvaluationError: they take more, or a size of one is no number.
     """
     total, listed = 0, listed_modules(files)
-    for module in listed:
-        _require_sizes(files, module)
+    for module, n_times in Counter(listed).items():  # one is looked at once
         place = normal(module.path)
-        stored = files.stored_bytes(place)
-        total += max(stored, _described_bytes(files, module), (built or {}).get(place, 0))
+        described = max(_described_bytes(files, module), (built or {}).get(place, 0))
+        n_bytes = max(files.stored_bytes(place), described)
+        total += n_times * (n_bytes + JSON_TIMES * files.json_bytes(place))
     stored = files.stored_bytes()
     if total > MOST_TIMES * stored + FREE_BYTES:
         problem = f"its {len(listed)} modules take {total:,} bytes as they are listed, but its "
@@ -263,26 +270,13 @@ def require_memory(files: ModelFiles, built: Mapping[str, int] | None = None) ->
         raise EvaluationError(files.where, f"{problem}these and 1 GiB", DAMAGED)
 
 
-def _settings(files: ModelFiles, module: Listed) -> tuple[str, Mapping[str, Any]]:
-    name = SETTINGS.get(module.kind, CONFIGURATION)
-    path = normal(str(PurePosixPath(module.path) / name))
-    return path, files.document(path)
-
-
-def _require_sizes(files: ModelFiles, module: Listed) -> None:
-    path, settings = _settings(files, module)
-    for key in SIZED.get(module.kind, ()):
-        value = settings.get(key)
-        numbers = value if key in LISTS and isinstance(value, list) else [value]
-        if value is not None and not all(type(n) is int and n >= 0 for n in numbers):
-            problem = f"`{key}` is {str(value)[:100]}, expected "
-            problem += "whole numbers" if key in LISTS else "a whole number, 0 or more"
-            raise EvaluationError(f"{files.where}: {path}", problem, DAMAGED)
-
-
 def _described_bytes(files: ModelFiles, module: Listed) -> int:
-    """The memory of a module that is built of these settings, without that of a transformer."""
-    _, settings = _settings(files, module)
+    """The memory of a module that is built of its settings, without that of a transformer."""
+    if module.kind not in SIZED:
+        return PART_BYTES
+    path = str(PurePosixPath(module.path) / SETTINGS.get(module.kind, CONFIGURATION))
+    settings = files.document(normal(path))
+    _require_sizes(f"{files.where}: {normal(path)}", module.kind, settings)
     shape = _shape(module.kind, settings)
     n_values, n_parts = math.prod(shape) if shape else 0, 1
     if module.kind == "Dense" and settings.get("use_residual"):
@@ -293,6 +287,16 @@ def _described_bytes(files: ModelFiles, module: Listed) -> int:
         n_parts = max(1, _layers(settings))
         n_values *= 4 * 2 * 2 * 2 * n_parts
     return VALUE_BYTES * n_values + PART_BYTES * n_parts
+
+
+def _require_sizes(where: str, kind: str, settings: Mapping[str, Any]) -> None:
+    for key in SIZED[kind]:
+        value = settings.get(key)
+        numbers = value if key in LISTS and isinstance(value, list) else [value]
+        if value is not None and not all(type(n) is int and n >= 0 for n in numbers):
+            problem = f"`{key}` is {str(value)[:100]}, expected "
+            problem += "whole numbers" if key in LISTS else "a whole number, 0 or more"
+            raise EvaluationError(where, problem, DAMAGED)
 
 
 def _layers(settings: Mapping[str, Any]) -> int:

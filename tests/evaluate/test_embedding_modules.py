@@ -27,7 +27,7 @@ needs_library = pytest.mark.skipif(
 def module(folder, kind, settings, n_stored, n_times=1, file="config.json"):
     """A module with as many stored values, listed so often."""
     place = folder / "1_M"
-    place.mkdir()
+    place.mkdir(parents=True)
     save_file({"x": torch.zeros(n_stored)}, place / "model.safetensors")
     (place / file).write_text(json.dumps(settings))
     listed = [
@@ -41,20 +41,20 @@ def module(folder, kind, settings, n_stored, n_times=1, file="config.json"):
 @pytest.mark.parametrize(
     ("kind", "settings", "file", "n_modules", "n_bytes"),
     [
-        ("Dense", {"in_features": 2048, "out_features": 2048}, "config.json", 90, "1,511,424,000"),
+        ("Dense", {"in_features": 2048, "out_features": 2048}, "config.json", 90, "1,511,485,920"),
         (
             "CNN",  # many kernels, each a layer that has some memory of its own
             {"in_embedding_dimension": 1, "out_channels": 1, "kernel_sizes": [1] * 100_000},
             "cnn_config.json",
             1,
-            "1,638,800,000",
+            "1,643,601,056",
         ),
         (
             "LSTM",
             {"embedding_dimension": 64, "hidden_dim": 2000, "num_layers": 10},
             "lstm_config.json",
             1,
-            "5,120,163,840",
+            "5,120,164,880",
         ),
     ],
 )
@@ -79,6 +79,15 @@ def test_modules_take_no_more_than_their_files_allow(
 def test_a_module_that_is_listed_several_times_may_be_within_the_limit(tmp_path):
     settings = {"in_features": 2048, "out_features": 2048}
     require_memory(module(tmp_path, "Dense", settings, 4_194_304, 60))
+
+
+def test_a_vocabulary_counts_as_often_as_it_is_read(tmp_path):
+    """The words of a file of 12 MB, listed 100 times, took 84 s."""
+    words = [f"w{i}" for i in range(100_000)]
+    require_memory(module(tmp_path / "a", "BoW", {"vocab": words}, 1000, 60))
+
+    with pytest.raises(EvaluationError, match=r"its 90 modules take 1,[45]\d\d,\d{3},\d{3} bytes"):
+        require_memory(module(tmp_path / "b", "BoW", {"vocab": words}, 1000, 90))
 
 
 def test_modules_inside_of_a_router_count(tmp_path):
