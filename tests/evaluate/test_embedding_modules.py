@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sentence_models import embedder
+from tokenizers import Tokenizer
 
 from lewis_hub.errors import EvaluationError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
@@ -202,3 +203,37 @@ def test_a_model_whose_head_is_for_very_many_labels_is_not_built(tmp_path):
     told = r"its config.json describes a model of 2,0\d\d,\d{3},\d{3} bytes, but its weights have"
     with pytest.raises(SourceError, match=f"{tmp_path}: {told}"):
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+
+def made(kind, base):
+    """A model as its author makes it by sentence-transformers."""
+    from sentence_transformers import SentenceTransformer, SparseEncoder
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer import modules as dense
+    from sentence_transformers.sparse_encoder import modules as sparse
+
+    encoder = dense.Transformer(str(base))
+    if kind == "many layers":
+        layers = [dense.LayerNorm(64), dense.Dense(64, 8), dense.Normalize()]
+        return SentenceTransformer(modules=[encoder, dense.Pooling(64), *layers])
+    if kind == "kernels":
+        return SentenceTransformer(modules=[encoder, dense.CNN(64, 32), dense.Pooling(96)])
+    if kind == "router":
+        words = Tokenizer.from_file(str(base / "tokenizer.json"))
+        queries = [dense.StaticEmbedding(words, embedding_dim=64)]
+        router = Router.for_query_document(queries, [encoder, dense.Pooling(64)])
+        return SentenceTransformer(modules=[router])
+    encoder = dense.Transformer(str(base), transformer_task="fill-mask")
+    return SparseEncoder(modules=[encoder, sparse.SpladePooling("max")])
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("kind", "size"), [("many layers", 8), ("kernels", 96), ("router", 64), ("sparse", 400)]
+)
+def test_models_that_the_library_makes_are_loaded(kind, size, tmp_path):
+    made(kind, embedder(tmp_path / "base", 1)).save(str(tmp_path / "m"), create_model_card=False)
+
+    loaded = load_embedder(tmp_path / "m", EvaluationSettings(backend="mteb"))
+
+    assert tuple(loaded.encode(["hello", "there"]).shape) == (2, size)
