@@ -55,6 +55,8 @@ def limited(
                 faulthandler.cancel_dump_traceback_later()
             watch.end()
     except _StopError:
+        if not watch.problem:  # of a limit around this one
+            raise
         raise TooMuchError(watch.problem) from None
 
 

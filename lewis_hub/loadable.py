@@ -16,7 +16,7 @@ from lewis_hub.errors import SourceError, TokenizerError
 from lewis_hub.files import require_inside, text_of
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.system import limited_memory
-from lewis_hub.text_growth import require_modest
+from lewis_hub.text_growth import require_modest, require_modest_padding
 
 TOKENIZERS = "*tokenizer.*json"  # settings may choose one for a version of transformers
 # their settings become arguments of the tokenizer's class
@@ -48,12 +48,13 @@ def require_loadable(folder: Path) -> None:
     folder instead, if there is one.
 
     Raises:
-        TokenizerError: as said, or as `require_modest`.
+        TokenizerError: as said, or as `require_modest` and `require_modest_padding`.
     """
     for file in filter(Path.is_file, folder.glob(TOKENIZERS)):
         found = read_json(text_of(file, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
         if isinstance(found, dict):
             require_modest(str(folder), found)
+            require_modest_padding(f"{folder}: {file.name}", found)
             model = found.get("model")
             _require_values(file, model.items() if isinstance(model, dict) else (), is_whole=True)
     for place in (*folder.glob(PART), *folder.glob(HIDDEN)):
@@ -64,6 +65,8 @@ def require_loadable(folder: Path) -> None:
         is_whole = name == SETTINGS[0] and (folder / "tokenizer.json").exists()
         with suppress(FileNotFoundError):
             found = read_json(text_of(folder / name, MAX_TABLE_BYTES), MAX_TABLE_BYTES)
+            if isinstance(found, dict):
+                require_modest_padding(f"{folder}: {name}", found)
             _require_values(folder / name, _settings(found), is_whole=is_whole)
 
 

@@ -20,6 +20,10 @@ from lewis_hub.errors import TokenizerError
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
 MAX_TOKENS = 1000  # that it may make of one
+MAX_MULTIPLE = 1024  # tokens; the length of a text is padded to a multiple of it
+MAX_PADDED = 131_072  # tokens to which a tokenizer pads every text
+MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
+NO_LENGTH = 10**20  # transformers takes a length above it for none
 STEPS = {
     ("normalizer", "pre_tokenizer"): MAX_GROWTH,
     ("post_processor",): MAX_TOKENS,
@@ -53,6 +57,41 @@ def require_modest(label: str, document: Mapping[str, Any]) -> None:
                 problem = f"it may make a text more than {limit:,} times as long"
                 remedy = "The file is damaged: use an intact copy."
                 raise TokenizerError(f"{label}: tokenizer.json", problem, remedy)
+
+
+def require_modest_padding(where: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings in `tokenizer.json` or `tokenizer_config.json` that pad or repeat texts.
+
+    Raises:
+        TokenizerError: a number is above its limit; it names `where`.
+    """
+    padding, cut = (
+        one if isinstance(one := settings.get(key), Mapping) else {}
+        for key in ("padding", "truncation")
+    )
+    strategy = padding.get("strategy")
+    fixed = strategy.get("Fixed") if isinstance(strategy, Mapping) else None
+    if settings.get("padding") == "max_length":
+        length = _number(settings.get("max_length") or settings.get("model_max_length"))
+        fixed = length if length <= NO_LENGTH else None
+    multiple = padding.get("pad_to_multiple_of") or settings.get("pad_to_multiple_of")
+    for what, value, limit in (
+        ("pads each text to", fixed, MAX_PADDED),
+        ("pads each text to a multiple of", multiple, MAX_MULTIPLE),
+    ):
+        if _number(value) > limit:
+            problem = f"it {what} {value:,} tokens, the limit is {limit:,}"
+            raise TokenizerError(where, problem, "Use a copy of the model without this padding.")
+    for one in (cut, settings):
+        stride, length = _number(one.get("stride")), _number(one.get("max_length"))
+        if stride and length > MAX_OVERLAP * max(0, length - stride):
+            problem = f"it cuts texts into pieces of {length:,} tokens, of which {stride:,} overlap"
+            remedy = f"Set `stride` to 0 in a copy: a token is in at most {MAX_OVERLAP} pieces."
+            raise TokenizerError(where, problem, remedy)
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0
 
 
 def require_modest_steps(label: str, tokenizer: Any) -> None:

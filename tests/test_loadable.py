@@ -246,3 +246,16 @@ def test_a_tokenizer_is_loaded_as_before_outside_of_the_limits(folder):
     assert [kind.__dict__["from_pretrained"] for kind in kinds] == before
     assert before[0] is not limited[0]
     assert before[1] is not limited[1]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_a_model_pads_no_text_to_any_length(file, tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    document = json.loads((base / file).read_text())
+    padded = {"strategy": {"Fixed": 20_000_000}, "pad_to_multiple_of": None}
+    added = {"padding": padded} if file == "tokenizer.json" else {"pad_to_multiple_of": 20_000_000}
+    (base / file).write_text(json.dumps(document | added))
+
+    told = rf"{base}: {file}: it pads each text to (?:a multiple of )?20,000,000 tokens"
+    with pytest.raises(TokenizerError, match=told):
+        load_tokenizer(str(base), "zoo/model")

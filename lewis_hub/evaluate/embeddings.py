@@ -11,57 +11,48 @@ import gc
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.display import Advance
 from lewis_hub.documents import read_json
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
+from lewis_hub.evaluate.embedding_files import ModelFiles, folder_of, in_folder, normal
+from lewis_hub.evaluate.embedding_limits import limit_batches, limited_load
+from lewis_hub.evaluate.embedding_modules import (
+    listed_modules,
+    require_memory,
+    require_supported,
+)
+from lewis_hub.evaluate.embedding_settings import FILE, require_own_settings
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.empty_models import require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
-from lewis_hub.files import is_hidden, require_inside
+from lewis_hub.files import require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
 MAX_PROMPT = 10_000  # letters, before each text
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
-WEIGHTS, PICKLE = "model.safetensors", "pytorch_model.bin"
-OTHER = "Only the files of the model are used: use another one."
-SAVE_AGAIN = "Load it in sentence-transformers and save it again."
-OWN, TOKENIZER = "sentence_transformers.", "tokenizer_class"
-CLASSES = (  # a file of a module -> its key with names of classes
-    *(("router_config.json", "types"), ("config.json", "types")),
-    ("wordembedding_config.json", TOKENIZER),
-)
-# settings that a transformer hands on to transformers, among them paths, repos and kernels
-HANDED_ON, OTHER_TOKENIZER = ("_args", "_kwargs"), "tokenizer_name_or_path"
-# a file -> its setting with a model, or a file with weights, that is loaded instead
-ELSEWHERE = {"adapter_config.json": "base_model_name_or_path", "config.json": "path"}
-WORD = re.compile(r"\w*", re.ASCII)
-ACTIVATIONS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
-SIZES = {  # a file of a module -> its settings that have as many weights as their product, or more
-    "config.json": (("in_features", "out_features"), ("input_dim", "hidden_dim"), ("dimension",)),
-    "lstm_config.json": (
-        ("hidden_dim", "hidden_dim"),
-        ("embedding_dimension", "hidden_dim"),
-        ("word_embedding_dimension", "hidden_dim"),
-    ),
-    "cnn_config.json": (
-        ("in_embedding_dimension", "out_channels", "kernel_sizes"),
-        ("in_word_embedding_dimension", "out_channels", "kernel_sizes"),
-    ),
+LOADERS = {  # what a transformer is loaded for -> the class of transformers that loads it
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "any-to-any": "AutoModelForMultimodalLM",
+}
+TASKS = {  # a class of sentence-transformers -> what it loads a transformer for; others: features
+    "CrossEncoder": "sequence-classification",
+    "SparseEncoder": "fill-mask",
+    "MLMTransformer": "fill-mask",
 }
 
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
@@ -103,7 +94,6 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     A plain encoder gets the mean over its tokens, as sentence-transformers does it.
     """
     import sentence_transformers
-    import transformers
     from safetensors import SafetensorError
 
     dtype = "float32" if settings.device == "cpu" else "auto"
@@ -111,18 +101,18 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
         with only_files_of(folder, and_others=leads_elsewhere(settings)):
-            _require_no_code(folder)
+            files = in_folder(folder)
+            _require_no_code(folder, files)
             for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
                 require_loadable(place)
-            for place in _models_in(folder):
-                require_size_of_files(str(place), place, transformers.AutoModel)
+            _require_memory(folder, files)
             kind = getattr(sentence_transformers, _class_of(folder))
-            model = kind(str(folder.resolve()), **own, **settings.backend_args)
+            with limited_load(files, settings.device):
+                model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
-        remedy = "Expected: a folder that sentence-transformers can load."
-        raise EvaluationError(str(folder), problem, remedy) from error
+        raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
+    limit_batches(str(folder), model)
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "
@@ -131,105 +121,69 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     return model
 
 
-def _models_in(folder: Path) -> list[Path]:
-    """The folders with weights of transformers' models, not those for ONNX or of other modules."""
-    from transformers import CONFIG_MAPPING
+def require_embedder(files: ModelFiles) -> None:
+    """Refuse what `load_embedder` would, as far as small files tell; no library is imported.
 
-    files = [file for file in sorted(folder.rglob("config.json")) if _read(file)]
-    known = [file.parent for file in files if _read(file).get("model_type") in CONFIG_MAPPING]
-    return [place for place in known if any(place.glob("*.safetensors*"))]
-
-
-def _require_no_code(folder: Path) -> None:
-    """Refuse what leads sentence-transformers out of the folder: other code, models and pickles."""
-    _require_own_settings(folder)
-    file = folder / "modules.json"
-    for module in read_json(file.read_bytes()) if file.exists() else ():
-        if not isinstance(module, Mapping):
-            raise ValueError("modules.json is no list of modules")
-        place = folder / str(module.get("path"))
-        if place.exists():  # a module without settings needs no folder
-            require_inside(folder, place, EvaluationError)
-        inner = list(_inner_modules(place))
-        for path in (str(module.get("path")), *(path for path, _ in inner)):
-            if is_hidden(PurePath(path)):
-                problem = f"its module `{path}` is hidden, and so no file of the model"
-                raise EvaluationError(str(folder), problem, OTHER)
-        for kind in (str(module.get("type")), *(kind for _, kind in inner)):
-            if not kind.startswith(OWN):
-                problem = f"its module `{kind}` is no class of sentence-transformers"
-                remedy = "No other code is run: use another model."
-                raise EvaluationError(str(folder), problem, remedy)
-        for pickled in [place / PICKLE] if place == folder else sorted(place.rglob(PICKLE)):
-            if pickled.exists() and not pickled.with_name(WEIGHTS).exists():
-                problem = f"the weights of its module {pickled.parent.name} are pickled"
-                raise EvaluationError(str(folder), problem, SAVE_AGAIN)
-
-
-def _require_stored(folder: Path, file: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a module that is larger than the files with its weights: it is built first."""
-    files = (*file.parent.glob("*.safetensors"), *file.parent.glob(PICKLE))
-    stored = sum(weights.stat().st_size for weights in files)
-    for keys in SIZES.get(file.name, ()):
-        values = [settings.get(key) for key in keys]
-        largest = [max(value, default=1) if isinstance(value, list) else value for value in values]
-        numbers = [number for number in largest if isinstance(number, int)]
-        if len(numbers) == len(keys) and math.prod(numbers) > stored:
-            shape = " × ".join(map(str, numbers))
-            problem = f"its module {file.parent.name} has {shape} weights, its file fewer"
-            remedy = "The file is damaged: use an intact copy."
-            if not files:  # of a repo, no pickle was downloaded
-                problem = f"the weights of its module {file.parent.name} are in no safetensors file"
-                remedy = SAVE_AGAIN
-            raise EvaluationError(str(folder), problem, remedy)
-
-
-def _require_own_settings(folder: Path) -> None:
-    """Refuse settings by which transformers loads more than this folder, or builds for ever."""
-    for file in sorted(folder.rglob("*config.json")):
-        found = _read(file)
-        named = [text for key in ACTIVATIONS for text in _texts(found.get(key))]
-        inner = found.get("sentence_transformers")
-        named += _texts(inner.get("activation_fn")) if isinstance(inner, Mapping) else ()
-        # sentence-transformers calls what is in torch; it ignores other names
-        wrong = [text for text in named if text.startswith("torch.") and text[:9] != "torch.nn."]
-        if file.name.startswith("sentence_"):
-            wrong += _texts(found.get(OTHER_TOKENIZER))
-            handed = (value for key, value in found.items() if key.endswith(HANDED_ON))
-            texts = _texts([*handed])  # Rust opens a file of the working folder, too
-            wrong += (one for one in texts if not WORD.fullmatch(one) or Path(one).is_file())
-        wrong += _texts(found.get(ELSEWHERE.get(file.name, "")))
-        if wrong:
-            problem = f"its {file.relative_to(folder).as_posix()} names `{wrong[0][:100]}`, which "
-            problem += "is not in its folder"
-            raise EvaluationError(str(folder), problem, OTHER)
-        require_buildable(str(file.parent), found)
-        _require_stored(folder, file, found)
-
-
-def _texts(value: object) -> Iterator[str]:
-    """All texts in a document, without the keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts([*value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-
-
-def _inner_modules(place: Path) -> Iterator[tuple[str, str]]:
-    """The paths and classes that the configurations in a module's folder name.
-
-    A router has other modules; a tokenizer has no path.
+    Raises:
+        EvaluationError: the model cannot be loaded, or not within the limits.
+        SourceError: its configuration cannot be used.
     """
-    for name, key in CLASSES:
-        for file in sorted(place.rglob(name)):
-            named = _read(file).get(key)
-            if isinstance(named, Mapping):
-                yield from ((path, str(kind)) for path, kind in named.items())
-            elif key == TOKENIZER and named is not None:
-                yield "", str(named)
+    try:
+        require_own_settings(files)
+        require_supported(files)
+        require_memory(files)
+    except (ValueError, TypeError) as error:
+        raise _not_loaded(files.where, error) from error
+
+
+def _not_loaded(where: str, error: Exception) -> EvaluationError:
+    problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
+    remedy = "Expected: a folder that sentence-transformers can load."
+    return EvaluationError(where, problem, remedy)
+
+
+def _require_memory(folder: Path, files: ModelFiles) -> None:
+    """Refuse transformers, and modules together, that take far more memory than the files."""
+    built: dict[str, int] = {}
+    for place, kind in _loaders(folder, files):
+        n_bytes = require_size_of_files(str(place), place, kind)
+        path = place.relative_to(folder).as_posix()
+        built[normal(path)] = max(n_bytes, built.get(normal(path), 0))
+    require_memory(files, built)
+
+
+def _loaders(folder: Path, files: ModelFiles) -> Iterator[tuple[Path, Any]]:
+    """The folders with weights of transformers' models, each with the classes that may load it.
+
+    They are not those for ONNX or of other modules.
+    """
+    import transformers
+
+    kinds = {normal(one.path): one.kind for one in listed_modules(files)}
+    for path in files.configurations():
+        place = folder_of(path)
+        known = files.document(path).get("model_type") in transformers.CONFIG_MAPPING
+        if known and Path(path).name == "config.json" and files.stored_bytes(place):
+            yield folder / place, transformers.AutoModel
+            kind = kinds.get(place, "") if kinds else _class_of(folder)
+            if loader := LOADERS.get(str(_task(files, place) or TASKS.get(kind))):
+                yield folder / place, getattr(transformers, loader)
+
+
+def _task(files: ModelFiles, place: str) -> object:
+    """What a transformer is loaded for, if its settings tell."""
+    found = (path for path in files.configurations() if FILE.fullmatch(path))
+    stated = (files.document(path) for path in found if folder_of(path) == place)
+    return next(filter(None, (one.get("transformer_task") for one in stated)), None)
+
+
+def _require_no_code(folder: Path, files: ModelFiles) -> None:
+    """Refuse what leads sentence-transformers out of the folder: other code, models and pickles."""
+    require_own_settings(files)
+    for module in listed_modules(files):
+        if (folder / module.path).exists():  # a module without settings needs no folder
+            require_inside(folder, folder / module.path, EvaluationError)
+    require_supported(files)
 
 
 def _class_of(folder: Path) -> str:
@@ -269,7 +223,7 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
                     "show_progress_bar": False,
                 },
             )
-        except OSError:
+        except (OSError, LewisHubError):
             raise
         except Exception as error:  # of any class: from the columns of the data
             problem = f"mteb could not score the model: {type(error).__name__}: {error}"

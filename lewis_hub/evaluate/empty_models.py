@@ -56,7 +56,7 @@ def build_empty(folder: Path, kind: Any) -> PreTrainedModel:
 
 def require_size_of_files(
     where: str, folder: Path, kind: Any, stored_bytes: int | None = None
-) -> None:
+) -> int:
     """Refuse a configuration whose model takes far more memory than its files.
 
     transformers makes weights that no file has, however large, before it tells of them.
@@ -66,6 +66,9 @@ def require_size_of_files(
         folder: has the configuration.
         kind: the class of transformers that is to load it.
         stored_bytes: the size of its weights in the files; None: of those in the folder.
+
+    Returns:
+        The bytes of the model in memory.
 
     Raises:
         SourceError: it is larger.
@@ -79,3 +82,4 @@ def require_size_of_files(
         problem = f"its config.json describes a model of {n_bytes:,} bytes, but its weights have "
         problem += f"{stored_bytes:,} bytes in its files"
         raise SourceError(where, problem, DAMAGED)
+    return n_bytes

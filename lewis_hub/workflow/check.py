@@ -14,6 +14,8 @@ from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.embedding_files import of_source
+from lewis_hub.evaluate.embeddings import require_embedder
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.hub.facts import Licence, ModelFacts
@@ -248,6 +250,17 @@ def chat_refusals(scored: Iterable[Source], api: HfApi) -> list[str]:
                 f"evaluate.chat_template: {source.pinned} has no chat template.\n"
                 "Leave it out of `evaluate.compare`, or score without `chat_template`."
             )
+    return problems
+
+
+def embedding_refusals(scored: Iterable[Source], api: HfApi) -> list[str]:
+    """Return the reasons why models cannot be scored as embedding models."""
+    problems = []
+    for source in {model.pinned: model for model in scored if not model.is_adapter}.values():
+        try:
+            require_embedder(of_source(api, source))
+        except errors.LewisHubError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -291,9 +291,11 @@ def _refusals(
             require_scorable(f"evaluate: {donor.name}", donor.config, backend, has_modules=embeds)
         except EvaluationError as error:
             problems.append(f"{error} Or remove `evaluate`: then the merge is not scored.")
+        rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
+        if evaluation.backend == "mteb":
+            problems += check.embedding_refusals([inputs.donor, *rivals], api)
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
-            rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
             problems += check.chat_refusals([*merged, *rivals], api)
     problems += check.data_refusals(
         measurement.calibrations, inputs.data, api, allow_code=allow_code

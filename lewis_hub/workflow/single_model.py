@@ -20,6 +20,8 @@ from lewis_hub.errors import (
     ExtractionError,
     SourceError,
 )
+from lewis_hub.evaluate.embedding_files import of_source
+from lewis_hub.evaluate.embeddings import require_embedder
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
@@ -124,6 +126,8 @@ def evaluate_model(
     has_modules = source.file(MODULES) is not None
     config = open_model(api, source).config
     require_scorable(source.name, config, how.backend, has_modules=has_modules)
+    if how.backend == "mteb":
+        require_embedder(of_source(api, source))
     whole = source
     if source.is_pickled:
         whole = fetch.convert_pickles([source], (), api, progress)[source]

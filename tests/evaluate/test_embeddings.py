@@ -110,18 +110,6 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
     ("name", "settings", "named"),
     [
         (
-            "sentence_bert_config.json",
-            {"model_kwargs": {"attn_implementation": "evil/kernel", "allow_all_kernels": True}},
-            "evil/kernel",
-        ),
-        (
-            "sentence_bert_config.json",
-            {"tokenizer_args": {"tokenizer_file": "/tmp/tokenizer.json"}},
-            "/tmp/tokenizer.json",
-        ),
-        ("sentence_bert_config.json", {"tokenizer_args": {"vocab": "LICENSE"}}, "LICENSE"),
-        ("0_A/sentence_xlnet_config.json", {"tokenizer_name_or_path": "gpt2"}, "gpt2"),
-        (
             "config.json",
             {"sentence_transformers": {"activation_fn": "torch.distributed.run.main"}},
             "torch.distributed.run.main",
@@ -133,14 +121,8 @@ def test_no_code_that_a_module_names_in_its_settings_is_loaded(name, settings, t
         ),
     ],
 )
-def test_settings_lead_to_no_other_model_kernel_or_function(
-    name, settings, named, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path.parent)
-    (tmp_path.parent / "LICENSE").write_text("hunter2")  # in the working folder
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(settings))
+def test_settings_lead_to_no_other_function(name, settings, named, tmp_path):
+    (tmp_path / name).write_text(json.dumps(settings))
 
     with pytest.raises(EvaluationError) as caught:
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
@@ -220,8 +202,9 @@ def test_no_module_is_hidden(inner, tmp_path):
     with pytest.raises(EvaluationError) as caught:
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 
+    path = f"1_Dense/{inner}" if inner else ".m"
     assert str(caught.value) == (
-        f"{tmp_path}: its module `{inner or '.m'}` is hidden, and so no file of the model.\n"
+        f"{tmp_path}: its module `{path}` is hidden, and so no file of the model.\n"
         "Only the files of the model are used: use another one."
     )
 
@@ -240,7 +223,7 @@ def test_no_module_is_hidden(inner, tmp_path):
         (
             "cnn_config.json",
             {"in_word_embedding_dimension": 10, "out_channels": 10, "kernel_sizes": [1, 10**9]},
-            "10 × 10 × 1000000000",
+            "10 × 10 × 1000000001",
         ),
     ],
 )

@@ -247,6 +247,49 @@ def test_a_language_model_gives_no_embeddings(folder):
     assert str(single.value) == f"{zoo_folder() / 'base'}: {said}"
 
 
+def test_what_an_embedding_model_may_not_say_is_refused_before_anything_is_merged(folder):
+    """The merge was made, and scoring it took all memory, again at each rerun."""
+    wrong = {"processing_kwargs": {"text": {"pad_to_multiple_of": 20_000_000}}}
+    (folder / "base" / "sentence_bert_config.json").write_text(json.dumps(wrong))
+    asked = recipe(folder)
+    told = (
+        f"{folder / 'base'}: sentence_bert_config.json: "
+        "`processing_kwargs.text.pad_to_multiple_of` is 20000000, expected a whole number from 0 "
+        "to 1,024.\nRemove it in a copy of the model: it is loaded and run by its own files and "
+        "sizes only."
+    )
+
+    assert problem(asked) == told
+    with pytest.raises(CheckFailedError) as caught:
+        lewis_hub.merge_models(asked, folder / "out")
+    alone = asked.evaluate.model_copy(update={"include": str(folder / "tasks")})
+    with pytest.raises(EvaluationError) as single:
+        lewis_hub.evaluate_model(folder / "base", alone)
+
+    assert told in str(caught.value)
+    assert not (folder / "out.partial").exists()
+    assert str(single.value) == told
+
+
+def test_a_tokenizer_that_pads_to_any_length_is_a_problem_of_check(folder):
+    file = folder / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_to_multiple_of": 20_000_000}))
+
+    assert problem(recipe(folder)) == (
+        f"{folder / 'base'}: tokenizer_config.json: it pads each text to a multiple of 20,000,000 "
+        "tokens, the limit is 1,024.\nUse a copy of the model without this padding."
+    )
+
+
+def test_rivals_are_checked_as_the_merge_is(folder):
+    listed = [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}] * 101
+    (folder / "expert" / "modules.json").write_text(json.dumps(listed))
+    told = f"{folder / 'expert'}: modules.json: it lists more than 100 modules."
+
+    assert problem(recipe(folder, compare=["experts"])).startswith(told)
+    assert lewis_hub.check(recipe(folder, compare=["base"])).problems == ()
+
+
 def test_settings_of_text_generation_do_not_apply(folder):
     for key, value in {"limit": 3, "num_fewshot": 2, "chat_template": True}.items():
         with pytest.raises(RecipeError, match=f"`{key}` does not apply to `backend: mteb`"):

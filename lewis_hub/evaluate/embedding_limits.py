@@ -1,0 +1,70 @@
+"""Limits of memory while an embedding model is loaded, and while a batch of texts is tokenised.
+
+They do not depend on names of settings, so they hold for those that no check knows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.embedding_files import ModelFiles
+from lewis_hub.evaluate.empty_models import FREE_BYTES, MOST_TIMES
+from lewis_hub.limits import TooMuchError, limited
+from lewis_hub.loadable import MAX_LOAD_BYTES
+from lewis_hub.system import limited_memory
+
+DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
+BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
+TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
+REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
+
+
+@contextmanager
+def limited_load(files: ModelFiles, device: str) -> Iterator[None]:
+    """Stop a load that takes more memory than its files may, with its tokenizer.
+
+    Raises:
+        EvaluationError: it takes more.
+    """
+    n_bytes = MOST_TIMES * files.stored_bytes() + FREE_BYTES + MAX_LOAD_BYTES
+    n_bytes += 0 if device == "cpu" else DRIVER_BYTES
+    try:
+        with limited(math.inf, "its load", max_bytes=n_bytes):
+            yield
+    except TooMuchError as error:
+        raise EvaluationError(files.where, str(error), REMEDY) from None
+
+
+def limit_batches(where: str, model: Any) -> None:
+    """Let a loaded model refuse to make very much of a batch of texts, before it is run.
+
+    It raises an EvaluationError then.
+    """
+    preprocess: Callable[..., Any] = model.preprocess
+
+    @functools.wraps(preprocess)
+    def preprocess_within_limits(inputs: Any, *args: Any, **options: Any) -> Any:
+        n_bytes = BATCH_BYTES + TIMES_OF_TEXT * _n_letters(inputs)
+        try:
+            with limited_memory(2 * n_bytes), limited(math.inf, "a batch", max_bytes=n_bytes):
+                return preprocess(inputs, *args, **options)
+        except TooMuchError as error:
+            raise EvaluationError(f"{where}: its tokenizer", str(error), REMEDY) from None
+        except MemoryError:
+            problem = "it takes too much memory for a batch"
+            raise EvaluationError(f"{where}: its tokenizer", problem, REMEDY) from None
+
+    model.preprocess = preprocess_within_limits
+
+
+def _n_letters(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_n_letters, value.values()))
+    return sum(map(_n_letters, value)) if isinstance(value, list | tuple) else 0
