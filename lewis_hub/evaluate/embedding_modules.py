@@ -24,6 +24,7 @@ MODULES, ROUTER = "modules.json", "router_config.json"
 SAVE_AGAIN = "Load it in sentence-transformers and save it again."
 OTHER = "Only the files of the model are used: use another one."
 MAX_MODULES = 100  # as listed; a model for queries and documents has some ten
+MAX_PARTS = 100  # layers of an LSTM, or kernels of a CNN, which has three
 PART_BYTES = 1 << 14  # of a layer beside its weights
 JSON_TIMES = 16  # the memory of a vocabulary by that of its JSON
 TOKENIZER = "tokenizer_class"
@@ -279,6 +280,9 @@ def _described_bytes(files: ModelFiles, module: Listed) -> int:
     _require_sizes(f"{files.where}: {normal(path)}", module.kind, settings)
     shape = _shape(module.kind, settings)
     n_values, n_parts = math.prod(shape) if shape else 0, 1
+    if max(_layers(settings), len(_kernels(settings))) > MAX_PARTS:
+        problem = f"it has more than {MAX_PARTS} layers or kernels"
+        raise EvaluationError(f"{files.where}: {normal(path)}", problem, DAMAGED)
     if module.kind == "Dense" and settings.get("use_residual"):
         n_values *= 2
     elif module.kind == "CNN":

@@ -44,11 +44,11 @@ def module(folder, kind, settings, n_stored, n_times=1, file="config.json"):
     [
         ("Dense", {"in_features": 2048, "out_features": 2048}, "config.json", 90, "1,511,485,920"),
         (
-            "CNN",  # many kernels, each a layer that has some memory of its own
-            {"in_embedding_dimension": 1, "out_channels": 1, "kernel_sizes": [1] * 100_000},
+            "CNN",  # the sum of its kernels
+            {"in_embedding_dimension": 1, "out_channels": 1, "kernel_sizes": [4_000_000] * 90},
             "cnn_config.json",
             1,
-            "1,643,601,056",
+            "1,441,488,576",
         ),
         (
             "LSTM",
@@ -150,6 +150,28 @@ def test_sizes_of_modules_are_numbers(kind, settings, file, told, tmp_path):
         require_memory(files)
 
     assert str(refused.value) == f"{tmp_path}: 1_M/{file}: {told}.\n{DAMAGED}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "file"),
+    [
+        (
+            "LSTM",
+            {"embedding_dimension": 1, "hidden_dim": 1, "num_layers": 101},
+            "lstm_config.json",
+        ),
+        ("CNN", {"in_embedding_dimension": 1, "kernel_sizes": [1] * 101}, "cnn_config.json"),
+    ],
+)
+def test_a_module_of_very_many_parts_is_not_built(kind, settings, file, tmp_path):
+    """900 small layers took more than a minute to be built and compared."""
+    files = module(tmp_path, kind, settings, 10**6, file=file)
+
+    with pytest.raises(EvaluationError) as refused:
+        require_memory(files)
+
+    where = f"{tmp_path}: 1_M/{file}"
+    assert str(refused.value) == f"{where}: it has more than 100 layers or kernels.\n{DAMAGED}"
 
 
 @pytest.mark.parametrize(
