@@ -52,6 +52,7 @@ NEW = os.O_CREAT | os.O_EXCL
 REMEDY = "Its settings lead there; only the files of a model are used. Remove them in a copy."
 
 _thread = threading.local()
+_reads: _Reads | None = None
 
 
 class _OutsideError(PermissionError):
@@ -86,19 +87,21 @@ def confined_to(folder: Path) -> Iterator[None]:
 def opening_only(
     named: Callable[[], Collection[Path]], folder: Path, *, elsewhere: bool
 ) -> Iterator[Sequence[str]]:
-    """Let Python files in a folder read only the files of it that are `named`, in this thread.
+    """Let Python files in a folder read only the files of it that are `named`, in all threads.
 
     Files elsewhere they may read if `elsewhere` is true; else only those of packages, of the
-    system, of caches and hidden ones. Yields the paths that were refused so far: code may go on
-    without a file.
+    system, of caches and hidden ones. Files whose code calls this are not meant. Yields the paths
+    that were refused so far: code may go on without a file.
     """
+    global _reads
     _install()
-    before, rule = getattr(_thread, "reads", None), _Reads(_real(folder), named, elsewhere)
-    _thread.reads = rule
+    _packages_at_first()
+    rule = _Reads(_real(folder), named, elsewhere, frozenset(_files_at_work()))
+    before, _reads = _reads, rule
     try:
         yield rule.refused
     finally:
-        _thread.reads = before
+        _reads = before
 
 
 def _cause(error: BaseException | None) -> _OutsideError | None:
@@ -121,9 +124,8 @@ def _install() -> None:
 def _hook(event: str, args: tuple[Any, ...]) -> None:
     if event not in EVENTS:
         return
-    reads: _Reads | None = getattr(_thread, "reads", None)
-    if reads and event == "open" and not isinstance(args[0], int):
-        reads.require(os.fsdecode(args[0]), args[2])
+    if _reads and event == "open" and not isinstance(args[0], int):
+        _reads.require(os.fsdecode(args[0]), args[2])
     rule: _Rule | None = getattr(_thread, "rule", None)
     if rule is None:
         return
@@ -176,6 +178,7 @@ class _Reads:
     folder: str  # without links
     named: Callable[[], Collection[Path]]
     elsewhere: bool
+    callers: Set[str]  # files of the code that asked for this rule
     refused: list[str] = field(default_factory=list)
 
     def require(self, path: str, flags: int) -> None:
@@ -186,38 +189,61 @@ class _Reads:
         is_beside = _is_in(file, {self.folder})
         if (not is_beside and self.elsewhere) or not self._is_asking() or not Path(file).is_file():
             return
-        if is_beside:
-            allowed = file in self._named or _is_in(file, self._installed_beside)
-        else:
-            allowed = _is_in(file, self._installed) or _is_of_the_machine(file)
-        if not allowed:
+        if file not in self._named and not self._is_of_the_machine(file, is_beside=is_beside):
             self.refused.append(file)
             raise _OutsideError(errno.EACCES, "no file that the task names", file)
 
     def _is_asking(self) -> bool:
         """Whether Python of the folder is at work."""
-        files = {frame.f_code.co_filename for frame, _ in walk_stack(sys._getframe())}
+        files = _files_at_work() - self.callers
         own = [real for file in files if _is_in(real := _real_cached(file), {self.folder})]
         return any(not _is_in(file, self._installed_beside) for file in own)
 
+    def _is_of_the_machine(self, file: str, *, is_beside: bool) -> bool:
+        """Whether it is of a package, the system or a cache, hidden, or data of a package.
+
+        The project of the task may itself be in a hidden or temporary folder.
+        """
+        if is_beside:
+            return _is_in(file, self._installed_beside)
+        project = str(Path(self.folder).parent)
+        is_near = _is_in(file, {project})
+        inner = Path(file).relative_to(project if is_near else Path(file).anchor)
+        installed = self._installed_in(project) if is_near else self._installed
+        return is_hidden(inner) or INSTALLED_DATA in inner.parts or _is_in(file, installed)
+
     @cached_property
     def _named(self) -> Set[str]:
-        _thread.reads = None  # to find them, files are read
+        global _reads
+        before, _reads = _reads, None  # to find them, files are read
         try:
             return {_real(file) for file in self.named()}
         finally:
-            _thread.reads = self
-
-    @cached_property
-    def _installed(self) -> Set[str]:
-        return {*_packages(), *map(_real, _caches()), *SYSTEM}
+            _reads = before
 
     @cached_property
     def _installed_beside(self) -> Set[str]:
-        """Packages and caches in the folder; the task may have put its own Python into the path."""
-        found = {one for one in _packages() if _is_in(one, {_real(sys.prefix)})}
-        found |= {_real(Path(__file__).parent), *map(_real, _caches())}
-        return {one for one in found if _is_in(one, {self.folder})}
+        return self._installed_in(self.folder)
+
+    def _installed_in(self, around: str) -> Set[str]:
+        """Packages and caches that are in a folder, and not around it."""
+        return {one for one in self._installed if one != around and _is_in(one, {around})}
+
+    @cached_property
+    def _installed(self) -> Set[str]:
+        own = _real(Path(__file__).parent)
+        return {*_packages_at_first(), own, _real(sys.prefix), *map(_real, _caches()), *SYSTEM}
+
+
+@cache
+def _packages_at_first() -> Set[str]:
+    """The folders of packages before any task has put its own into the path of Python."""
+    return frozenset(_packages())
+
+
+def _files_at_work() -> set[str]:
+    """The files of the functions that are called in this thread."""
+    return {frame.f_code.co_filename for frame, _ in walk_stack(sys._getframe())}
 
 
 def _source(file: str) -> str:
@@ -226,11 +252,6 @@ def _source(file: str) -> str:
         with suppress(ValueError, NotImplementedError):
             return source_from_cache(file)
     return file
-
-
-def _is_of_the_machine(file: str) -> bool:
-    path = Path(file)
-    return is_hidden(path.relative_to(path.anchor)) or INSTALLED_DATA in path.parts
 
 
 def _caches() -> Iterator[str]:

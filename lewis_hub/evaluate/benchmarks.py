@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from lewis_hub.audit_hook import opening_only
 from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.code import with_imports
+from lewis_hub.evaluate.code import named_files, with_imports
 from lewis_hub.evaluate.harness import (
     LONGEST_CAUSE,
     Benchmarks,
@@ -270,6 +270,26 @@ def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
     settings = library_settings(allow_code=selection.allow_code)
     with settings, at_commits(commits), computed_anew(), reading_only_named(selection):
         yield
+
+
+def require_named(selection: TaskSelection) -> None:
+    """Find tasks as `locate_tasks`, and refuse own ones whose Python names other files beside it.
+
+    So they are found before anything runs, and where a library reads them that no hook sees.
+
+    Raises:
+        EvaluationError: as `locate_tasks`; or its Python names a file that no task does.
+    """
+    located, folder = locate_tasks(selection), selection.include
+    if folder is None:
+        return
+    known = {path.resolve() for path in own_files(selection.names, folder).values()}
+    near = [folder.resolve().parent] if selection.is_calibration else []
+    python = {module for file in located.files for module in _python(file, folder)}
+    for module in sorted(module for module in python if module.is_relative_to(folder)):
+        for file in named_files(module, [folder, Path.cwd()]):
+            if file not in known and any(map(file.is_relative_to, [folder.resolve(), *near])):
+                raise _unnamed(selection, str(file))
 
 
 @contextmanager

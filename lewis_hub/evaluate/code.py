@@ -6,6 +6,7 @@ import ast
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "lm_eval.tasks."
@@ -17,6 +18,7 @@ RUNS_CODE = re.compile(
 )
 # `evaluate` runs the script of a metric, from the newest commit of a Space.
 LOADS_CODE = re.compile(r"\b\w*evaluate\.load\(|\bfrom +evaluate +import\b")
+MAX_NAME = 250  # letters of a path that is looked for
 IMPORTS_OTHERS = re.compile(r"\blm_eval\.tasks\b|\bfrom +\.")
 
 
@@ -74,6 +76,25 @@ def with_imports(modules: Iterable[Path], folder: Path) -> set[Path]:
             seen.add(module)
             left += filter(Path.is_file, _imported_beside(module, folder))
     return seen
+
+
+def named_files(module: Path, folders: Iterable[Path]) -> Iterator[Path]:
+    """The files that a text in a Python file names, from its own folder or one of others."""
+    places = [module.parent, *folders]
+    try:
+        tree = _parsed(module.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if not (isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable()):
+            continue
+        for place in places:
+            # a path may be put together, as in f"{HERE}/words.json"
+            for file in (place / text, place / text.lstrip("/")):
+                with suppress(OSError):
+                    if file.is_file():
+                        yield file.resolve()
 
 
 def _imported_beside(module: Path, folder: Path) -> Iterator[Path]:

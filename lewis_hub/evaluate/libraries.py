@@ -14,6 +14,7 @@ from lewis_hub.evaluate.benchmarks import (
     TaskData,
     load_tasks,
     own_files,
+    require_named,
     scored_data,
     task_data,
 )
@@ -43,7 +44,7 @@ def _embedding_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
 LIBRARIES: Mapping[LibraryName, Library] = {
     "lm-eval": Library(
         "lm_eval",
-        require_tasks=locate_tasks,
+        require_tasks=require_named,
         require_metric=require_metric,
         data=lambda selection: task_data(locate_tasks(selection)),
         load=load_tasks,

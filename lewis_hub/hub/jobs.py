@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 from huggingface_hub import Volume
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from pydantic import TypeAdapter
 
@@ -39,6 +40,7 @@ MOUNT = "/recipe"
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 UV, PYTHON = ("uv", "run"), ("--python", "3.12")
 COMPLETED = "COMPLETED"
+SERVER_ERROR = 500  # and above: of a gateway, too, which may have passed on the call
 EXIT_CODE = re.compile(r"exit code:? (\d{1,3})\b")
 
 
@@ -110,8 +112,12 @@ def _told_if_it_may_run(hub_repo: HubRepo) -> Iterator[None]:
         yield
     except httpx2.ConnectError:  # nothing was sent
         raise
-    except httpx2.RequestError as error:
-        problem = f"no answer came ({str(error) or type(error).__name__}), so the Job may exist"
+    except (httpx2.RequestError, HfHubHTTPError) as error:
+        answer = getattr(error, "response", None)
+        if answer is not None and answer.status_code < SERVER_ERROR:
+            raise
+        said = f"{answer.status_code}" if answer is not None else str(error) or type(error).__name__
+        problem = f"no good answer came ({said}), so the Job may exist"
         remedy = f"Look at {address(hub_repo.api)}/settings/jobs before you start it again."
         raise hub_repo.failed(problem, remedy) from error
 

@@ -28,11 +28,12 @@ from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.scores import ModelResult, Scores
-from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.files import is_hidden, sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import SIGNATURE
+from lewis_hub.hub.source import state_of
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -235,10 +236,18 @@ def _file_name(
     selected, own = loaded.selection, loaded.selection.include
     files = library_of(selected).own_files(selected.names, own) if own else {}
     texts = {path: sha256_of(file) for path, file in files.items()}
-    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked]
+    beside = _states_beside(own) if own and any(path.endswith(".py") for path in files) else {}
+    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked, beside]
     installed = version(library_of(selected).distribution)
     document = json.dumps([*facts, sorted(loaded.commits.values()), installed])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
+
+
+def _states_beside(folder: Path) -> dict[str, str]:
+    """Return the states of the files in a folder: its Python may read them by any library."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    seen = [path for path in files if not is_hidden(path.relative_to(folder))]
+    return {str(path.relative_to(folder)): state_of(path) for path in seen if path.suffix != ".pyc"}
 
 
 def read_scores(output: Path) -> Scores | None:

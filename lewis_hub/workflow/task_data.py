@@ -9,7 +9,14 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
+from lewis_hub.evaluate.benchmarks import (
+    Commits,
+    TaskData,
+    files_digest,
+    is_local,
+    require_named,
+    task_data,
+)
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.hub.dataset_cards import require_own_files
@@ -42,6 +49,7 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
     `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
     """
     asked = TaskSelection((task,), include, allow_code=True, is_calibration=True)
+    require_named(asked)
     located = locate_tasks(asked)
     every = task_data(located)
     for data in every:

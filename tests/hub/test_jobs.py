@@ -119,18 +119,19 @@ def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_paus
 
 
 @pytest.mark.parametrize(("cron", "path"), [(None, "/api/jobs/"), ("@weekly", "/scheduled-jobs/")])
-def test_a_job_whose_answer_is_lost_may_exist(api, running, tmp_path, cron, path):
+@pytest.mark.parametrize("fault", ["drop", 504])
+def test_a_job_whose_answer_is_lost_may_exist(api, running, tmp_path, cron, path, fault):
     """The same command would start a second one, and both cost money."""
     (tmp_path / "recipe.yaml").write_text("")
     files = {"recipe.yaml": tmp_path / "recipe.yaml"}
     request = JobRequest(["--version"], files, "lewis-hub", None, None, ME)
-    running.fail(path, "drop", times=1, after_bytes=0, method="POST")
+    running.fail(path, fault, times=1, after_bytes=0, method="POST")
 
     with pytest.raises(PublishError) as caught:
         jobs.submit(api, request, cron)
 
     problem, remedy = str(caught.value).splitlines()
-    assert problem.startswith(f"{ME}: no answer came (")
+    assert problem.startswith(f"{ME}: no good answer came ({'504' if fault == 504 else ''}")
     assert problem.endswith("), so the Job may exist.")
     assert remedy == f"Look at {running.url}/settings/jobs before you start it again."
 
