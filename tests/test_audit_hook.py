@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import cache_from_source
 from pathlib import Path
 
@@ -319,6 +320,58 @@ def test_python_of_a_folder_reads_no_other_files_elsewhere(model, secret, tmp_pa
         with pytest.raises(PermissionError):
             read("../secret")
     assert refused == [str(secret)]
+
+
+@pytest.mark.parametrize("place", [".projects/p", "temporary/p", "nltk_data/p"])
+def test_files_of_a_project_are_its_own_wherever_it_is(tmp_path, monkeypatch, place):
+    """A home may be below /var, and a project in a hidden or a temporary folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    tasks = tmp_path / place / "tasks"
+    tasks.mkdir(parents=True)
+    (tasks.parent / "words.json").write_text("[]")
+    (tasks.parent / ".cache").mkdir()
+    (tasks.parent / ".cache" / "rows").write_text("[1]")
+    with opening_only(list, tasks, elsewhere=False) as refused:
+        assert reader(tasks)("../.cache/rows") == "[1]"
+        with pytest.raises(PermissionError):
+            reader(tasks)("../words.json")
+    assert refused == [str(tasks.parent / "words.json")]
+
+
+def test_a_folder_that_python_of_tasks_puts_into_the_path_is_no_package(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "shared_of_tasks.py").write_text("WORD = 'encode'")
+    with opening_only(list, model, elsewhere=False) as refused:
+        monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+        with pytest.raises(PermissionError):
+            python_of(model, "import shared_of_tasks")
+    assert {*refused} == {str(tmp_path / "lib" / "shared_of_tasks.py")}
+
+
+def test_the_rule_holds_in_other_threads(model):
+    (model / "words.json").write_text("[]")
+    read = reader(model)
+    with opening_only(list, model, elsewhere=True) as refused, ThreadPoolExecutor(1) as pool:
+        failed = pool.submit(read, "words.json").exception()
+    assert isinstance(failed, PermissionError)
+    assert refused == [str(model / "words.json")]
+
+
+def test_code_in_the_folder_that_asked_for_the_rule_is_not_meant(model):
+    """As a script of the user that merges, beside the task files."""
+    (model / "words.json").write_text("[]")
+    text = """
+def script():
+    with opening_only(list, folder, elsewhere=True) as refused:
+        return (folder / "words.json").read_text(), refused
+"""
+    found = {"folder": model, "opening_only": opening_only}
+    exec(compile(text, str(model / "script.py"), "exec"), found)
+
+    assert found["script"]() == ("[]", [])
 
 
 def test_compiled_python_of_a_folder_counts_as_its_source(model):

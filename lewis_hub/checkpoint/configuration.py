@@ -11,6 +11,7 @@ from lewis_hub.errors import SourceError
 MAX_LAYERS = 1000
 FEW_LAYERS = 100  # which take no second to build
 MAX_EXPERTS = 100_000
+MAX_VALUES = 300_000  # of the whole document, which transformers copies many times
 MAX_LABELS = 1_000_000
 MAX_POSITIONS, MAX_HEADS = 200_000, 1000  # of MPT, which makes a number for each of both
 LIMITS = {  # keys, in the words of all architectures -> their limit
@@ -44,6 +45,9 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
         SourceError: a number is above its limit, or transformers would read other values than
             these, files elsewhere, or code of the Hub, such as a kernel; it names `where`.
     """
+    if _n_values(config) > MAX_VALUES:
+        problem = f"its config.json has more than {MAX_VALUES:,} values"
+        raise SourceError(where, problem, DAMAGED)
     for key, value in _values(config):
         for pattern, (sign, what) in ELSEWHERE.items():
             if value and pattern.fullmatch(key) and re.search(sign, str(value)):
@@ -60,6 +64,12 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
         if config[key] > max(n_tensors, FEW_LAYERS):
             problem = f"`{key}` of its config.json is {config[key]}, but it has {n_tensors} tensors"
             raise SourceError(where, problem, DAMAGED)
+
+
+def _n_values(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return 1 + sum(map(_n_values, value.values()))
+    return 1 + sum(map(_n_values, value)) if isinstance(value, list) else 1
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

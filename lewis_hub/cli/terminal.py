@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 COLUMN_GAP = 2  # spaces after a column
+ERRORS = logging.Formatter()
 NUMBER = re.compile(r"[-+]?\d|[-?]?$")  # the start of a number, or a sign that there is none
 
 
@@ -58,6 +59,8 @@ def escape_logs() -> None:
         record = make(*args, **kwargs)
         with contextlib.suppress(Exception):  # a wrong format: logging itself reports it, escaped
             record.msg, record.args = printable(record.getMessage()), ()
+            if record.exc_info:  # as logging.Formatter makes it, once
+                record.exc_text = printable(ERRORS.formatException(record.exc_info))
         return record
 
     logging.setLogRecordFactory(printable_record)

@@ -1,4 +1,4 @@
-"""Limits of memory while an embedding model is loaded, and while a batch of texts is tokenised.
+"""Limits of memory while an embedding model is loaded, and of what it makes of a batch of texts.
 
 They do not depend on names of settings, so they hold for those that no check knows.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from lewis_hub.system import limited_memory
 
 DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
 BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
+MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those of large models
+VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
 TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
 
@@ -60,6 +62,28 @@ def limit_batches(where: str, model: Any) -> None:
             raise EvaluationError(f"{where}: its tokenizer", problem, REMEDY) from None
 
     model.preprocess = preprocess_within_limits
+
+
+def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
+    """Let a loaded model refuse to give very long vectors, which are kept for all texts.
+
+    It raises an EvaluationError then. Of a sparse model the numbers that are not 0 count.
+    """
+    forward: Callable[..., Any] = model.forward
+
+    @functools.wraps(forward)
+    def forward_within_limits(*args: Any, **options: Any) -> Any:
+        found = forward(*args, **options)
+        for key in VECTORS if isinstance(found, Mapping) else ():
+            vectors = found.get(key)
+            if vectors is not None and vectors.ndim > 1:
+                many = (vectors != 0).sum(-1).max() if is_sparse else vectors.shape[-1]
+                if many > MAX_DIMENSION:
+                    problem = f"its vector of a text has {int(many):,} numbers, the limit is "
+                    raise EvaluationError(where, f"{problem}{MAX_DIMENSION:,}", REMEDY)
+        return found
+
+    model.forward = forward_within_limits
 
 
 def _n_letters(value: object) -> int:

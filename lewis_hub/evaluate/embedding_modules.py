@@ -24,6 +24,7 @@ MODULES, ROUTER = "modules.json", "router_config.json"
 SAVE_AGAIN = "Load it in sentence-transformers and save it again."
 OTHER = "Only the files of the model are used: use another one."
 MAX_MODULES = 100  # as listed; a model for queries and documents has some ten
+N_MODES = 6  # of pooling
 MAX_PARTS = 100  # layers of an LSTM, or kernels of a CNN, which has three
 PART_BYTES = 1 << 14  # of a layer beside its weights
 JSON_TIMES = 16  # the memory of a vocabulary by that of its JSON
@@ -273,6 +274,8 @@ def require_memory(files: ModelFiles, built: Mapping[str, int] | None = None) ->
 
 def _described_bytes(files: ModelFiles, module: Listed) -> int:
     """The memory of a module that is built of its settings, without that of a transformer."""
+    if module.kind == "Pooling":
+        _require_few_modes(files, normal(str(PurePosixPath(module.path) / CONFIGURATION)))
     if module.kind not in SIZED:
         return PART_BYTES
     path = str(PurePosixPath(module.path) / SETTINGS.get(module.kind, CONFIGURATION))
@@ -291,6 +294,14 @@ def _described_bytes(files: ModelFiles, module: Listed) -> int:
         n_parts = max(1, _layers(settings))
         n_values *= 4 * 2 * 2 * 2 * n_parts
     return VALUE_BYTES * n_values + PART_BYTES * n_parts
+
+
+def _require_few_modes(files: ModelFiles, path: str) -> None:
+    """Refuse a pooling whose vectors are put together of more parts than it has ways to pool."""
+    modes = files.document(path).get("pooling_mode")
+    if isinstance(modes, list) and len(modes) > N_MODES:
+        problem = f"`pooling_mode` has {len(modes):,} values, there are {N_MODES}"
+        raise EvaluationError(f"{files.where}: {path}", problem, DAMAGED)
 
 
 def _require_sizes(where: str, kind: str, settings: Mapping[str, Any]) -> None:

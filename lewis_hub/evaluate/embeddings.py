@@ -25,7 +25,11 @@ from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_files import ModelFiles, folder_of, in_folder, normal
-from lewis_hub.evaluate.embedding_limits import limit_batches, limited_load
+from lewis_hub.evaluate.embedding_limits import (
+    limit_batches,
+    limit_vectors,
+    limited_load,
+)
 from lewis_hub.evaluate.embedding_modules import (
     listed_modules,
     require_memory,
@@ -113,6 +117,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     limit_batches(str(folder), model)
+    limit_vectors(str(folder), model, is_sparse=_class_of(folder) == "SparseEncoder")
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "

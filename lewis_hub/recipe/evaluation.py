@@ -60,9 +60,9 @@ class Evaluation(Running):
     )
     include: str | None = Field(
         None,
-        description="Folder with your own task files, in the folder of the recipe. The "
+        description="Folder with your own task files, below the folder of the recipe. The "
         "files that are used are copied to `lewis/tasks`, with the Python that they import and "
-        "their data in the folder. Their Python may read no other file in it.",
+        "their data in the folder. Their Python may name or open no other file in it.",
     )
     limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
     chat_template: bool = Field(

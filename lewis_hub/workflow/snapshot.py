@@ -188,7 +188,9 @@ def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
             problem += "are used become part of the merge."
             raise RecipeError("recipe", "include", problem, "Move or copy the folder there.")
         if Path(folder).is_dir() and Path(folder).samefile(beside):
-            problem = "it is the recipe's folder, where merges are written with copies of the files"
+            problem = (
+                "it is the recipe's folder, where merges are written with copies of the files."
+            )
             remedy = "Move the task files into a folder of their own, such as `tasks`."
             raise RecipeError("recipe", "include", problem, remedy)
         found[folder] += place.tasks if isinstance(place, Evaluation) else [str(place.task)]

@@ -99,3 +99,14 @@ def test_what_models_name_is_no_obstacle():
             **{"attribute_map": {}, "attn_implementation": "sdpa", "configuration_files": None},
         },
     )
+
+
+def test_a_configuration_of_very_many_values_is_refused():
+    """transformers copies it again and again: 1.9 million empty mappings took a minute."""
+    require_buildable("me/model", {"a": [{}] * 299_998})
+
+    with pytest.raises(SourceError) as caught:
+        require_buildable("me/model", {"a": [{}] * 299_999})
+
+    told = "its config.json has more than 300,000 values"
+    assert str(caught.value) == f"me/model: {told}.\n{REMEDY}"

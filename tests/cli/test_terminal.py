@@ -1,13 +1,14 @@
 """Texts of others control neither a terminal nor a log, and no credentials are shown."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from lewis_hub.cli.terminal import Terminal
+from lewis_hub.cli.terminal import Terminal, escape_logs
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import TextTable
 from lewis_hub.errors import SourceError
@@ -89,3 +90,20 @@ def test_what_libraries_log_controls_no_terminal_and_no_log_of_actions(tmp_path)
     assert ": :error::\\x1b[31m100%" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert not [line for line in done.stderr.splitlines() if line.lstrip().startswith("::")]
+
+
+def test_an_error_in_a_log_shows_no_password_either(monkeypatch):
+    """huggingface_hub logs some errors of its requests, with their addresses, if it is verbose."""
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)
+    escape_logs()
+    log = logging.getLogger("of.a.library")
+    try:
+        raise ValueError("cannot reach https://me:hunter2@hub.example/api \x1b[31m")
+    except ValueError:
+        record = log.makeRecord(log.name, logging.DEBUG, "", 1, "failed", (), sys.exc_info())
+
+    shown = logging.Formatter().format(record)
+
+    assert "hunter2" not in shown
+    assert shown.startswith("failed\nTraceback (most recent call last):\n  File ")
+    assert shown.endswith("ValueError: cannot reach https://hub.example/api \\x1b[31m")

@@ -7,11 +7,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import embedding_limits
 from lewis_hub.evaluate.embedding_files import ModelFiles
-from lewis_hub.evaluate.embedding_limits import limit_batches, limited_load
+from lewis_hub.evaluate.embedding_limits import limit_batches, limit_vectors, limited_load
 from lewis_hub.limits import TooMuchError, limited
 
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
@@ -54,6 +55,35 @@ def test_a_batch_of_texts_that_becomes_very_large_is_refused():
     assert str(stopped.value) == (
         f"org/model: its tokenizer: it takes more than 0.1 GB for a batch.\n{REMEDY}"
     )
+
+
+@pytest.mark.parametrize("key", ["sentence_embedding", "scores"])
+def test_a_model_that_gives_very_long_vectors_is_refused(key):
+    """They are kept for all texts: pooled 20,000 times, some thousand of them took gigabytes."""
+    model = SimpleNamespace(forward=lambda n: {key: torch.ones(2, n), "input_ids": None})
+
+    limit_vectors("org/model", model, is_sparse=False)
+
+    assert model.forward(16_384)[key].shape == (2, 16_384)
+    with pytest.raises(EvaluationError) as refused:
+        model.forward(16_385)
+    assert str(refused.value) == (
+        f"org/model: its vector of a text has 16,385 numbers, the limit is 16,384.\n{REMEDY}"
+    )
+
+
+def test_of_a_sparse_model_only_numbers_that_are_not_0_count():
+    def vectors(n):
+        found = torch.zeros(2, 50_000)
+        found[1, :n] = 1
+        return {"sentence_embedding": found}
+
+    model = SimpleNamespace(forward=vectors)
+    limit_vectors("org/model", model, is_sparse=True)
+
+    assert model.forward(16_384)["sentence_embedding"].shape == (2, 50_000)
+    with pytest.raises(EvaluationError, match=r"has 16,385 numbers"):
+        model.forward(16_385)
 
 
 def grow_in_part():

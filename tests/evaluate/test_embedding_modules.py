@@ -152,6 +152,19 @@ def test_sizes_of_modules_are_numbers(kind, settings, file, told, tmp_path):
     assert str(refused.value) == f"{tmp_path}: 1_M/{file}: {told}.\n{DAMAGED}"
 
 
+def test_a_vector_is_put_together_of_each_way_to_pool_at_most_once(tmp_path):
+    """Of 20,000 parts, vectors of some thousand texts took gigabytes."""
+    settings = {"embedding_dimension": 64, "pooling_mode": ["mean"] * 6}
+    require_memory(module(tmp_path / "six", "Pooling", settings, 10))
+    files = module(tmp_path, "Pooling", {**settings, "pooling_mode": ["mean"] * 7}, 10)
+
+    with pytest.raises(EvaluationError) as refused:
+        require_memory(files)
+
+    told = "`pooling_mode` has 7 values, there are 6"
+    assert str(refused.value) == f"{tmp_path}: 1_M/config.json: {told}.\n{DAMAGED}"
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "file"),
     [

@@ -158,7 +158,7 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
 def test_another_prompt_is_measured_anew_and_the_same_one_is_not(seeded, tmp_path, stage_titles):
     for name in ("zoo_reverse.yaml", "zoo_cipher.yaml"):
         (tmp_path / name).write_text((TASKS / name).read_text())
-    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path)
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path.parent)
     first = measured(asked, tmp_path / "out").calibration
     again = measured(asked, tmp_path / "out").calibration
     changed = (TASKS / "zoo_reverse.yaml").read_text().replace("Question:", "Q:")
@@ -504,7 +504,7 @@ def test_rows_of_a_task_that_changed_since_they_were_pinned_are_refused(
 ):
     """They would be in a merge whose lock names the file as it was."""
     rows = task_on_local_rows(tmp_path)
-    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path)
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path.parent)
     load_rows = texts.items.load_rows
 
     def load_changed(*args, **options):

@@ -173,6 +173,19 @@ def test_task_files_outside_of_the_recipes_folder_are_refused(tmp_path, task):
         scoring(work, "tasks", task)
 
 
+def test_the_recipes_own_folder_is_no_folder_of_task_files(tmp_path):
+    """Merges are written in it, with copies: a second run found each task twice."""
+    (tmp_path / "mine.yaml").write_text(TASK.format(name="mine"))
+
+    with pytest.raises(RecipeError) as caught:
+        scoring(tmp_path, ".")
+
+    assert str(caught.value) == (
+        "recipe: `include`: it is the recipe's folder, where merges are written with copies of the "
+        "files.\nMove the task files into a folder of their own, such as `tasks`."
+    )
+
+
 def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
     tasks = tmp_path / "tasks"
     (tasks / "deep").mkdir(parents=True)

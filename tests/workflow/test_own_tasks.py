@@ -13,6 +13,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, own_files
 from lewis_hub.evaluate.embedding_tasks import own_task_files
+from lewis_hub.evaluate.libraries import LIBRARIES
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.evaluate import Candidate, score
@@ -129,6 +130,25 @@ def test_a_calibration_whose_task_reads_a_file_that_it_does_not_name_is_refused(
         "\nWrite its content into a Python file that this one imports, or name it in `data_files`."
     )
     assert not (tmp_path / "out").exists()
+
+
+NAMES = """
+    import pyarrow.parquet
+    from pathlib import Path
+    def process_docs(rows):
+        words = pyarrow.parquet.read_table(f"{{Path(__file__).parent}}/{file}")
+        return rows.map(lambda row: {{"text": words["word"][0].as_py() + row["text"]}})
+"""
+
+
+@pytest.mark.parametrize("file", ["words.parquet", "../words.parquet"])
+def test_a_calibration_whose_task_names_another_file_is_refused_before_it_runs(tmp_path, file):
+    """pyarrow opens it in C++, which no hook sees."""
+    tasks = write(tmp_path, own=NAMES.format(file=file))
+    (tasks / file).write_bytes(b"no parquet")
+
+    with pytest.raises(EvaluationError, match=r"^own: its Python reads .*/words.parquet, which no"):
+        pin_task(hub_api(), "own", None, tasks)
 
 
 def test_a_calibration_may_read_what_it_imports_and_what_it_names(tmp_path):
@@ -252,6 +272,28 @@ def test_a_metric_that_reads_a_file_beside_it_is_refused(tmp_path):
         f"`data_files`.\nOr move it out of {tasks}: then nothing compares it."
     )
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_scores_are_not_used_again_after_an_edit_of_any_file_beside_the_python(tmp_path):
+    """Libraries may read such a file where no hook sees it."""
+    tasks = write(tmp_path, own="def points(doc, results): return {'points': 1.0}\n")
+    (tasks / "words.bin").write_text("a")
+    first, again = scored(tasks), scored(tasks)
+    (tasks / "words.bin").write_text("b")
+
+    assert (first, again, scored(tasks)) == ((1.0, 8), (1.0, 0), (1.0, 8))
+
+
+def test_a_scored_task_whose_python_names_another_file_beside_it_is_refused_early(tmp_path):
+    tasks = write(tmp_path, own=LAZY.format(file="points.txt"))
+    (tasks / "points.txt").write_text("0.5")
+
+    with pytest.raises(EvaluationError) as caught:
+        LIBRARIES["lm-eval"].require_tasks(TaskSelection(("own",), tasks))
+    with pytest.raises(EvaluationError) as when_scored:
+        scored(tasks)
+
+    assert str(caught.value) == str(when_scored.value)
 
 
 def test_a_metric_may_read_a_file_elsewhere(tmp_path):
