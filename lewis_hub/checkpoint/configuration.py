@@ -12,6 +12,8 @@ MAX_LAYERS = 1000
 FEW_LAYERS = 100  # which take no second to build
 MAX_EXPERTS = 100_000
 MAX_VALUES = 300_000  # of the whole document, which transformers copies many times
+MAX_KEYS = 20_000  # of each of which transformers makes an attribute, for each model several times
+NO_ATTRIBUTES = frozenset({"id2label", "label2id", "quantization_config"})  # large in some models
 MAX_LABELS = 1_000_000
 MAX_POSITIONS, MAX_HEADS = 200_000, 1000  # of MPT, which makes a number for each of both
 LIMITS = {  # keys, in the words of all architectures -> their limit
@@ -48,6 +50,9 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     if _n_values(config) > MAX_VALUES:
         problem = f"its config.json has more than {MAX_VALUES:,} values"
         raise SourceError(where, problem, DAMAGED)
+    if _n_keys(config) > MAX_KEYS:
+        problem = f"its config.json has more than {MAX_KEYS:,} keys"
+        raise SourceError(where, problem, DAMAGED)
     for key, value in _values(config):
         for pattern, (sign, what) in ELSEWHERE.items():
             if value and pattern.fullmatch(key) and re.search(sign, str(value)):
@@ -70,6 +75,13 @@ def _n_values(value: Any) -> int:
     if isinstance(value, Mapping):
         return 1 + sum(map(_n_values, value.values()))
     return 1 + sum(map(_n_values, value)) if isinstance(value, list) else 1
+
+
+def _n_keys(value: Any) -> int:
+    if isinstance(value, Mapping):
+        inner = (one for key, one in value.items() if key not in NO_ATTRIBUTES)
+        return len(value) + sum(map(_n_keys, inner))
+    return sum(map(_n_keys, value)) if isinstance(value, list) else 0
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

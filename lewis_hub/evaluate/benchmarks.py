@@ -44,6 +44,7 @@ CHECK_DATA = (
     "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
     "working folder), your network, and whether the dataset needs `hf auth login`."
 )
+LOCK = "lock.json"  # of a merge, beside the copies of its task files
 UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
 Commits = Mapping[tuple[str, str | None], str]  # (repo, revision in the task file) -> commit sha
@@ -283,7 +284,7 @@ def require_named(selection: TaskSelection) -> None:
     located, folder = locate_tasks(selection), selection.include
     if folder is None:
         return
-    known = {path.resolve() for path in own_files(selection.names, folder).values()}
+    known = _named(selection, folder)
     near = [folder.resolve().parent] if selection.is_calibration else []
     python = {module for file in located.files for module in _python(file, folder)}
     for module in sorted(module for module in python if module.is_relative_to(folder)):
@@ -307,8 +308,8 @@ def reading_only_named(selection: TaskSelection) -> Iterator[None]:
         yield
         return
 
-    def named() -> list[Path]:
-        return [*own_files(selection.names, folder).values()]
+    def named() -> set[Path]:
+        return _named(selection, folder)
 
     with opening_only(named, folder, elsewhere=not selection.is_calibration) as refused:
         try:
@@ -319,6 +320,19 @@ def reading_only_named(selection: TaskSelection) -> Iterator[None]:
             raise
     if refused:
         raise _unnamed(selection, refused[0])
+
+
+def _named(selection: TaskSelection, folder: Path) -> set[Path]:
+    """The files that the Python of own tasks may read: task files, and data wherever they are.
+
+    Of the copies in a merge these are all, because its lock lists them.
+    """
+    if (folder.parent / LOCK).is_file():
+        return {path.resolve() for path in folder.rglob("*") if path.is_file()}
+    files = {*own_files(selection.names, folder).values()}
+    data = task_data(locate_tasks(selection))
+    files |= {Path(file) for one in data for file in one.files if is_local(file)}
+    return {path.resolve() for path in files}
 
 
 def _unnamed(selection: TaskSelection, file: str) -> EvaluationError:

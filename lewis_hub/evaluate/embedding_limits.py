@@ -21,6 +21,7 @@ from lewis_hub.system import limited_memory
 DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
 BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
 MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those of large models
+MAX_NUMBERS = 4096  # of a sparse vector, that are not 0: each takes 20 bytes; SPLADE has some 200
 VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
 TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
@@ -70,6 +71,7 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
     It raises an EvaluationError then. Of a sparse model the numbers that are not 0 count.
     """
     forward: Callable[..., Any] = model.forward
+    limit = MAX_NUMBERS if is_sparse else MAX_DIMENSION
 
     @functools.wraps(forward)
     def forward_within_limits(*args: Any, **options: Any) -> Any:
@@ -78,9 +80,9 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
             vectors = found.get(key)
             if vectors is not None and vectors.ndim > 1:
                 many = (vectors != 0).sum(-1).max() if is_sparse else vectors.shape[-1]
-                if many > MAX_DIMENSION:
+                if many > limit:
                     problem = f"its vector of a text has {int(many):,} numbers, the limit is "
-                    raise EvaluationError(where, f"{problem}{MAX_DIMENSION:,}", REMEDY)
+                    raise EvaluationError(where, f"{problem}{limit:,}", REMEDY)
         return found
 
     model.forward = forward_within_limits

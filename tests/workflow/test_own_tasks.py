@@ -7,6 +7,7 @@ import textwrap
 import pytest
 from statistical_merges import Recorder
 
+import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
@@ -16,8 +17,10 @@ from lewis_hub.evaluate.embedding_tasks import own_task_files
 from lewis_hub.evaluate.libraries import LIBRARIES
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.workflow.evaluate import Candidate, score
 from lewis_hub.workflow.resolve import hub_api
+from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.task_data import pin_task
 
 TASK = """
@@ -171,6 +174,23 @@ def test_a_calibration_may_read_what_it_imports_and_what_it_names(tmp_path):
     asked = parse_recipe(RECIPE, "recipe.yaml").placed_in(tmp_path)
 
     assert pipeline.calibrate(asked, tmp_path / "out").profile.sources
+
+
+def test_a_merge_whose_task_reads_its_own_data_is_made_again(tmp_path):
+    """The copies in the merge are its task files, whatever paths their `data_files` name."""
+    named = f"data_files: {{train: {tmp_path}/tasks/rows.jsonl, test: {tmp_path}/test.jsonl}}"
+    own = READS.format(file="rows.jsonl") + "    ELSEWHERE = '../test.jsonl'\n"
+    own = own.replace("json.loads(FILE.read_text())", "FILE.read_text()[:3]")
+    tasks = write(tmp_path, data=named, own=own)
+    (tasks / "rows.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    asked = parse_recipe(RECIPE, "recipe.yaml").placed_in(tmp_path)
+
+    merged = pipeline.merge_models(asked, tmp_path / "merged").output
+
+    copies = sorted(path.name for path in (merged / "lewis" / "tasks").iterdir())
+    assert copies == ["own.py", "own.yaml", "rows.jsonl"]
+    model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
+    assert lewis_hub.verify(model, allowed, rebuild=True).problems == ()
 
 
 @pytest.mark.parametrize(
