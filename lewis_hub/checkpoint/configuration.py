@@ -18,6 +18,7 @@ MAX_LABELS = 1_000_000
 MAX_POSITIONS, MAX_HEADS = 200_000, 1000  # of MPT, which makes a number for each of both
 LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"(?:.*_)?(?:layers?|blocks?|depth)"): MAX_LAYERS,
+    re.compile(r"num_hidden_groups|inner_group_num|num_feedforward_networks"): MAX_LAYERS,
     re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
     re.compile(r"num_labels"): MAX_LABELS,
     re.compile(r"max_seq_len"): MAX_POSITIONS,

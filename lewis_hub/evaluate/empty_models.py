@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lewis_hub.checkpoint.configuration import DAMAGED
 from lewis_hub.errors import SourceError
+from lewis_hub.limits import TooMuchError, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 VALUE_BYTES = 4  # of a weight in memory, which is float32 on a CPU
 MOST_TIMES = 16  # with four bits a weight in the files, and a head that they have as embeddings
+MAX_BUILD_S, MAX_BUILD_BYTES = 45, 1_500_000_000  # of modules without values
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
 
 
@@ -39,10 +41,18 @@ def builder(kind: Any) -> Callable[..., Any]:
     return partial(kind.from_config, trust_remote_code=False)
 
 
-def build_empty(folder: Path, kind: Any) -> PreTrainedModel:
-    """Build a model with all its values on the meta device; errors are those of transformers.
+def build_empty(folder: Path, kind: Any, where: str | None = None) -> PreTrainedModel:
+    """Build a model with all its values on the meta device; other errors are those of transformers.
 
-    `kind` is the class of transformers that is to load it: another one may be far smaller.
+    Many keys of configurations count modules, each of which takes some memory and time.
+
+    Args:
+        folder: with its config.json.
+        kind: the class of transformers that is to load it: another one may be far smaller.
+        where: names it in a message; None: the folder.
+
+    Raises:
+        SourceError: it takes too much time or memory.
     """
     import torch
     from transformers import AutoConfig
@@ -50,8 +60,13 @@ def build_empty(folder: Path, kind: Any) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
-    with no_init_weights(), torch.device("meta"):
-        return cast("PreTrainedModel", builder(kind)(config, **plain))
+    try:
+        limits = limited(MAX_BUILD_S, "its modules", max_bytes=MAX_BUILD_BYTES)
+        with limits, no_init_weights(), torch.device("meta"):
+            return cast("PreTrainedModel", builder(kind)(config, **plain))
+    except TooMuchError as error:
+        problem = f"the model that its config.json describes cannot be built: {error}"
+        raise SourceError(where or str(folder), problem, DAMAGED) from None
 
 
 def require_size_of_files(
@@ -73,7 +88,7 @@ def require_size_of_files(
     Raises:
         SourceError: it is larger.
     """
-    described = build_empty(folder, kind)
+    described = build_empty(folder, kind, where)
     n_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
     n_bytes += sum(one.numel() * one.element_size() for one in described.buffers())
     if stored_bytes is None:

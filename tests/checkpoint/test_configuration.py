@@ -16,6 +16,7 @@ REMEDY = "The file is damaged: use an intact copy of the model."
         ({"num_hidden_layers": 1001}, "`num_hidden_layers`"),
         ({"a": {"b": {"encoder_layers": 10**6}}}, "`encoder_layers`"),
         ({"depth": 5000}, "`depth`"),
+        ({"inner_group_num": 80_000}, "`inner_group_num`"),
         ({"n_layer": float("inf")}, "`n_layer`"),
         ({"num_blocks": 10**400}, "`num_blocks`"),
     ],

@@ -1,0 +1,52 @@
+"""Models that are built without values, to compare their sizes with those of the files."""
+
+import pytest
+import transformers
+
+from lewis_hub.errors import SourceError
+from lewis_hub.evaluate import empty_models
+from lewis_hub.evaluate.empty_models import build_empty, require_size_of_files
+
+SMALL = {"hidden_size": 8, "embedding_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+
+
+def small(folder):
+    transformers.AlbertConfig(**SMALL, num_hidden_groups=2).save_pretrained(folder)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A configuration whose model has 1,500 groups of modules, which takes seconds."""
+    small(tmp_path / "first")
+    build_empty(tmp_path / "first", transformers.AutoModel)  # no limit is to stop an import
+    config = transformers.AlbertConfig(**SMALL, num_hidden_groups=1500, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "told"),
+    [
+        ("MAX_BUILD_S", 0.2, "it takes more than 0.2 s for its modules"),
+        ("MAX_BUILD_BYTES", 10_000_000, "it takes more than 0.0 GB for its modules"),
+    ],
+)
+def test_a_model_of_very_many_modules_is_not_built(model, monkeypatch, limit, value, told):
+    """Keys of each architecture count modules: a model of 50 kB took hours, and all memory."""
+    monkeypatch.setattr(empty_models, limit, value)
+
+    with pytest.raises(SourceError) as caught:
+        require_size_of_files("me/model", model, transformers.AutoModel, 10**9)
+
+    assert str(caught.value) == (
+        f"me/model: the model that its config.json describes cannot be built: {told}.\n"
+        "The file is damaged: use an intact copy of the model."
+    )
+
+
+def test_a_model_within_the_limits_is_built(tmp_path):
+    small(tmp_path)
+
+    groups = build_empty(tmp_path, transformers.AutoModel).encoder.albert_layer_groups
+
+    assert [next(one.parameters()).device.type for one in groups] == ["meta", "meta"]
