@@ -273,7 +273,7 @@ def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
         yield
 
 
-def require_named(selection: TaskSelection) -> None:
+def require_named(selection: TaskSelection) -> LocatedTasks:
     """Find tasks as `locate_tasks`, and refuse own ones whose Python names other files beside it.
 
     So they are found before anything runs, and where a library reads them that no hook sees.
@@ -283,14 +283,15 @@ def require_named(selection: TaskSelection) -> None:
     """
     located, folder = locate_tasks(selection), selection.include
     if folder is None:
-        return
-    known = _named(selection, folder)
+        return located
+    known = _named(located, folder)
     near = [folder.resolve().parent] if selection.is_calibration else []
     python = {module for file in located.files for module in _python(file, folder)}
     for module in sorted(module for module in python if module.is_relative_to(folder)):
         for file in named_files(module, [folder, Path.cwd()]):
             if file not in known and any(map(file.is_relative_to, [folder.resolve(), *near])):
                 raise _unnamed(selection, str(file))
+    return located
 
 
 @contextmanager
@@ -309,7 +310,7 @@ def reading_only_named(selection: TaskSelection) -> Iterator[None]:
         return
 
     def named() -> set[Path]:
-        return _named(selection, folder)
+        return _named(locate_tasks(selection), folder)
 
     with opening_only(named, folder, elsewhere=not selection.is_calibration) as refused:
         try:
@@ -322,16 +323,15 @@ def reading_only_named(selection: TaskSelection) -> Iterator[None]:
         raise _unnamed(selection, refused[0])
 
 
-def _named(selection: TaskSelection, folder: Path) -> set[Path]:
+def _named(located: LocatedTasks, folder: Path) -> set[Path]:
     """The files that the Python of own tasks may read: task files, and data wherever they are.
 
     Of the copies in a merge these are all, because its lock lists them.
     """
     if (folder.parent / LOCK).is_file():
         return {path.resolve() for path in folder.rglob("*") if path.is_file()}
-    files = {*own_files(selection.names, folder).values()}
-    data = task_data(locate_tasks(selection))
-    files |= {Path(file) for one in data for file in one.files if is_local(file)}
+    files = {*own_files(located.selection.names, folder).values()}
+    files |= {Path(file) for one in task_data(located) for file in one.files if is_local(file)}
     return {path.resolve() for path in files}
 
 

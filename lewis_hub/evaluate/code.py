@@ -81,11 +81,7 @@ def with_imports(modules: Iterable[Path], folder: Path) -> set[Path]:
 def named_files(module: Path, folders: Iterable[Path]) -> Iterator[Path]:
     """The files that a text in a Python file names, from its own folder or one of others."""
     places = [module.parent, *folders]
-    try:
-        tree = _parsed(module.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+    for node in _nodes(module):
         text = node.value if isinstance(node, ast.Constant) else None
         if not (isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable()):
             continue
@@ -100,11 +96,7 @@ def named_files(module: Path, folders: Iterable[Path]) -> Iterator[Path]:
 def _imported_beside(module: Path, folder: Path) -> Iterator[Path]:
     """The files that may be meant by the imports of a module."""
     above = [place for place in module.parents if place.is_relative_to(folder)]
-    try:
-        tree = _parsed(module.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):  # told when the task is built
-        return
-    for node in ast.walk(tree):
+    for node in _nodes(module):
         named: list[str] = []
         places = above
         if isinstance(node, ast.Import):
@@ -118,6 +110,12 @@ def _imported_beside(module: Path, folder: Path) -> Iterator[Path]:
                 for n in range(1, len(parts) + 1):
                     found = place.joinpath(*parts[:n])
                     yield from (found.with_suffix(".py"), found / "__init__.py")
+
+
+def _nodes(module: Path) -> Iterator[ast.AST]:
+    """The syntax tree of a Python file; none if it is not valid, which is told when it is run."""
+    with suppress(SyntaxError, ValueError):
+        yield from ast.walk(_parsed(module.read_text(encoding="utf-8")))
 
 
 def _parsed(text: str) -> ast.Module:

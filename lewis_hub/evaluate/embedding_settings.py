@@ -18,6 +18,7 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import ModelFiles
 from lewis_hub.evaluate.embedding_modules import OTHER, require_stored
+from lewis_hub.evaluate.tasks import leaves
 from lewis_hub.text_growth import MAX_MULTIPLE, require_modest_padding
 
 FILE = re.compile(r"(?:.*/)?sentence_[^/]*config\.json")
@@ -210,13 +211,7 @@ def require_own_settings(files: ModelFiles) -> None:
 
 def _texts(value: object) -> Iterator[str]:
     """All texts in a document, without the keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts([*value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+    return (leaf for leaf in leaves(value) if isinstance(leaf, str))
 
 
 def require_known_settings(where: str, name: str, settings: Mapping[str, Any]) -> None:

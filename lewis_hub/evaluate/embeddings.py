@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lewis_hub.display import Advance
-from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
@@ -110,14 +109,14 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
             for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
                 require_loadable(place)
             _require_memory(folder, files)
-            kind = getattr(sentence_transformers, _class_of(folder))
+            kind = getattr(sentence_transformers, _class_of(files))
             with limited_load(files, settings.device):
                 model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     limit_batches(str(folder), model)
-    limit_vectors(str(folder), model, is_sparse=_class_of(folder) == "SparseEncoder")
+    limit_vectors(str(folder), model, is_sparse=_class_of(files) == "SparseEncoder")
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "
@@ -170,7 +169,7 @@ def _loaders(folder: Path, files: ModelFiles) -> Iterator[tuple[Path, Any]]:
         known = files.document(path).get("model_type") in transformers.CONFIG_MAPPING
         if known and Path(path).name == "config.json" and files.stored_bytes(place):
             yield folder / place, transformers.AutoModel
-            kind = kinds.get(place, "") if kinds else _class_of(folder)
+            kind = kinds.get(place, "") if kinds else _class_of(files)
             if loader := LOADERS.get(str(_task(files, place) or TASKS.get(kind))):
                 yield folder / place, getattr(transformers, loader)
 
@@ -191,17 +190,12 @@ def _require_no_code(folder: Path, files: ModelFiles) -> None:
     require_supported(files)
 
 
-def _class_of(folder: Path) -> str:
-    stated = _read(folder / "config_sentence_transformers.json").get("model_type")
+def _class_of(files: ModelFiles) -> str:
+    stated = files.document("config_sentence_transformers.json").get("model_type")
     if stated in ("SentenceTransformer", "SparseEncoder", "CrossEncoder"):
         return str(stated)
-    ranks = "sentence_transformers" in _read(folder / "config.json")
+    ranks = "sentence_transformers" in files.document("config.json")
     return "CrossEncoder" if ranks else "SentenceTransformer"
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    found = read_json(file.read_bytes()) if file.exists() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def _with_fresh_seed(task: Any) -> Any:

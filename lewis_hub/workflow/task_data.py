@@ -18,7 +18,7 @@ from lewis_hub.evaluate.benchmarks import (
     task_data,
 )
 from lewis_hub.evaluate.libraries import library_of
-from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.source import Source
@@ -49,8 +49,7 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
     `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
     """
     asked = TaskSelection((task,), include, allow_code=True, is_calibration=True)
-    require_named(asked)
-    located = locate_tasks(asked)
+    located = require_named(asked)
     every = task_data(located)
     for data in every:
         _require_pinnable(data)
