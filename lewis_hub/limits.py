@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lewis_hub.system import resident_bytes
 
 CHECK_EVERY_S = 0.02
+STOP_AGAIN_S = 2  # longer than what ends in `finally` and `with` takes
 STDERR = 2  # sys.stderr may be none of the system's files
 WATCH = "limit of time and memory"
 
@@ -51,18 +52,26 @@ def limited(
         try:
             yield
         finally:
-            if last_s is not None:
-                faulthandler.cancel_dump_traceback_later()
             watch.end()
+            if watch.problem:  # the code may have caught the first one
+                raise _StopError
     except _StopError:
+        watch.end()
         if not watch.problem:  # of a limit around this one
             raise
         raise TooMuchError(watch.problem) from None
+    finally:
+        if last_s is not None:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass
 class _Watch:
-    """Watches a thread, and raises an error in it if it takes too much."""
+    """Watches a thread, and raises an error in it if it takes too much.
+
+    Where that error is raised in `__del__` or a callback of the garbage collector, Python only
+    prints it: it is raised again until the code ends.
+    """
 
     thread_id: int
     max_s: float
@@ -74,19 +83,21 @@ class _Watch:
 
     def run(self) -> None:
         began, before = time.monotonic(), resident_bytes() or 0
-        while not self._ended.wait(CHECK_EVERY_S):
-            problem = ""
-            if time.monotonic() - began > self.max_s:
-                problem = f"it takes more than {self.max_s:g} s for {self.per}"
-            elif self.max_bytes and (resident_bytes() or 0) - before > self.max_bytes:
-                problem = f"it takes more than {self.max_bytes / 1e9:.1f} GB for {self.per}"
+        while not self._ended.wait(STOP_AGAIN_S if self.problem else CHECK_EVERY_S):
+            problem = self.problem or self._excess(began, before)
             with self._turn:
                 if problem and not self._ended.is_set():
                     self.problem = problem
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
                         ctypes.c_ulong(self.thread_id), ctypes.py_object(_StopError)
                     )
-                    return
+
+    def _excess(self, began: float, before: int) -> str:
+        if time.monotonic() - began > self.max_s:
+            return f"it takes more than {self.max_s:g} s for {self.per}"
+        if self.max_bytes and (resident_bytes() or 0) - before > self.max_bytes:
+            return f"it takes more than {self.max_bytes / 1e9:.1f} GB for {self.per}"
+        return ""
 
     def end(self) -> None:
         """End the watch; an error that was raised too late reaches the caller in here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import embedding_limits
 from lewis_hub.evaluate.embedding_files import ModelFiles
 from lewis_hub.evaluate.embedding_limits import limit_batches, limit_vectors, limited_load
-from lewis_hub.limits import TooMuchError, limited
 
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
 
@@ -84,16 +82,3 @@ def test_of_a_sparse_model_only_numbers_that_are_not_0_count():
     assert model.forward(4096)["sentence_embedding"].shape == (2, 50_000)
     with pytest.raises(EvaluationError, match=r"has 4,097 numbers, the limit is 4,096"):
         model.forward(4097)
-
-
-def grow_in_part():
-    with limited(60, "a part", max_bytes=10**12):
-        grow()
-
-
-def test_the_limit_around_another_one_says_what_was_too_much():
-    with (
-        pytest.raises(TooMuchError, match=r"more than 0.1 GB for all"),
-        limited(math.inf, "all", max_bytes=100_000_000),
-    ):
-        grow_in_part()
