@@ -161,6 +161,8 @@ class _Rule:
 
     def allows(self, path: str, flags: int) -> bool:
         whole = Path.cwd() / path
+        if ".." in whole.parts:  # a folder may be named so; the file itself may be a link
+            whole = Path(_real(whole.parent), whole.name)
         if _is_in(_plain(whole), self.packages):
             return True
         for folder in self.folders:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lewis_hub.audit_hook import confined_to
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
-from lewis_hub.errors import SourceError, TokenizerError
+from lewis_hub.errors import LocatedError, SourceError, TokenizerError
 from lewis_hub.files import require_inside, text_of
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.system import limited_memory
@@ -31,9 +31,10 @@ WEIGHTS = "*.safetensors"
 CACHE = "TIKTOKEN_CACHE_DIR"  # of tiktoken, by the paths of files; empty: none
 UNUSED = "special_tokens_map_file"  # the author's; it may exist in the same cache on this machine
 REMEDY = "Remove it in a copy: only the files of a model are used."
-# to load a tokenizer: 262,144 tokens and 500,000 merges take 3 s and 0.4 GB
+# to load a tokenizer or a configuration: 262,144 tokens and 500,000 merges take 3 s and 0.4 GB
 MAX_LOAD_S = 45.0
 MAX_LOAD_BYTES = 1_500_000_000  # by which this process grows
+MAX_MAPPED_BYTES = 2_000_000_000  # that one call may ask for: the growth is looked at afterwards
 LAST_LOAD_S = 60.0  # code in Rust that no error stops ends with the process
 SMALLER = "Its files are damaged, or made to do so: use an intact copy of the model."
 # inside of a load that is limited
@@ -88,7 +89,7 @@ def only_files_of(folder: Path, *, and_others: bool = False) -> Iterator[None]:
     Raises:
         SourceError: it fails, as it opens another file or a connection, or weights are elsewhere.
     """
-    with without_code(), weights_copied(), tokenizers_limited(), ExitStack() as only:
+    with without_code(), weights_copied(), loads_limited(), ExitStack() as only:
         if not and_others:
             only.enter_context(without_cache())
             only.enter_context(confined_to(folder))
@@ -131,25 +132,32 @@ def weights_copied() -> Iterator[None]:
 
 
 @contextmanager
-def tokenizers_limited() -> Iterator[None]:
-    """Have transformers refuse tokenizers that take too much time or memory to load.
+def loads_limited() -> Iterator[None]:
+    """Have transformers refuse tokenizers and configurations that take too much time or memory.
 
     A number in a small file makes a list of any length, and a long token as many merges as the
-    square of its letters. Other libraries load a tokenizer together with its model, which may
-    take long: so the methods that load one are replaced.
+    square of its letters. Other libraries load them together with a model, which may take long:
+    so the methods that load them are replaced.
 
     Raises:
-        TokenizerError: in them, and at the end of the block, as a library may go on without one.
+        TokenizerError, SourceError: in them, and at the end of the block, as a library may go on
+            without one.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-    refused = list[TokenizerError]()
-    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerBase)
+    refused = list[LocatedError]()
+    tokenizer, config = (TokenizerError, "its tokenizer"), (SourceError, "its configuration")
+    kinds: Mapping[Any, tuple[type[LocatedError], str]] = {
+        AutoTokenizer: tokenizer,
+        PreTrainedTokenizerBase: tokenizer,
+        AutoConfig: config,
+        PreTrainedConfig: config,
+    }
     with ExitStack() as restored:
-        for kind in kinds:
+        for kind, told in kinds.items():
             before = kind.__dict__["from_pretrained"]
             restored.callback(setattr, kind, "from_pretrained", before)
-            kind.from_pretrained = classmethod(_within_limits(before.__func__, refused))
+            kind.from_pretrained = classmethod(_within_limits(before.__func__, refused, *told))
         try:
             yield
         except Exception:
@@ -160,7 +168,9 @@ def tokenizers_limited() -> Iterator[None]:
             raise refused[0]
 
 
-def _within_limits(load: Callable[..., Any], refused: list[TokenizerError]) -> Callable[..., Any]:
+def _within_limits(
+    load: Callable[..., Any], refused: list[LocatedError], error: type[LocatedError], what: str
+) -> Callable[..., Any]:
     @wraps(load)
     def load_within_limits(kind: type, folder: object, *args: Any, **options: Any) -> Any:
         if IS_LIMITED.get():  # a process has one last limit of time
@@ -169,10 +179,10 @@ def _within_limits(load: Callable[..., Any], refused: list[TokenizerError]) -> C
             raise refused[0]
         token = IS_LIMITED.set(True)
         try:
-            with _limited_load(str(folder)):
+            with _limited_load(error, f"{folder}: {what}"):
                 return load(kind, folder, *args, **options)
-        except TokenizerError as error:
-            refused.append(error)
+        except LocatedError as found:
+            refused.append(found)
             raise
         finally:
             IS_LIMITED.reset(token)
@@ -181,18 +191,17 @@ def _within_limits(load: Callable[..., Any], refused: list[TokenizerError]) -> C
 
 
 @contextmanager
-def _limited_load(folder: str) -> Iterator[None]:
-    where = f"{folder}: its tokenizer"
+def _limited_load(error: type[LocatedError], where: str) -> Iterator[None]:
     try:
         with (
-            limited_memory(2 * MAX_LOAD_BYTES),
+            limited_memory(MAX_MAPPED_BYTES),
             limited(MAX_LOAD_S, "its load", max_bytes=MAX_LOAD_BYTES, last_s=LAST_LOAD_S),
         ):
             yield
-    except TooMuchError as error:
-        raise TokenizerError(where, str(error), SMALLER) from None
+    except TooMuchError as found:
+        raise error(where, str(found), SMALLER) from None
     except MemoryError:
-        raise TokenizerError(where, "it takes too much memory to load", SMALLER) from None
+        raise error(where, "it takes too much memory to load", SMALLER) from None
 
 
 @contextmanager

@@ -115,11 +115,23 @@ def test_other_errors_stay_and_a_library_may_go_on_without_a_file(model, secret)
         {}["key"]
 
 
-@pytest.mark.parametrize("written", ["absolute", "relative", "link"])
+WRITTEN = {
+    "relative": lambda model: Path("model"),
+    "link": lambda model: model.with_name("link"),
+    "above": lambda model: Path("..") / model.parent.name / "model",
+    "above a link": lambda model: Path("elsewhere", "..", "link"),
+    "absolute and above": lambda model: model / ".." / "model",
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN.keys())
 def test_files_of_the_model_are_opened(written, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(model)
-    folder = {"absolute": model, "relative": Path("model"), "link": tmp_path / "link"}[written]
+    (tmp_path / "inner" / "folder").mkdir(parents=True)
+    (tmp_path / "inner" / "link").symlink_to(model)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "inner" / "folder")
+    folder = written(model)
 
     with confined_to(folder):
         assert (folder / "config.json").read_text() == "{}"

@@ -236,16 +236,52 @@ def test_a_tokenizer_for_which_memory_is_refused_is_one_message(folder, monkeypa
         transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_tokenizer_is_loaded_as_before_outside_of_the_limits(folder):
-    kinds = (transformers.AutoTokenizer, transformers.PreTrainedTokenizerBase)
+@pytest.mark.parametrize(
+    ("repeated", "told"),
+    [
+        (["global"], "it takes more than 0.1 GB for its load"),
+        ([], "it takes more than 0.3 s for its load"),
+    ],
+)
+def test_a_configuration_that_takes_too_much_to_load_is_refused(
+    repeated, told, folder, monkeypatch
+):
+    """A number in 300 bytes made a list that filled the memory of the machine."""
+
+    def write(n):
+        settings = {"num_layers": 1, "attention_types": [[repeated or ["global"], 1]]}
+        config = transformers.GPTNeoConfig(**settings).to_dict()
+        config |= {"attention_types": [[repeated, n]], "architectures": ["GPTNeoForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    write(1)
+    with only_files_of(folder):
+        transformers.GPTNeoConfig.from_pretrained(folder)
+    write(10**12)
+    monkeypatch.setattr(loadable, "MAX_LOAD_BYTES", 100_000_000)
+    monkeypatch.setattr(loadable, "MAX_LOAD_S", 45.0 if repeated else 0.3)
+
+    for load in (lambda place: transformers.AutoConfig.from_pretrained(place), LOADERS["scored"]):
+        with pytest.raises(SourceError) as caught, only_files_of(folder):
+            load(folder)
+        assert str(caught.value) == (
+            f"{folder}: its configuration: {told}.\n"
+            "Its files are damaged, or made to do so: use an intact copy of the model."
+        )
+
+
+def test_a_model_is_loaded_as_before_outside_of_the_limits(folder):
+    kinds = (
+        *(transformers.AutoTokenizer, transformers.PreTrainedTokenizerBase),
+        *(transformers.AutoConfig, transformers.PreTrainedConfig),
+    )
     before = [kind.__dict__["from_pretrained"] for kind in kinds]
 
     with only_files_of(folder):
         limited = [kind.__dict__["from_pretrained"] for kind in kinds]
 
     assert [kind.__dict__["from_pretrained"] for kind in kinds] == before
-    assert before[0] is not limited[0]
-    assert before[1] is not limited[1]
+    assert not {*map(id, before)} & {*map(id, limited)}
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])

@@ -152,12 +152,21 @@ def listed_modules(files: ModelFiles) -> list[Listed]:
 
 
 def _routed(files: ModelFiles, place: str) -> list[tuple[str, str]]:
-    """The paths and classes of the modules of a router."""
+    """The paths and classes of the modules of a router, each as often as its routes run it."""
     settings, older = (
         files.document(normal(str(PurePosixPath(place) / name))) for name in (ROUTER, CONFIGURATION)
     )
-    types = (settings or older).get("types")
-    return [(path, str(named)) for path, named in types.items()] if isinstance(types, dict) else []
+    types, routes = (_mapping((settings or older).get(key)) for key in ("types", "structure"))
+    run = Counter(str(one) for route in routes.values() if _is_listed(route) for one in route)
+    return [(path, str(kind)) for path, kind in types.items() for _ in range(max(1, run[path]))]
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_listed(route: object) -> bool:
+    return isinstance(route, (list, str))  # the modules of a text are its letters
 
 
 def require_supported(files: ModelFiles) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from lewis_hub.checkpoint.configuration import DAMAGED
 from lewis_hub.errors import SourceError
 from lewis_hub.limits import TooMuchError, limited
+from lewis_hub.loadable import MAX_MAPPED_BYTES
+from lewis_hub.system import limited_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 VALUE_BYTES = 4  # of a weight in memory, which is float32 on a CPU
 MOST_TIMES = 16  # with four bits a weight in the files, and a head that they have as embeddings
 MAX_BUILD_S, MAX_BUILD_BYTES = 45, 1_500_000_000  # of modules without values
+OUT_OF_MEMORY = "DefaultCPUAllocator"  # in messages of PyTorch
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
 
 
@@ -62,10 +65,13 @@ def build_empty(folder: Path, kind: Any, where: str | None = None) -> PreTrained
     plain = {"dtype": torch.float32, "attn_implementation": "eager"}  # needs no other package
     try:
         limits = limited(MAX_BUILD_S, "its modules", max_bytes=MAX_BUILD_BYTES)
-        with limits, no_init_weights(), torch.device("meta"):
+        with limited_memory(MAX_MAPPED_BYTES), limits, no_init_weights(), torch.device("meta"):
             return cast("PreTrainedModel", builder(kind)(config, **plain))
-    except TooMuchError as error:
-        problem = f"the model that its config.json describes cannot be built: {error}"
+    except (TooMuchError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
+            raise
+        what = error if isinstance(error, TooMuchError) else "it takes too much memory"
+        problem = f"the model that its config.json describes cannot be built: {what}"
         raise SourceError(where or str(folder), problem, DAMAGED) from None
 
 

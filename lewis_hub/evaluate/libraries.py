@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lewis_hub.evaluate import embedding_tasks
 from lewis_hub.evaluate.benchmarks import (
@@ -20,6 +22,8 @@ from lewis_hub.evaluate.benchmarks import (
 )
 from lewis_hub.evaluate.items import TaskItem, scored_items
 from lewis_hub.evaluate.tasks import LibraryName, TaskSelection, locate_tasks, require_metric
+from lewis_hub.files import is_hidden, sha256_of
+from lewis_hub.hub.source import state_of
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,24 @@ LIBRARIES: Mapping[LibraryName, Library] = {
 def library_of(selection: TaskSelection) -> Library:
     """Return the library that scores a selection of tasks."""
     return LIBRARIES[selection.library]
+
+
+def scoring_facts(selection: TaskSelection, commits: Commits) -> list[Any]:
+    """Return what decides how the answers to tasks are scored, beside their items, for a digest.
+
+    These are the names of the tasks, the digests of the user's task files, the states of the files
+    beside their Python, the commits of the data, and the version of the library.
+    """
+    library, own = library_of(selection), selection.include
+    files = library.own_files(selection.names, own) if own else {}
+    digests = {path: sha256_of(file) for path, file in files.items()}
+    beside = _states_beside(own) if own and any(path.endswith(".py") for path in files) else {}
+    installed = version(library.distribution)
+    return [selection.names, digests, beside, sorted(commits.values()), installed]
+
+
+def _states_beside(folder: Path) -> dict[str, str]:
+    """Return the states of the files in a folder: its Python may read them by any library."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    seen = [path for path in files if not is_hidden(path.relative_to(folder))]
+    return {str(path.relative_to(folder)): state_of(path) for path in seen if path.suffix != ".pyc"}

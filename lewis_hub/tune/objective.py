@@ -16,6 +16,7 @@ from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import (
+    Commits,
     build_requests,
     free_split,
     prepared,
@@ -31,6 +32,7 @@ from lewis_hub.evaluate.items import (
     chat_of,
     load_rows,
 )
+from lewis_hub.evaluate.libraries import scoring_facts
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.source import Source
 from lewis_hub.workflow.fetch import small_files
@@ -67,6 +69,7 @@ class TuningItems:
     rows: TaskRows
     indices: tuple[int, ...]  # of `rows`, in the order in which they are scored
     n_calibrated: int  # items that were skipped because calibration draws them
+    commits: Commits  # of the data
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def draw_items(
         one = replace(selection, names=(name,))
         rows = replace(load_rows(one, split, commits, allow_scored=allow_scored), chat=chat)
         found = _passing_over(rows, n_samples, calibrated, seed)
-        drawn.append(TuningItems(name, split, rows, *found))
+        drawn.append(TuningItems(name, split, rows, *found, commits))
         if not found[0]:
             problem = f"no item of split `{split}` is left that calibration does not draw"
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
@@ -234,7 +237,7 @@ def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSet
         raise EvaluationError("tune", problem, "Tune on one of these tasks, or on the answer loss.")
     items = [(one, index) for one in drawn for index in one.indices]
     parts = tuple(_metric_part(some, metric, settings) for some in _parts(items))
-    digest = _digest(metric, _questions(drawn))
+    digest = _digest(metric, _questions(drawn), *map(_scoring, drawn))
     return Objective(metric, directions.pop(), parts, len(items), digest)
 
 
@@ -302,6 +305,13 @@ def _questions(drawn: Sequence[TuningItems]) -> list[Question]:
     return [question for one in drawn for question in one.rows.questions(one.indices)]
 
 
-def _digest(metric: str, questions: Sequence[Question]) -> str:
-    lines = "\n".join([metric, *(repr((q.task, q.prompt, q.answer)) for q in questions)])
+def _scoring(one: TuningItems) -> str:
+    """What decides how a metric scores answers: the task files, and columns that no prompt has."""
+    documents = [some for _, some in one.rows.part_of(one.indices).values()]
+    return repr([*scoring_facts(one.rows.selection, one.commits), documents])
+
+
+def _digest(metric: str, questions: Sequence[Question], *others: str) -> str:
+    asked = (repr((q.task, q.prompt, q.answer)) for q in questions)
+    lines = "\n".join([metric, *asked, *others])
     return hashlib.sha256(lines.encode()).hexdigest()

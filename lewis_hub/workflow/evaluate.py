@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -24,16 +23,15 @@ from lewis_hub.evaluate.embedding_tasks import n_documents
 from lewis_hub.evaluate.embeddings import digest_of_items, evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
-from lewis_hub.evaluate.libraries import library_of
+from lewis_hub.evaluate.libraries import library_of, scoring_facts
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.samples import Samples
 from lewis_hub.evaluate.scores import ModelResult, Scores
-from lewis_hub.files import is_hidden, sha256_of, write_whole
+from lewis_hub.files import write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import SIGNATURE
-from lewis_hub.hub.source import state_of
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -233,21 +231,9 @@ def _file_name(
     asked: str,
 ) -> str:
     """Return a name by model, tasks, the user's task files, items, settings and lm-eval version."""
-    selected, own = loaded.selection, loaded.selection.include
-    files = library_of(selected).own_files(selected.names, own) if own else {}
-    texts = {path: sha256_of(file) for path, file in files.items()}
-    beside = _states_beside(own) if own and any(path.endswith(".py") for path in files) else {}
-    facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings), asked, beside]
-    installed = version(library_of(selected).distribution)
-    document = json.dumps([*facts, sorted(loaded.commits.values()), installed])
+    facts = [KEPT, candidate.identity, limit, vars(settings), asked]
+    document = json.dumps([*facts, *scoring_facts(loaded.selection, loaded.commits)])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
-
-
-def _states_beside(folder: Path) -> dict[str, str]:
-    """Return the states of the files in a folder: its Python may read them by any library."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    seen = [path for path in files if not is_hidden(path.relative_to(folder))]
-    return {str(path.relative_to(folder)): state_of(path) for path in seen if path.suffix != ".pyc"}
 
 
 def read_scores(output: Path) -> Scores | None:

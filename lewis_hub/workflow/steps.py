@@ -20,7 +20,7 @@ from lewis_hub.hub.source import PICKLED, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe.evaluation import Gate
 from lewis_hub.recipe.formats import ExportFormat
-from lewis_hub.recipe.parts import parts_of
+from lewis_hub.recipe.parts import all_of, parts_of
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import aligns_by_texts, asks_for_statistics
 from lewis_hub.recipe.schema import Recipe
@@ -51,7 +51,7 @@ def steps_digest(
 
     `sources` are all models that are there before the first step.
     """
-    recipes = (*parts_of(recipe), recipe)
+    recipes = tuple(one for part in (*parts_of(recipe), recipe) for one in all_of(part))
     if any(one.guide or asks_for_statistics(one) or aligns_by_texts(one) for one in recipes):
         return None
     document = {

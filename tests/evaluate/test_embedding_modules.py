@@ -120,6 +120,23 @@ def test_the_number_of_modules_has_a_limit(inner, tmp_path):
     )
 
 
+@pytest.mark.parametrize("route", [["d"] * 98, "d" * 98, ["p", *["d"] * 98]])
+def test_modules_count_as_often_as_routes_run_them(route, tmp_path):
+    """A route that ran one module 290,000 times took minutes for a few texts."""
+    files = module(tmp_path, "Router", {}, 1)
+    types = {"p": f"{MODELS}.Pooling", "d": f"{MODELS}.Normalize"}
+
+    def write(**routes):
+        document = {"types": types, "structure": {"document": route, **routes}}
+        (tmp_path / "1_M" / "router_config.json").write_text(json.dumps(document))
+
+    write(broken=[{}], none=None)
+    require_memory(files)
+    write(query=["d"])
+    with pytest.raises(EvaluationError, match="it lists more than 100 modules"):
+        require_memory(files)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "file", "told"),
     [

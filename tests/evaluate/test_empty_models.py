@@ -1,5 +1,7 @@
 """Models that are built without values, to compare their sizes with those of the files."""
 
+import sys
+
 import pytest
 import transformers
 
@@ -42,6 +44,26 @@ def test_a_model_of_very_many_modules_is_not_built(model, monkeypatch, limit, va
         f"me/model: the model that its config.json describes cannot be built: {told}.\n"
         "The file is damaged: use an intact copy of the model."
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a limit of memory")
+@pytest.mark.parametrize(
+    ("depth", "told"),
+    [(10**9, "it takes too much memory"), (5 * 10**7, "it takes more than 0.1 GB for its modules")],
+)
+def test_one_call_cannot_take_more_memory_while_a_model_is_built(
+    depth, told, tmp_path, monkeypatch
+):
+    """A vision tower makes a number for each of its layers at once: 12 GB of 330 kB of files."""
+    settings = {"embed_dim": 8, "num_heads": [1], "image_size": 8, "patch_size": 4}
+    transformers.Swinv2Config(**settings, depths=[1]).save_pretrained(tmp_path)
+    build_empty(tmp_path, transformers.AutoModel)  # imports it
+    transformers.Swinv2Config(**settings, depths=[depth]).save_pretrained(tmp_path)
+    monkeypatch.setattr(empty_models, "MAX_MAPPED_BYTES", 1_000_000_000)
+    monkeypatch.setattr(empty_models, "MAX_BUILD_BYTES", 100_000_000)
+
+    with pytest.raises(SourceError, match=rf"cannot be built: {told}\.\n"):
+        build_empty(tmp_path, transformers.AutoModel)
 
 
 def test_a_model_within_the_limits_is_built(tmp_path):

@@ -261,6 +261,38 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
     assert tuned.trials[0].values == {"merge_method": "ties", **START}
 
 
+@pytest.mark.parametrize(
+    ("file", "edited"),
+    [
+        ("helper.py", ("float(", "1 - float(")),
+        ("zoo_reverse.yaml", ("max_gen_toks: 9", "max_gen_toks: 1")),
+    ],
+)
+def test_a_metric_whose_task_files_changed_is_measured_again(file, edited, recipe_file):
+    """The prompts and answers stay the same: old trials were told as those of the new files."""
+    recipe_file.write_text(
+        recipe_file.read_text().replace("[zoo_reverse, zoo_cipher]", "[zoo_reverse]")
+    )
+    tasks, scorer = recipe_file.parent / "tasks", "process_results: !function helper.score\n"
+    with (tasks / "zoo_reverse.yaml").open("a") as task:
+        task.write(scorer)
+    (tasks / "helper.py").write_text(
+        "def score(doc, results):\n"
+        '    return {"exact_match": float(results[0].strip() == doc["answer"])}\n'
+    )
+    asked = Search(n_trials=1, samples=8, metric="exact_match,none")
+    recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
+    first = tune_recipe(recipe, asked, output)
+    same = tune_recipe(recipe, asked, output)
+
+    (tasks / file).write_text((tasks / file).read_text().replace(*edited))
+    anew = tune_recipe(recipe, asked, output)
+
+    assert [tuned.n_begun for tuned in (first, same, anew)] == [1, 0, 1]
+    assert 0.0 < first.best.value == same.best.value
+    assert anew.best.value == (1 - first.best.value if file == "helper.py" else 0.0)
+
+
 def test_a_metric_that_no_task_has_is_refused(recipe_file):
     with pytest.raises(EvaluationError) as caught:
         tune_recipe(

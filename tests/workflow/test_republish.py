@@ -214,6 +214,23 @@ def test_the_steps_of_a_merge_with_another_task_file_are_made_again(tmp_path):
     assert before != steps_digest(recipe, {}, 1000)
 
 
+def test_a_step_inside_of_a_step_is_part_of_the_digest(tmp_path):
+    """As in the recipe of a merge of adapters on bases of their own, which a merge writes."""
+    inner = {"name": "inner", **yaml.safe_load(RECIPE)}
+    step = {"name": "step", "intermediate": [inner], **yaml.safe_load(RECIPE)}
+    step["models"] = [{"model": "inner"}]
+    whole = {"intermediate": [step], **yaml.safe_load(RECIPE), "models": [{"model": "step"}]}
+
+    def digest():
+        (tmp_path / "steps.yaml").write_text(yaml.safe_dump(whole))
+        return steps_digest(read_recipe(tmp_path / "steps.yaml"), {}, 1000)
+
+    before = digest()
+    assert before == digest()
+    inner["base_model"] = "zoo/expert-reverse"
+    assert before != digest()
+
+
 @pytest.mark.slow  # it measures and scores, twice
 def test_a_guided_and_scored_merge_is_rewritten_as_well(hub, place):
     text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 2")
