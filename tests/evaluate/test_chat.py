@@ -63,11 +63,11 @@ def rendered(template, monkeypatch, **limits):
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_that_does_not_end_is_refused(template, monkeypatch):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TokenizerError) as caught:
         rendered(template, monkeypatch, MAX_S=0.2)
 
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     assert str(caught.value) == (
         "a/b: chat template: it takes more than 0.2 s for one conversation.\n"
         "Set `chat_template` in the recipe, or use a copy of the model with another template."

@@ -165,13 +165,13 @@ def test_short_questions_are_followed_by_their_answer_or_the_end(text, answer, q
 
 
 def test_a_text_of_half_a_megabyte_that_repeats_a_question_takes_no_minutes():
-    began = time.monotonic()
+    began = time.process_time()
     text = "What is it? " * 40_000
     assert found([text], TaskItem("made", "What is it?", "a dog", {})) == [0]
     assert found([f"{text} so it is"], TaskItem("made", "it?", "a dog", {})) == []
     marks = "! " * 100_000
     assert found([f"{marks * 5} why"], TaskItem("made", f"{marks} why", "a dog", {})) == []
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_long_text_with_many_short_questions_takes_no_minutes():

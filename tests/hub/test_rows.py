@@ -587,11 +587,11 @@ def test_json_that_ends_the_process_in_arrow_is_refused(tmp_path, api, content, 
 )
 def test_json_that_is_broken_is_looked_through_in_linear_time(tmp_path, api, content):
     (tmp_path / "rows.jsonl").write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
 
     message(api, tmp_path)
 
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("n_values", [3, 30_000])

@@ -61,7 +61,7 @@ def test_a_call_without_a_limit_of_its_own_is_given_up(silent, impatient):
             "Check the network and HF_ENDPOINT, then run the same command again: finished work "
             "is kept."
         )
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(("method", "limit_s"), [("GET", 60.0), ("PUT", 60.0), ("POST", 300.0)])

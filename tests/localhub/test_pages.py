@@ -173,9 +173,9 @@ def test_comments_are_left_out_and_those_in_code_are_not():
     ids=["comments", "brackets", "a picture", "an attribute"],
 )
 def test_a_card_is_rendered_in_linear_time(card):
-    began = time.monotonic()
+    began = time.process_time()
     assert card[:20].replace("<", "&lt;")[:10] in render_markdown(card, str)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_card_of_brackets_is_plain_text():

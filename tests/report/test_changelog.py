@@ -84,10 +84,10 @@ def test_the_card_shows_ten_and_links_to_all():
 
 
 def test_a_card_of_empty_lines_and_of_beginnings_takes_no_minutes():
-    began, many = time.monotonic(), "\n" * 1_000_000
+    began, many = time.process_time(), "\n" * 1_000_000
     assert in_card(f"a{many}b", ()) == f"a{many}b\n"
     beginnings = "<!-- lewis-hub: changelog -->\n" * 30_000
     assert in_card(beginnings, ()) == beginnings
     assert PUSHED_TO.search(f"a{many}b") is None
     assert PUSHED_TO.sub("\n", f"a{many}<!-- lewis-hub: pushed to me/merge -->\nb") == "a\nb"
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
