@@ -97,7 +97,6 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     A plain encoder gets the mean over its tokens, as sentence-transformers does it.
     """
     import sentence_transformers
-    from safetensors import SafetensorError
 
     dtype = "float32" if settings.device == "cpu" else "auto"
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
@@ -112,7 +111,9 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
             kind = getattr(sentence_transformers, _class_of(files))
             with limited_load(files, settings.device):
                 model = kind(str(folder.resolve()), **own, **settings.backend_args)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except LewisHubError:
+        raise
+    except Exception as error:  # of any class, where a file has values of other types
         raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     limit_batches(str(folder), model)
@@ -136,7 +137,9 @@ def require_embedder(files: ModelFiles) -> None:
         require_own_settings(files)
         require_supported(files)
         require_memory(files)
-    except (ValueError, TypeError) as error:
+    except LewisHubError:
+        raise
+    except Exception as error:  # as above
         raise _not_loaded(files.where, error) from error
 
 

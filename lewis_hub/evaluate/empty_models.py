@@ -22,6 +22,7 @@ VALUE_BYTES = 4  # of a weight in memory, which is float32 on a CPU
 MOST_TIMES = 16  # with four bits a weight in the files, and a head that they have as embeddings
 MAX_BUILD_S, MAX_BUILD_BYTES = 45, 1_500_000_000  # of modules without values
 OUT_OF_MEMORY = "DefaultCPUAllocator"  # in messages of PyTorch
+FREE_WEIGHT_BYTES = 64 << 20  # beyond that: weights that are in no file, such as fixed positions
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
 
 
@@ -95,11 +96,12 @@ def require_size_of_files(
         SourceError: it is larger.
     """
     described = build_empty(folder, kind, where)
-    n_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
-    n_bytes += sum(one.numel() * one.element_size() for one in described.buffers())
+    weight_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
+    n_bytes = weight_bytes + sum(one.numel() * one.element_size() for one in described.buffers())
     if stored_bytes is None:
         stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if n_bytes > MOST_TIMES * stored_bytes + FREE_BYTES:
+    most = MOST_TIMES * stored_bytes
+    if weight_bytes > most + FREE_WEIGHT_BYTES or n_bytes > most + FREE_BYTES:
         problem = f"its config.json describes a model of {n_bytes:,} bytes, but its weights have "
         problem += f"{stored_bytes:,} bytes in its files"
         raise SourceError(where, problem, DAMAGED)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lewis_hub.errors import LewisHubError, SourceError
+from lewis_hub.files import is_hidden
 from lewis_hub.hub.cache import damaged_files
 from lewis_hub.hub.digests import digests_of
-from lewis_hub.hub.fetch import MODULES, READ_WHOLE
+from lewis_hub.hub.fetch import NEVER, READ_WHOLE
 from lewis_hub.hub.source import (
     FETCH_AGAIN,
     PICKLED,
@@ -29,8 +30,8 @@ MODEL_FILES = (
     *(pattern for pattern in READ_WHOLE if pattern != CARD),
     *("*vocab*", "*.codes", "dict.txt"),  # of tokenizers that are written in Python
     *WEIGHTS,
-    *MODULES,
 )
+MODULES = "modules.json"  # of sentence-transformers; it names folders with files of any name
 WRITE_LATER = "Run again when nothing writes it."
 
 
@@ -115,4 +116,9 @@ def _files(source: Source) -> dict[Path, SourceFile]:
         root = source.folder if source.folder.is_dir() else source.folder.parent
         return {root / file.path: file for file in source.files}
     read = (*MODEL_FILES, *(PICKLED if source.is_pickled else ()))
-    return {source.folder / file.path: file for file in source.matching(read)}
+    files = source.matching(read)
+    if source.file(MODULES):
+        unread = (CARD, *NEVER)
+        others = (file for file in source.files if not is_hidden(PurePosixPath(file.path)))
+        files = (*files, *(file for file in others if not file.path.endswith(unread)))
+    return {source.folder / file.path: file for file in files}

@@ -56,8 +56,10 @@ from lewis_hub.hub.source import (
     local_reading,
 )
 
-# folders of sentence-transformers, named in `modules.json`
-MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")
+# folders of sentence-transformers, named in `modules.json`, and those in the folder of a router
+FOLDERS = ("[0-9]*_*", "[0-9]*_*/*_[0-9]*_*")
+OF_MODULES = ("*.json", "vocab.txt", "model.safetensors")
+MODULES = tuple(f"{folder}/{name}" for folder in FOLDERS for name in OF_MODULES)
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -72,7 +74,8 @@ SIDECAR_FILES = (
 )
 # small files that transformers, tokenizers and sentence-transformers read whole where a model is
 READ_WHOLE = (
-    *("*config.json", "config_*.json", "*.index.json", "modules.json", "[0-9]_*/config.json"),
+    *("*config.json", "config_*.json", "*.index.json", "modules.json"),
+    *(f"{folder}/*config.json" for folder in FOLDERS),
     *("*token*.json", "tekken.json", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken"),
     *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "README.md"),
 )

@@ -257,6 +257,33 @@ def test_a_model_whose_head_is_for_very_many_labels_is_not_built(tmp_path):
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 
 
+@needs_library
+@pytest.mark.parametrize(
+    ("file", "changed", "error"),
+    [
+        ("config.json", {"hidden_dropout_prob": "x"}, "StrictDataclassFieldValidationError"),
+        ("2_Dense/config.json", {"activation_function": []}, "AttributeError"),
+        ("1_Pooling/router_config.json", {"parameters": "x", "structure": {}}, "AttributeError"),
+    ],
+)
+def test_values_of_other_types_are_one_message(file, changed, error, tmp_path):
+    """They were tracebacks after a merge, in its scoring, at each run."""
+    embedder(tmp_path, 1)
+    settings = tmp_path / file
+    known = json.loads(settings.read_text()) if settings.exists() else {"types": {}}
+    settings.write_text(json.dumps(known | changed))
+    if "router" in file:
+        listed = (tmp_path / "modules.json").read_text()
+        (tmp_path / "modules.json").write_text(listed.replace("models.Pooling", "models.Router"))
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    told = f"{tmp_path}: cannot be loaded as an embedding model: {error}: "
+    assert str(caught.value).startswith(told)
+    assert str(caught.value).endswith("Expected: a folder that sentence-transformers can load.")
+
+
 def made(kind, base):
     """A model as its author makes it by sentence-transformers."""
     from sentence_transformers import SentenceTransformer, SparseEncoder

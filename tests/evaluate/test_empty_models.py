@@ -66,6 +66,27 @@ def test_one_call_cannot_take_more_memory_while_a_model_is_built(
         build_empty(tmp_path, transformers.AutoModel)
 
 
+def test_positions_that_are_in_no_file_are_few(tmp_path):
+    """transformers computes those of RoFormer one by one when it loads: 240 kB took minutes."""
+
+    def require(n):
+        settings = {**SMALL, "vocab_size": 8, "num_hidden_layers": 1}
+        config = transformers.RoFormerConfig(**settings, max_position_embeddings=n)
+        config.save_pretrained(tmp_path)
+        return require_size_of_files("me/model", tmp_path, transformers.AutoModel, 10_000)
+
+    assert require(2_000_000) > 64_000_000
+
+    with pytest.raises(SourceError) as caught:
+        require(2_200_000)
+
+    assert str(caught.value) == (
+        "me/model: its config.json describes a model of 70,402,240 bytes, but its weights have "
+        "10,000 bytes in its files.\n"
+        "The file is damaged: use an intact copy of the model."
+    )
+
+
 def test_a_model_within_the_limits_is_built(tmp_path):
     small(tmp_path)
 

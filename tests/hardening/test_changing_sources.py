@@ -24,6 +24,7 @@ from lewis_hub.display import Silent
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.embeddings import load_embedder
+from lewis_hub.hub.changes import local_states, require_unchanged
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_model
@@ -385,6 +386,34 @@ def test_no_score_is_told_of_weights_that_changed_while_they_were_scored(hub, pl
     merge(Silent())
 
     assert (place / "merged").is_dir()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "2_Router/document_0_Dense/model.safetensors",
+        "2_Router/router_config.json",
+        "12_Dense/model.safetensors",
+        "head/vocab.txt",
+    ],
+)
+def test_files_of_modules_of_an_embedding_model_are_compared(file, tmp_path):
+    """`modules.json` and routers name folders: what they changed to was scored, without a word."""
+    folder = shutil.copytree(zoo_folder() / "base", tmp_path / "model")
+    (folder / file).parent.mkdir(parents=True)
+    (folder / file).write_text("first")
+    (folder / "modules.json").write_text("[]")
+    source = resolve_model(HfApi(endpoint="http://127.0.0.1:9"), str(folder))
+    require_unchanged(source)
+    states = local_states([source])
+
+    (folder / "README.md").write_text("Better words.")
+    require_unchanged(source)
+    (folder / file).write_text("other")
+
+    with pytest.raises(SourceError, match=rf"`{file}` changed while it was read"):
+        require_unchanged(source)
+    assert local_states([source]) != states
 
 
 def test_a_card_that_its_author_edits_meanwhile_stops_no_merge(place):
