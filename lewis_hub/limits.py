@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from lewis_hub.system import resident_bytes
 
@@ -50,7 +52,8 @@ def limited(
             faulthandler.dump_traceback_later(last_s, exit=True, file=STDERR)
         threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
         try:
-            yield
+            with _ignored_stops_untold():
+                yield
         finally:
             watch.end()
             if watch.problem:  # the code may have caught the first one
@@ -65,12 +68,28 @@ def limited(
             faulthandler.cancel_dump_traceback_later()
 
 
+@contextmanager
+def _ignored_stops_untold() -> Iterator[None]:
+    """Let Python print no stop that it ignores, but all other errors."""
+    told = sys.unraisablehook
+
+    def tell(ignored: Any) -> None:
+        if not issubclass(ignored.exc_type, _StopError):
+            told(ignored)
+
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+
+
 @dataclass
 class _Watch:
     """Watches a thread, and raises an error in it if it takes too much.
 
-    Where that error is raised in `__del__` or a callback of the garbage collector, Python only
-    prints it: it is raised again until the code ends.
+    Where that error is raised in `__del__` or a callback of the garbage collector, Python ignores
+    it: it is raised again until the code ends.
     """
 
     thread_id: int

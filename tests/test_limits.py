@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 
 import pytest
@@ -36,7 +37,7 @@ def go_on(seconds):
 
 
 def ignore_the_stop(seconds):
-    """As callbacks of the garbage collector do, and `__del__`: Python prints their errors only."""
+    """As callbacks of the garbage collector do, and `__del__`: Python ignores their errors."""
     try:
         go_on(seconds)
     except BaseException:  # noqa: BLE001
@@ -67,6 +68,28 @@ def test_code_that_ignored_the_stop_is_stopped_again(monkeypatch):
 def test_code_that_ignored_the_stop_and_ends_took_too_much_all_the_same():
     with pytest.raises(TooMuchError, match=SLOW), limited(0.05, "a part"):
         assert ignore_the_stop(60)
+
+
+class Slow:
+    def __del__(self):
+        go_on(60)
+
+
+class Broken:
+    def __del__(self):
+        raise ValueError("in __del__")
+
+
+def test_a_stop_that_python_ignores_is_not_printed_but_other_errors_are(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    with pytest.raises(TooMuchError, match=SLOW), limited(0.05, "a part"):
+        Slow()
+    assert capsys.readouterr().err == ""
+    with limited(60, "a part"):
+        Broken()
+    assert "ValueError: in __del__" in capsys.readouterr().err
+    assert sys.unraisablehook is sys.__unraisablehook__
 
 
 def test_an_error_that_code_made_of_the_stop_is_told_as_the_limit():

@@ -21,7 +21,12 @@ from transformers.utils import logging as untyped_logging
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.evaluate.empty_models import model_class, require_size_of_files
+from lewis_hub.evaluate.empty_models import (
+    limited_load,
+    model_class,
+    require_size_of_files,
+    stored_in,
+)
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -52,15 +57,16 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     with refusals(name, "model"), quiet(), only_files_of(folder):
         kind = model_class(folder)
         require_size_of_files(name, folder, kind)
-        model, report = kind.from_pretrained(
-            folder,
-            dtype=torch.float32 if device == "cpu" else "auto",
-            device_map=placement(device, torch.cuda.device_count()),
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            experts_implementation="eager",
-        )
+        with limited_load(name, stored_in(folder), device):
+            model, report = kind.from_pretrained(
+                folder,
+                dtype=torch.float32 if device == "cpu" else "auto",
+                device_map=placement(device, torch.cuda.device_count()),
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                experts_implementation="eager",
+            )
         check_complete(name, report["missing_keys"])
         check_reads_tokens(name, model)
         check_on_gpus(name, getattr(model, "hf_device_map", {}), device)

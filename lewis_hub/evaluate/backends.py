@@ -14,7 +14,7 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.evaluate.empty_models import require_size_of_files
+from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, stored_in
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
@@ -136,16 +136,18 @@ def _transformers(path: str, settings: EvaluationSettings) -> Any:
 
         def _create_model(self, *given: Any, **options: Any) -> None:
             automatic = self.AUTO_MODEL_CLASS
-            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(_whole, automatic))
+            whole = partial(_whole, automatic, settings.device)
+            self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=whole)
             super()._create_model(*given, **options)
             self.AUTO_MODEL_CLASS = automatic
 
     return WholeModel(pretrained=path, tokenizer=path, device=settings.device, **args)
 
 
-def _whole(automatic: Any, path: str, **options: Any) -> Any:
+def _whole(automatic: Any, device: str, path: str, **options: Any) -> Any:
     require_size_of_files(path, Path(path), automatic)
-    model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
+    with limited_load(path, stored_in(Path(path)), device):
+        model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
     if absent := sorted(report["missing_keys"]):
         others = f"{len(absent) - 1} more of the weights that its architecture needs"
         problem = f"its files lack {absent[0]} (and {others})"

@@ -1,4 +1,4 @@
-"""Limits of memory while an embedding model is loaded, and of what it makes of a batch of texts.
+"""Limits of what an embedding model makes of a batch of texts.
 
 They do not depend on names of settings, so they hold for those that no check knows.
 """
@@ -7,40 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.embedding_files import ModelFiles
-from lewis_hub.evaluate.empty_models import FREE_BYTES, MOST_TIMES
 from lewis_hub.limits import TooMuchError, limited
-from lewis_hub.loadable import MAX_LOAD_BYTES
 from lewis_hub.system import limited_memory
 
-DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
 BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
 MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those of large models
 MAX_NUMBERS = 4096  # of a sparse vector, that are not 0: each takes 20 bytes; SPLADE has some 200
 VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
 TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
-
-
-@contextmanager
-def limited_load(files: ModelFiles, device: str) -> Iterator[None]:
-    """Stop a load that takes more memory than its files may, with its tokenizer.
-
-    Raises:
-        EvaluationError: it takes more.
-    """
-    n_bytes = MOST_TIMES * files.stored_bytes() + FREE_BYTES + MAX_LOAD_BYTES
-    n_bytes += 0 if device == "cpu" else DRIVER_BYTES
-    try:
-        with limited(math.inf, "its load", max_bytes=n_bytes):
-            yield
-    except TooMuchError as error:
-        raise EvaluationError(files.where, str(error), REMEDY) from None
 
 
 def limit_batches(where: str, model: Any) -> None:

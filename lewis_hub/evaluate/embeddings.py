@@ -27,7 +27,6 @@ from lewis_hub.evaluate.embedding_files import ModelFiles, folder_of, in_folder,
 from lewis_hub.evaluate.embedding_limits import (
     limit_batches,
     limit_vectors,
-    limited_load,
 )
 from lewis_hub.evaluate.embedding_modules import (
     listed_modules,
@@ -36,7 +35,7 @@ from lewis_hub.evaluate.embedding_modules import (
 )
 from lewis_hub.evaluate.embedding_settings import FILE, require_own_settings
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
-from lewis_hub.evaluate.empty_models import require_size_of_files
+from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
@@ -109,7 +108,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
                 require_loadable(place)
             _require_memory(folder, files)
             kind = getattr(sentence_transformers, _class_of(files))
-            with limited_load(files, settings.device):
+            with limited_load(files.where, files.stored_bytes(), settings.device):
                 model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except LewisHubError:
         raise

@@ -1,8 +1,10 @@
-"""The model that a configuration describes, built without memory for its values."""
+"""Models that configurations describe, built without memory for values; limits of a load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lewis_hub.checkpoint.configuration import DAMAGED
 from lewis_hub.errors import SourceError
 from lewis_hub.limits import TooMuchError, limited
-from lewis_hub.loadable import MAX_MAPPED_BYTES
+from lewis_hub.loadable import MAX_LOAD_BYTES, MAX_MAPPED_BYTES, SMALLER
 from lewis_hub.system import limited_memory
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ MAX_BUILD_S, MAX_BUILD_BYTES = 45, 1_500_000_000  # of modules without values
 OUT_OF_MEMORY = "DefaultCPUAllocator"  # in messages of PyTorch
 FREE_WEIGHT_BYTES = 64 << 20  # beyond that: weights that are in no file, such as fixed positions
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
+DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
 
 
 def model_class(folder: Path) -> Any:
@@ -99,10 +102,36 @@ def require_size_of_files(
     weight_bytes = sum(VALUE_BYTES * one.numel() for one in described.parameters())
     n_bytes = weight_bytes + sum(one.numel() * one.element_size() for one in described.buffers())
     if stored_bytes is None:
-        stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        stored_bytes = stored_in(folder)
     most = MOST_TIMES * stored_bytes
     if weight_bytes > most + FREE_WEIGHT_BYTES or n_bytes > most + FREE_BYTES:
         problem = f"its config.json describes a model of {n_bytes:,} bytes, but its weights have "
         problem += f"{stored_bytes:,} bytes in its files"
         raise SourceError(where, problem, DAMAGED)
     return n_bytes
+
+
+def stored_in(folder: Path) -> int:
+    """The bytes of the weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def limited_load(where: str, stored_bytes: int, device: str) -> Iterator[None]:
+    """Stop a load that takes more memory than the files of a model may, with its tokenizer.
+
+    Args:
+        where: the model, for a message.
+        stored_bytes: the size of its weights in the files.
+        device: "cpu", or a GPU, whose libraries take memory, too.
+
+    Raises:
+        SourceError: it takes more.
+    """
+    n_bytes = MOST_TIMES * stored_bytes + FREE_BYTES + MAX_LOAD_BYTES
+    n_bytes += 0 if device == "cpu" else DRIVER_BYTES
+    try:
+        with limited(math.inf, "its load", max_bytes=n_bytes):
+            yield
+    except TooMuchError as error:
+        raise SourceError(where, str(error), SMALLER) from None

@@ -10,16 +10,13 @@ import torch
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import embedding_limits
-from lewis_hub.evaluate.embedding_files import ModelFiles
-from lewis_hub.evaluate.embedding_limits import limit_batches, limit_vectors, limited_load
+from lewis_hub.evaluate.embedding_limits import limit_batches, limit_vectors
 
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(embedding_limits, "FREE_BYTES", 20_000_000)
-    monkeypatch.setattr(embedding_limits, "MAX_LOAD_BYTES", 80_000_000)
     monkeypatch.setattr(embedding_limits, "BATCH_BYTES", 100_000_000)
 
 
@@ -29,16 +26,6 @@ def grow():
         kept.append(b"x" * 10_000_000)
         time.sleep(0.01)
     return kept
-
-
-@pytest.mark.usefixtures("small")
-def test_a_load_that_takes_more_than_the_files_of_the_model_is_stopped():
-    files = ModelFiles("org/model", {"model.safetensors": 1000}, lambda _: None)
-
-    with pytest.raises(EvaluationError) as stopped, limited_load(files, "cpu"):
-        grow()
-
-    assert str(stopped.value) == (f"org/model: it takes more than 0.1 GB for its load.\n{REMEDY}")
 
 
 @pytest.mark.usefixtures("small")

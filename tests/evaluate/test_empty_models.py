@@ -1,14 +1,27 @@
 """Models that are built without values, to compare their sizes with those of the files."""
 
+import shutil
 import sys
+import time
+from importlib.util import find_spec
 
 import pytest
 import transformers
+from sentence_models import embedder
 
+from lewis_hub.calibration.model import load_model
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate import empty_models
+from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
+from lewis_hub.evaluate.embeddings import load_embedder
 from lewis_hub.evaluate.empty_models import build_empty, require_size_of_files
 
+LOADERS = {
+    "measured": lambda base: load_model(base, "cpu", str(base)),
+    "scored": lambda base: load_backend(base, EvaluationSettings()),
+    "embedding": lambda base: load_embedder(base, EvaluationSettings(backend="mteb")),
+}
 SMALL = {"hidden_size": 8, "embedding_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
 
 
@@ -18,10 +31,10 @@ def small(folder):
 
 @pytest.fixture
 def model(tmp_path):
-    """A configuration whose model has 1,500 groups of modules, which takes seconds."""
+    """A configuration whose model has 20,000 groups of modules, which takes a minute."""
     small(tmp_path / "first")
     build_empty(tmp_path / "first", transformers.AutoModel)  # no limit is to stop an import
-    config = transformers.AlbertConfig(**SMALL, num_hidden_groups=1500, num_hidden_layers=1)
+    config = transformers.AlbertConfig(**SMALL, num_hidden_groups=20_000, num_hidden_layers=1)
     config.save_pretrained(tmp_path)
     return tmp_path
 
@@ -64,6 +77,29 @@ def test_one_call_cannot_take_more_memory_while_a_model_is_built(
 
     with pytest.raises(SourceError, match=rf"cannot be built: {told}\.\n"):
         build_empty(tmp_path, transformers.AutoModel)
+
+
+@pytest.mark.parametrize("load", ["scored", "measured", "embedding"])
+def test_a_load_that_takes_more_than_the_files_of_the_model_is_stopped(load, tmp_path, monkeypatch):
+    if load == "embedding":
+        if not find_spec("sentence_transformers"):
+            pytest.skip("sentence-transformers is not installed")
+        embedder(tmp_path, 1)
+    else:
+        shutil.copytree(zoo_folder() / "base", tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(empty_models, "FREE_BYTES", 20_000_000)
+    monkeypatch.setattr(empty_models, "MAX_LOAD_BYTES", 60_000_000)
+    monkeypatch.setattr(empty_models, "MOST_TIMES", 20)
+    read = transformers.PreTrainedModel._load_pretrained_model
+
+    def read_and_grow(*args, **options):
+        kept = [b"x" * (10_000_000 + n) for n in range(100) if time.sleep(0.01) is None]
+        return kept and read(*args, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", read_and_grow)
+
+    with pytest.raises(SourceError, match=rf"{tmp_path}: it takes more than 0\.1 GB for its load"):
+        LOADERS[load](tmp_path)
 
 
 def test_positions_that_are_in_no_file_are_few(tmp_path):
