@@ -54,7 +54,12 @@ from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.generated import requests_of, require_whole_models, write_texts
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
-from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
+from lewis_hub.workflow.parts import (
+    examine_parameters,
+    require_same_sources,
+    require_sources,
+    with_parts,
+)
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.republish import has_recipe_of, republish
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs
@@ -243,27 +248,23 @@ def merge_models(
         merge_models(part, place, of_parts, progress)
 
     api, digest = hub_api(), None
-    if parts_of(recipe):
-        digest = steps_digest(recipe, require_sources(recipe, api), execution.max_shard_bytes)
+    if sources := require_sources(recipe, api) if parts_of(recipe) else {}:
+        digest = steps_digest(recipe, sources, execution.max_shard_bytes)
         known = finished(recipe, digest, output) if digest and not execution.replace else None
         if known and (same := _made_before(known, output, target, api, progress)):
             return same
     with with_parts(recipe, output, merge_part, progress) as whole:
-        merged = _merge_models(whole, output, execution, progress, target)
+        job = prepare(whole, execution, api, progress)
+        require_same_sources(recipe, sources, api)
+        merged = _merge_models(job, output, api, progress, target)
     if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)
     return merged
 
 
 def _merge_models(
-    recipe: Recipe,
-    output: Path,
-    execution: Execution,
-    progress: Progress,
-    target: Destination | None,
+    job: MergeJob, output: Path, api: HfApi, progress: Progress, target: Destination | None
 ) -> Merged:
-    api = hub_api()
-    job = prepare(recipe, execution, api, progress)
     gates = job.evaluation.gates if job.evaluation else ()
     asked = Finished(job.reporting, job.plan.sizes(), gates, job.repo, job.exports)
     if not job.replaces and (unchanged := _made_before(asked, output, target, api, progress)):

@@ -25,6 +25,7 @@ from lewis_hub.evaluate.empty_models import (
     limited_load,
     model_class,
     require_size_of_files,
+    require_whole,
     stored_in,
 )
 from lewis_hub.loadable import only_files_of, require_loadable
@@ -103,12 +104,7 @@ def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], dev
 
 def check_complete(name: str, missing: Iterable[str]) -> None:
     """Refuse a model with weights that are in no file, and would be random."""
-    absent = sorted(missing)
-    if absent:
-        others = f"{len(absent) - 1} more of the weights that its architecture needs"
-        problem = f"its files lack {absent[0]} (and {others})"
-        remedy = "The config does not describe these files: check the source, or take another."
-        raise CalibrationModelError(name, problem, remedy)
+    require_whole(name, missing, CalibrationModelError)
 
 
 def check_reads_tokens(name: str, model: PreTrainedModel) -> None:

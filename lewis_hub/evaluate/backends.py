@@ -14,7 +14,12 @@ from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
-from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, stored_in
+from lewis_hub.evaluate.empty_models import (
+    limited_load,
+    require_size_of_files,
+    require_whole,
+    stored_in,
+)
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
@@ -148,11 +153,7 @@ def _whole(automatic: Any, device: str, path: str, **options: Any) -> Any:
     require_size_of_files(path, Path(path), automatic)
     with limited_load(path, stored_in(Path(path)), device):
         model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
-    if absent := sorted(report["missing_keys"]):
-        others = f"{len(absent) - 1} more of the weights that its architecture needs"
-        problem = f"its files lack {absent[0]} (and {others})"
-        remedy = "The config does not describe these files: check the source, or take another."
-        raise EvaluationError(path, problem, remedy)
+    require_whole(path, report["missing_keys"], EvaluationError)
     settings = getattr(model, "generation_config", None)  # an encoder has none
     if (getattr(settings, "num_beams", None) or 1) > MAX_BEAMS:
         problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"

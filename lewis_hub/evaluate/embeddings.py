@@ -7,11 +7,13 @@ number, models are compared item by item; other scores have no interval.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +37,7 @@ from lewis_hub.evaluate.embedding_modules import (
 )
 from lewis_hub.evaluate.embedding_settings import FILE, require_own_settings
 from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
-from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files
+from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, require_whole
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.files import require_inside
@@ -57,6 +59,8 @@ TASKS = {  # a class of sentence-transformers -> what it loads a transformer for
     "MLMTransformer": "fill-mask",
 }
 
+SETTINGS = "sentence_bert_config.json"
+POOLER = ("pooler.",)  # in the names of its weights
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
 
@@ -108,7 +112,8 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
                 require_loadable(place)
             _require_memory(folder, files)
             kind = getattr(sentence_transformers, _class_of(files))
-            with limited_load(files.where, files.stored_bytes(), settings.device):
+            limits = limited_load(files.where, files.stored_bytes(), settings.device)
+            with limits, _whole_models(files):
                 model = kind(str(folder.resolve()), **own, **settings.backend_args)
     except LewisHubError:
         raise
@@ -140,6 +145,34 @@ def require_embedder(files: ModelFiles) -> None:
         raise
     except Exception as error:  # as above
         raise _not_loaded(files.where, error) from error
+
+
+@contextmanager
+def _whole_models(files: ModelFiles) -> Iterator[None]:
+    """Have transformers refuse a model with weights that are in no file, which would be random.
+
+    Many encoders have no pooler, and need none, unless their settings name its output.
+    """
+    from transformers import PreTrainedModel
+
+    kind: Any = PreTrainedModel
+    settings = (path for path in files.sizes if path.endswith(SETTINGS))
+    unused = () if any(b"pooler" in (files.read(path) or b"") for path in settings) else POOLER
+    before = kind.__dict__["from_pretrained"]
+
+    @functools.wraps(before.__func__)
+    def load(model_class: type, *args: Any, **options: Any) -> Any:
+        asked = {**options, "output_loading_info": True}
+        model, report = before.__func__(model_class, *args, **asked)
+        missing = (name for name in report["missing_keys"] if not name.startswith(unused))
+        require_whole(files.where, missing, EvaluationError)
+        return model
+
+    kind.from_pretrained = classmethod(load)
+    try:
+        yield
+    finally:
+        kind.from_pretrained = before
 
 
 def _not_loaded(where: str, error: Exception) -> EvaluationError:

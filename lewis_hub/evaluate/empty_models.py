@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lewis_hub.checkpoint.configuration import DAMAGED
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import LocatedError, SourceError
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.loadable import MAX_LOAD_BYTES, MAX_MAPPED_BYTES, SMALLER
 from lewis_hub.system import limited_memory
@@ -109,6 +109,22 @@ def require_size_of_files(
         problem += f"{stored_bytes:,} bytes in its files"
         raise SourceError(where, problem, DAMAGED)
     return n_bytes
+
+
+def require_whole(where: str, missing: Iterable[str], error: type[LocatedError]) -> None:
+    """Refuse a model with weights that are in no file, and would be random.
+
+    Args:
+        where: the model, for the message.
+        missing: names of parameters.
+        error: what is raised, if there is one.
+    """
+    absent = sorted(missing)
+    if absent:
+        others = f"{len(absent) - 1} more of the weights that its architecture needs"
+        problem = f"its files lack {absent[0]} (and {others})"
+        remedy = "The config does not describe these files: check the source, or take another."
+        raise error(where, problem, remedy)
 
 
 def stored_in(folder: Path) -> int:

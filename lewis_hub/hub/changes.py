@@ -60,6 +60,13 @@ def require_unchanged(source: Source) -> None:
             raise SourceError(source.pinned, problem, WRITE_LATER)
 
 
+def is_unchanged(source: Source, before: Source) -> bool:
+    """Whether a source that was pinned again is what a run reads of it as it was pinned before."""
+    if source.folder is None:
+        return source.commit_sha == before.commit_sha
+    return _files(source) == _files(before)
+
+
 def local_states(sources: Iterable[Source]) -> dict[str, str]:
     """The size and times of each file of local sources that a run reads, by path.
 

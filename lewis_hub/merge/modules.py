@@ -17,6 +17,9 @@ MODULES = "modules.json"
 DAMAGED = "The file is damaged: use an intact copy of the model."
 FOLDER = re.compile(r"[0-9]_\w+", re.ASCII)  # as sentence-transformers names them
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+SETTINGS = "config.json"
+READ = (".json", ".txt", ".safetensors")  # endings of files that modules read
+ALONE = "Merge models whose modules have a config.json and a model.safetensors only, such as Dense."
 UNMERGED = "Merge models that share these layers, or their transformers without `modules.json`."
 
 Read = Callable[[Source, str], bytes | None]  # the content of a source's file, if it has it
@@ -70,7 +73,17 @@ def _folders(source: Source, listed: bytes) -> Iterator[str]:
             problem = f"`{MODULES}` names the folder {folder!r}, whose files are not carried"
             remedy = "Load it in sentence-transformers and save it again: it writes `1_Pooling`."
             raise SourceError(source.pinned, problem, remedy)
+        if left := _not_carried(source, folder):
+            problem = f"its module {folder} needs {left[0]}, which is not carried"
+            raise SourceError(source.pinned, problem, ALONE)
         yield folder
+
+
+def _not_carried(source: Source, folder: str) -> list[str]:
+    """The settings and vocabularies of a module, and the modules in it, as those of a router."""
+    paths = [file.path for file in source.files if file.path.startswith(f"{folder}/")]
+    carried = {f"{folder}/{name}" for name in (SETTINGS, WEIGHTS)}
+    return [path for path in paths if path.endswith(READ) and path not in carried]
 
 
 def _is_same(path: str, first: Source, other: Source, read: Read) -> bool:

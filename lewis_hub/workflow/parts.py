@@ -17,8 +17,9 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_yaml
-from lewis_hub.errors import CheckFailedError, MergeError, OtherOutputError
+from lewis_hub.errors import CheckFailedError, MergeError, OtherOutputError, SourceError
 from lewis_hub.files import require_no_links, write_whole
+from lewis_hub.hub.changes import is_unchanged
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.settings import require_valid
@@ -30,6 +31,7 @@ from lewis_hub.recipe.rules import all_parameters
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow.resolve import each_source, find_place
 
+MERGE_AGAIN = "Run the same command again: steps that used it are made anew."
 METADATA = re.compile(r"---\n.*?\n---\n", re.DOTALL)  # of a model card
 REPORT, HIDDEN = "lewis", ".lewis"  # hidden files are not part of a source
 
@@ -104,6 +106,24 @@ def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Sourc
 
     models = dict.fromkeys(part for one in named for part in (one, one.on) if part)
     return each_source([model for model in models if str(model) not in made], resolved)
+
+
+def require_same_sources(
+    recipe: Recipe, before: Mapping[ModelReference, Source], api: HfApi
+) -> None:
+    """Refuse a merge in steps that read different states of a model: no lock could name both.
+
+    Each step finds its own sources unchanged from its beginning to its end. Called when the last
+    step has pinned its sources, this compares them with those `before` the first step; there are
+    none of a merge in one step.
+
+    Raises:
+        SourceError: a model changed.
+    """
+    for model, source in (require_sources(recipe, api) if before else {}).items():
+        if not is_unchanged(source, before[model]):
+            problem = "it changed while the steps of the merge were made"
+            raise SourceError(before[model].pinned, problem, MERGE_AGAIN)
 
 
 def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_models import embedder
 from tokenizers import Tokenizer
 
@@ -282,6 +282,40 @@ def test_values_of_other_types_are_one_message(file, changed, error, tmp_path):
     told = f"{tmp_path}: cannot be loaded as an embedding model: {error}: "
     assert str(caught.value).startswith(told)
     assert str(caught.value).endswith("Expected: a folder that sentence-transformers can load.")
+
+
+NAMED = {"modality_config": {"text": {"method_output_name": "pooler_output"}}}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("absent", "settings", "told"),
+    [
+        ("encoder.layer.1.output.dense.bias", {}, "encoder.layer.1.output.dense.bias (and 0 more"),
+        ("encoder.", {}, "encoder.layer.0.attention.output.LayerNorm.bias (and 63 more"),
+        ("pooler.", NAMED, "pooler.dense.bias (and 1 more"),
+        ("pooler.", {}, None),
+    ],
+)
+def test_weights_that_are_in_no_file_are_not_scored(absent, settings, told, tmp_path):
+    """They were random, without a word."""
+    embedder(tmp_path, 1)
+    weights = tmp_path / "model.safetensors"
+    kept = {name: one for name, one in load_file(weights).items() if not name.startswith(absent)}
+    save_file(kept, weights, {"format": "pt"})
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    asked = EvaluationSettings(backend="mteb")
+    if told is None:
+        assert load_embedder(tmp_path, asked).encode(["hello"]).shape == (1, 8)
+        return
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, asked)
+
+    assert str(caught.value) == (
+        f"{tmp_path}: its files lack {told} of the weights that its architecture needs).\n"
+        "The config does not describe these files: check the source, or take another."
+    )
 
 
 def made(kind, base):

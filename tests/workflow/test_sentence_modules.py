@@ -88,6 +88,26 @@ def test_pickled_weights_of_a_module_are_a_problem(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "file", ["router_config.json", "lstm_config.json", "vocab.txt", "query_0_Dense/config.json"]
+)
+def test_a_module_with_other_files_is_refused(file, api, tmp_path):
+    """The merge had no such file, and could not be loaded."""
+    base, expert = embedder(tmp_path / "base", 0), embedder(tmp_path / "expert", 1)
+    (base / "2_Dense" / file).parent.mkdir(exist_ok=True)
+    (base / "2_Dense" / file).write_text("{}")
+    (base / "2_Dense" / "pytorch_model.bin").write_bytes(b"")  # other files are no part of it
+
+    with pytest.raises(SourceError) as caught:
+        lewis_hub.merge_models(recipe(tmp_path, base, expert), tmp_path / "out")
+
+    assert str(caught.value) == (
+        f"{base}: its module 2_Dense needs 2_Dense/{file}, which is not carried.\n"
+        "Merge models whose modules have a config.json and a model.safetensors only, such as Dense."
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
     ("listed", "said"),
     [
         ('[{"path": "pooling"}]', "names the folder 'pooling', whose files are not carried"),
