@@ -35,7 +35,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lewis_hub.calibration.model import (
     block_lists,
-    check_complete,
     check_reads_tokens,
     n_parameters,
     quiet,
@@ -45,7 +44,13 @@ from lewis_hub.calibration.subject import Weights
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
-from lewis_hub.evaluate.empty_models import build_empty, builder, model_class, require_size_of_files
+from lewis_hub.evaluate.empty_models import (
+    build_empty,
+    builder,
+    model_class,
+    require_size_of_files,
+    require_whole,
+)
 from lewis_hub.loadable import only_files_of
 
 UNCHAINED = "its decoder does more between its blocks than to hand on hidden states"
@@ -332,7 +337,8 @@ def _check_complete(
     needed = (*_surroundings(model), *lists)
     parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()
     lacking = (absent & parameters) - set(made)
-    check_complete(name, {key for key in lacking if key.startswith(needed)})
+    lacking = {key for key in lacking if key.startswith(needed)}
+    require_whole(name, lacking, CalibrationModelError)
 
 
 def _surroundings(model: PreTrainedModel) -> tuple[str, ...]:

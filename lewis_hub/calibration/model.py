@@ -6,7 +6,7 @@ Nothing here runs a repo's own code or opens a connection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -68,7 +68,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
                 output_loading_info=True,
                 experts_implementation="eager",
             )
-        check_complete(name, report["missing_keys"])
+        require_whole(name, report["missing_keys"], CalibrationModelError)
         check_reads_tokens(name, model)
         check_on_gpus(name, getattr(model, "hf_device_map", {}), device)
         model.config.get_text_config().use_cache = False  # some keep one unless this says so
@@ -100,11 +100,6 @@ def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], dev
         problem = "it is larger than the memory of all GPUs"
         remedy = "Measure it block by block: `--max-memory 1GB`, or anything less than it takes."
         raise CalibrationModelError(name, problem, remedy)
-
-
-def check_complete(name: str, missing: Iterable[str]) -> None:
-    """Refuse a model with weights that are in no file, and would be random."""
-    require_whole(name, missing, CalibrationModelError)
 
 
 def check_reads_tokens(name: str, model: PreTrainedModel) -> None:

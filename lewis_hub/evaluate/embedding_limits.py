@@ -12,6 +12,7 @@ from typing import Any
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.limits import TooMuchError, limited
+from lewis_hub.loadable import SMALLER
 from lewis_hub.system import limited_memory
 
 BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
@@ -19,7 +20,6 @@ MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those o
 MAX_NUMBERS = 4096  # of a sparse vector, that are not 0: each takes 20 bytes; SPLADE has some 200
 VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
 TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
-REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
 
 
 def limit_batches(where: str, model: Any) -> None:
@@ -36,10 +36,10 @@ def limit_batches(where: str, model: Any) -> None:
             with limited_memory(2 * n_bytes), limited(math.inf, "a batch", max_bytes=n_bytes):
                 return preprocess(inputs, *args, **options)
         except TooMuchError as error:
-            raise EvaluationError(f"{where}: its tokenizer", str(error), REMEDY) from None
+            raise EvaluationError(f"{where}: its tokenizer", str(error), SMALLER) from None
         except MemoryError:
             problem = "it takes too much memory for a batch"
-            raise EvaluationError(f"{where}: its tokenizer", problem, REMEDY) from None
+            raise EvaluationError(f"{where}: its tokenizer", problem, SMALLER) from None
 
     model.preprocess = preprocess_within_limits
 
@@ -61,7 +61,7 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
                 many = (vectors != 0).sum(-1).max() if is_sparse else vectors.shape[-1]
                 if many > limit:
                     problem = f"its vector of a text has {int(many):,} numbers, the limit is "
-                    raise EvaluationError(where, f"{problem}{limit:,}", REMEDY)
+                    raise EvaluationError(where, f"{problem}{limit:,}", SMALLER)
         return found
 
     model.forward = forward_within_limits

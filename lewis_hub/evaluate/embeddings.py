@@ -59,7 +59,6 @@ TASKS = {  # a class of sentence-transformers -> what it loads a transformer for
     "MLMTransformer": "fill-mask",
 }
 
-SETTINGS = "sentence_bert_config.json"
 POOLER = ("pooler.",)  # in the names of its weights
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -156,7 +155,7 @@ def _whole_models(files: ModelFiles) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     kind: Any = PreTrainedModel
-    settings = (path for path in files.sizes if path.endswith(SETTINGS))
+    settings = filter(FILE.fullmatch, files.sizes)
     unused = () if any(b"pooler" in (files.read(path) or b"") for path in settings) else POOLER
     before = kind.__dict__["from_pretrained"]
 

@@ -68,22 +68,26 @@ def _folders(source: Source, listed: bytes) -> Iterator[str]:
     except (ValueError, TypeError, KeyError) as error:
         problem = f"`{MODULES}` is no list of modules: {error}"
         raise SourceError(source.pinned, problem, DAMAGED) from None
+    left = _not_carried(source)
     for folder in dict.fromkeys(filter(None, folders)):  # a list of 16 MB may repeat one
         if not FOLDER.fullmatch(folder):
             problem = f"`{MODULES}` names the folder {folder!r}, whose files are not carried"
             remedy = "Load it in sentence-transformers and save it again: it writes `1_Pooling`."
             raise SourceError(source.pinned, problem, remedy)
-        if left := _not_carried(source, folder):
-            problem = f"its module {folder} needs {left[0]}, which is not carried"
+        if folder in left:
+            problem = f"its module {folder} needs {left[folder]}, which is not carried"
             raise SourceError(source.pinned, problem, ALONE)
         yield folder
 
 
-def _not_carried(source: Source, folder: str) -> list[str]:
-    """The settings and vocabularies of a module, and the modules in it, as those of a router."""
-    paths = [file.path for file in source.files if file.path.startswith(f"{folder}/")]
-    carried = {f"{folder}/{name}" for name in (SETTINGS, WEIGHTS)}
-    return [path for path in paths if path.endswith(READ) and path not in carried]
+def _not_carried(source: Source) -> dict[str, str]:
+    """Folder -> its first file of other settings, a vocabulary, or a module as in a router."""
+    found: dict[str, str] = {}
+    for path in (file.path for file in source.files):
+        folder, _, name = path.partition("/")
+        if name.endswith(READ) and name not in (SETTINGS, WEIGHTS):
+            found.setdefault(folder, path)
+    return found
 
 
 def _is_same(path: str, first: Source, other: Source, read: Read) -> bool:

@@ -191,9 +191,8 @@ def score(
     kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
     n_items, asked, run = _runner(loaded, limit, settings)
-    files = {
-        one.label: kept / _file_name(one, loaded, limit, settings, asked) for one in candidates
-    }
+    facts = [limit, vars(settings), asked, *scoring_facts(loaded.selection, loaded.commits)]
+    files = {one.label: kept / _file_name(one, facts) for one in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
     stage = progress.stage("Evaluating", n_new * n_items, "items")
@@ -223,16 +222,9 @@ def _runner(
     return n, digest, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
 
 
-def _file_name(
-    candidate: Candidate,
-    loaded: LoadedTasks,
-    limit: int | None,
-    settings: EvaluationSettings,
-    asked: str,
-) -> str:
-    """Return a name by model, tasks, the user's task files, items, settings and lm-eval version."""
-    facts = [KEPT, candidate.identity, limit, vars(settings), asked]
-    document = json.dumps([*facts, *scoring_facts(loaded.selection, loaded.commits)])
+def _file_name(candidate: Candidate, facts: Sequence[object]) -> str:
+    """Return a name by the model, and by all that decides its scores on the same tasks."""
+    document = json.dumps([KEPT, candidate.identity, *facts])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
 
 
