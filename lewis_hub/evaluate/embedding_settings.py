@@ -17,7 +17,6 @@ from typing import Any
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import ModelFiles
-from lewis_hub.evaluate.embedding_modules import OTHER, require_stored
 from lewis_hub.evaluate.tasks import leaves
 from lewis_hub.text_growth import MAX_MULTIPLE, require_modest_padding
 
@@ -25,9 +24,10 @@ FILE = re.compile(r"(?:.*/)?sentence_[^/]*config\.json")
 MAX_PADDED = 1024  # tokens to which all texts are made as long; SigLIP's: 64
 MAX_PIXELS = 1 << 24  # of a picture; Qwen's processors take 13 million
 MAX_SAMPLES = 192_000  # of sound, per second
-# a file -> its setting with a model, or a file with weights, that is loaded instead
-ELSEWHERE = {"adapter_config.json": "base_model_name_or_path", "config.json": "path"}
+# a file -> its setting with a model that is loaded instead
+ELSEWHERE = {"adapter_config.json": "base_model_name_or_path"}
 ACTIVATIONS = ("activation_fn", "activation_function", "sbert_ce_default_activation_function")
+OTHER = "Only the files of the model are used: use another one."
 REMEDY = "Remove it in a copy of the model: it is loaded and run by its own files and sizes only."
 
 
@@ -186,7 +186,7 @@ def require_own_settings(files: ModelFiles) -> None:
     """Refuse settings by which more than this model is loaded, or more is built or run.
 
     Raises:
-        EvaluationError: a file has such a setting, or a module larger than its file.
+        EvaluationError: a file has such a setting.
         TokenizerError: a tokenizer pads texts to a great length.
         SourceError: transformers could not build a model in a reasonable time, or safely.
     """
@@ -206,7 +206,6 @@ def require_own_settings(files: ModelFiles) -> None:
         if PurePosixPath(path).name == "tokenizer_config.json":
             require_modest_padding(f"{files.where}: {path}", found)
         require_buildable(str(Path(files.where, path).parent), found)
-        require_stored(files, path, found)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -185,8 +185,8 @@ def _require_memory(folder: Path, files: ModelFiles) -> None:
     built: dict[str, int] = {}
     for place, kind in _loaders(folder, files):
         n_bytes = require_size_of_files(str(place), place, kind)
-        path = place.relative_to(folder).as_posix()
-        built[normal(path)] = max(n_bytes, built.get(normal(path), 0))
+        path = normal(place.relative_to(folder).as_posix())
+        built[path] = max(n_bytes, built.get(path, 0))
     require_memory(files, built)
 
 
@@ -197,7 +197,7 @@ def _loaders(folder: Path, files: ModelFiles) -> Iterator[tuple[Path, Any]]:
     """
     import transformers
 
-    kinds = {normal(one.path): one.kind for one in listed_modules(files)}
+    kinds = {one.path: one.kind for one in listed_modules(files)}
     for path in files.configurations():
         place = folder_of(path)
         known = files.document(path).get("model_type") in transformers.CONFIG_MAPPING

@@ -16,6 +16,7 @@ from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.fetch import NEVER, READ_WHOLE
 from lewis_hub.hub.source import (
     FETCH_AGAIN,
+    MODULES,
     PICKLED,
     RESTORE,
     Source,
@@ -31,7 +32,6 @@ MODEL_FILES = (
     *("*vocab*", "*.codes", "dict.txt"),  # of tokenizers that are written in Python
     *WEIGHTS,
 )
-MODULES = "modules.json"  # of sentence-transformers; it names folders with files of any name
 WRITE_LATER = "Run again when nothing writes it."
 
 

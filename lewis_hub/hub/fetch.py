@@ -47,6 +47,7 @@ from lewis_hub.hub.ranges import (
 from lewis_hub.hub.source import (
     ADAPTERS,
     LICENCES,
+    MODULES,
     PICKLED,
     SINGLE,
     Source,
@@ -56,10 +57,7 @@ from lewis_hub.hub.source import (
     local_reading,
 )
 
-# folders of sentence-transformers, named in `modules.json`, and those in the folder of a router
-FOLDERS = ("[0-9]*_*", "[0-9]*_*/*_[0-9]*_*")
-OF_MODULES = ("*.json", "vocab.txt", "model.safetensors")
-MODULES = tuple(f"{folder}/{name}" for folder in FOLDERS for name in OF_MODULES)
+OF_MODULES = tuple(f"[0-9]_*/{name}" for name in ("*.json", "vocab.txt", "model.safetensors"))
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -69,13 +67,12 @@ SIDECAR_FILES = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    *MODULES,
+    *OF_MODULES,
     *LICENCES,
 )
 # small files that transformers, tokenizers and sentence-transformers read whole where a model is
 READ_WHOLE = (
-    *("*config.json", "config_*.json", "*.index.json", "modules.json"),
-    *(f"{folder}/*config.json" for folder in FOLDERS),
+    *("*config.json", "config_*.json", "*.index.json", MODULES, "[0-9]_*/*config.json"),
     *("*token*.json", "tekken.json", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken"),
     *("chat_template*", "*.jinja", "additional_chat_templates/*.jinja", "README.md"),
 )

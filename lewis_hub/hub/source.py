@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 RepoType = Literal["model", "dataset"]
 Access = Literal["public", "gated", "private"]
 SINGLE = "model.safetensors"
+MODULES = "modules.json"  # of sentence-transformers
+MODULE_FOLDER = re.compile(r"[0-9]_\w+", re.ASCII)  # as sentence-transformers names them
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 LICENCES = tuple(  # texts that many licences want to be passed on

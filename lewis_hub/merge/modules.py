@@ -6,17 +6,14 @@ The merge has the donor's. Weights of modules are not merged: all models must ha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import MODULE_FOLDER, MODULES, SINGLE, Source
 
-MODULES = "modules.json"
 DAMAGED = "The file is damaged: use an intact copy of the model."
-FOLDER = re.compile(r"[0-9]_\w+", re.ASCII)  # as sentence-transformers names them
-WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+PICKLED = "pytorch_model.bin"
 SETTINGS = "config.json"
 READ = (".json", ".txt", ".safetensors")  # endings of files that modules read
 ALONE = "Merge models whose modules have a config.json and a model.safetensors only, such as Dense."
@@ -33,7 +30,7 @@ def module_weights(source: Source, listed: bytes | None) -> tuple[str, ...]:
     """
     if listed is None:
         return ()
-    files = (f"{folder}/{WEIGHTS}" for folder in _folders(source, listed))
+    files = (f"{folder}/{SINGLE}" for folder in _folders(source, listed))
     return tuple(path for path in files if source.file(path))
 
 
@@ -45,7 +42,7 @@ def module_problems(models: Sequence[Source], read: Read) -> list[str]:
         return []
     problems = []
     for folder in _folders(first, listed):
-        path, pickled = f"{folder}/{WEIGHTS}", f"{folder}/{PICKLED}"
+        path, pickled = f"{folder}/{SINGLE}", f"{folder}/{PICKLED}"
         if first.file(path) is None and first.file(pickled):
             problems.append(
                 f"{first.name}: the weights of its module {folder} are in {pickled} only, which is "
@@ -70,7 +67,7 @@ def _folders(source: Source, listed: bytes) -> Iterator[str]:
         raise SourceError(source.pinned, problem, DAMAGED) from None
     left = _not_carried(source)
     for folder in dict.fromkeys(filter(None, folders)):  # a list of 16 MB may repeat one
-        if not FOLDER.fullmatch(folder):
+        if not MODULE_FOLDER.fullmatch(folder):
             problem = f"`{MODULES}` names the folder {folder!r}, whose files are not carried"
             remedy = "Load it in sentence-transformers and save it again: it writes `1_Pooling`."
             raise SourceError(source.pinned, problem, remedy)
@@ -85,7 +82,7 @@ def _not_carried(source: Source) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in (file.path for file in source.files):
         folder, _, name = path.partition("/")
-        if name.endswith(READ) and name not in (SETTINGS, WEIGHTS):
+        if name.endswith(READ) and name not in (SETTINGS, SINGLE):
             found.setdefault(folder, path)
     return found
 

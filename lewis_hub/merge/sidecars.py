@@ -12,8 +12,8 @@ from lewis_hub.checkpoint.quantisation import KEYS
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import CODE_FILES, read_pinned, require_small
-from lewis_hub.hub.source import LICENCES, Source, SourceFile
-from lewis_hub.merge.modules import DAMAGED, MODULES, Read, module_weights
+from lewis_hub.hub.source import LICENCES, MODULES, Source, SourceFile
+from lewis_hub.merge.modules import DAMAGED, Read, module_weights
 
 TOKENIZER = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}

@@ -21,10 +21,11 @@ from lewis_hub.evaluate.tasks import LibraryName, TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.source import MODULES
 from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.mixture import MixtureSettings
-from lewis_hub.merge.modules import MODULES, module_problems
+from lewis_hub.merge.modules import module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry

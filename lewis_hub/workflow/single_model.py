@@ -39,9 +39,9 @@ from lewis_hub.hub.changes import require_unchanged, unchanged
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.source import MODULES
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
-from lewis_hub.merge.modules import MODULES
 from lewis_hub.merge.workspace import LOCK, alone_at, open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.evaluation import Evaluation
