@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,6 +68,15 @@ def count_values(text: str | bytes) -> int:
     if isinstance(text, str):
         return sum(map(text.count, ",:[{"))
     return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """All values of nested mappings and lists that are neither."""
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(item)
+    else:
+        yield value
 
 
 def read_yaml(text: str | bytes, loader: type[yaml.SafeLoader] = QuickLoader) -> Any:

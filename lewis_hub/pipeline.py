@@ -244,18 +244,17 @@ def merge_models(
     output, progress, execution = Path(output), shown(progress), execution or Execution()
     of_parts = replace(execution, held_out=recipe.evaluate or execution.held_out)
 
-    def merge_part(part: Recipe, place: Path) -> None:
-        merge_models(part, place, of_parts, progress)
-
+    merge_part = partial(merge_models, execution=of_parts, progress=progress)
     api, digest = hub_api(), None
-    if sources := require_sources(recipe, api) if parts_of(recipe) else {}:
-        digest = steps_digest(recipe, sources, execution.max_shard_bytes)
+    if sources := require_sources(recipe, api) if parts_of(recipe) else None:
+        digest = steps_digest(recipe, sources.models, execution.max_shard_bytes)
         known = finished(recipe, digest, output) if digest and not execution.replace else None
         if known and (same := _made_before(known, output, target, api, progress)):
             return same
     with with_parts(recipe, output, merge_part, progress) as whole:
         job = prepare(whole, execution, api, progress)
-        require_same_sources(recipe, sources, api)
+        if sources:
+            require_same_sources(recipe, sources, api)
         merged = _merge_models(job, output, api, progress, target)
     if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)

@@ -28,6 +28,7 @@ from lewis_hub.evaluate.empty_models import (
     require_whole,
     stored_in,
 )
+from lewis_hub.evaluate.short_text import require_short_pass
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -73,7 +74,8 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
         check_on_gpus(name, getattr(model, "hf_device_map", {}), device)
         model.config.get_text_config().use_cache = False  # some keep one unless this says so
         align(model)
-        return cast("PreTrainedModel", model.eval())
+        require_short_pass(name, model.eval())
+        return cast("PreTrainedModel", model)
 
 
 def placement(device: str, n_gpus: int) -> str | dict[str, str] | None:

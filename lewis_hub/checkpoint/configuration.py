@@ -15,12 +15,20 @@ MAX_VALUES = 300_000  # of the whole document, which transformers copies many ti
 MAX_KEYS = 20_000  # of each of which transformers makes an attribute, for each model several times
 NO_ATTRIBUTES = frozenset({"id2label", "label2id", "quantization_config"})  # large in some models
 MAX_LABELS = 1_000_000
+MAX_REPEATS = 100  # of a part of a model; of published ones 20
+MAX_CHUNK, MAX_WINDOW = 1024, 8192  # of tokens, to multiples of which texts are padded
 MAX_POSITIONS, MAX_HEADS = 200_000, 1000  # of MPT, which makes a number for each of both
 LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"(?:.*_)?(?:layers?|blocks?|depth)"): MAX_LAYERS,
     re.compile(r"num_hidden_groups|inner_group_num|num_feedforward_networks"): MAX_LAYERS,
     re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
     re.compile(r"num_labels"): MAX_LABELS,
+    re.compile(
+        r"block_repeats|[HL]_cycles|(?:.*_)?sinkhorn_iters|(?:.*_)?recurrent_loops|num_hashes"
+        r"|loop_num_passes"
+    ): MAX_REPEATS,
+    re.compile(r"(?:mamba_|ssm_)?chunk_size|(?:lsh|local)_attn_chunk_length"): MAX_CHUNK,
+    re.compile(r"attention_window"): MAX_WINDOW,
     re.compile(r"max_seq_len"): MAX_POSITIONS,
     re.compile(r"n_heads|num_attention_heads"): MAX_HEADS,
 }
@@ -59,9 +67,10 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
             if value and pattern.fullmatch(key) and re.search(sign, str(value)):
                 problem = f"`{key}` of its config.json names {what}, {str(value)[:100]}"
                 raise SourceError(where, problem, WITHOUT)
-        number = value if isinstance(value, int | float) else 0
-        limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
-        if number > limit:
+        limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), None)
+        numbers = value if isinstance(value, list) else [value]
+        largest = max((one for one in numbers if isinstance(one, int | float)), default=0)
+        if limit is not None and largest > limit:
             problem = f"`{key}` of its config.json is above the limit of {limit:,}"
             raise SourceError(where, problem, DAMAGED)
     if n_tensors is None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.documents import MAX_JSON_BYTES, read_json
+from lewis_hub.documents import MAX_JSON_BYTES, leaves, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.empty_models import (
@@ -20,11 +20,13 @@ from lewis_hub.evaluate.empty_models import (
     require_whole,
     stored_in,
 )
+from lewis_hub.evaluate.short_text import require_short_pass
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.recipe.backend import ADDRESS, Backend, Option, unsafe_args
 from lewis_hub.tokenizer import panics_as_errors
 
-MAX_BEAMS = 100  # that a model may ask for when it answers; usual: 1 to 6
+MAX_BEAMS = 16  # that a model may ask for when it answers; usual: 1 to 6
+MAX_NUMBERS_OF_ONE = 10_000  # in a setting of generation, such as words that are not written
 EXTRAS = {  # backend -> package, our extra
     "vllm": ("vllm", "vllm"),
     "local-completions": ("tenacity", "api"),
@@ -154,13 +156,24 @@ def _whole(automatic: Any, device: str, path: str, **options: Any) -> Any:
     with limited_load(path, stored_in(Path(path)), device):
         model, report = automatic.from_pretrained(path, output_loading_info=True, **options)
     require_whole(path, report["missing_keys"], EvaluationError)
+    require_short_pass(path, model)
     settings = getattr(model, "generation_config", None)  # an encoder has none
-    if (getattr(settings, "num_beams", None) or 1) > MAX_BEAMS:
-        problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"
-        raise EvaluationError(path, problem, "Each beam takes memory: set fewer in a copy of it.")
     if settings:
+        _require_few_steps(path, settings)
         settings.max_new_tokens = None  # it would come before the limit of the task
     return model
+
+
+def _require_few_steps(path: str, settings: Any) -> None:
+    """Refuse settings of generation that take much memory or time for each token."""
+    if (settings.num_beams or 1) > MAX_BEAMS:
+        problem = f"`num_beams` of its generation_config.json is above the limit of {MAX_BEAMS}"
+        raise EvaluationError(path, problem, "Each beam takes memory: set fewer in a copy of it.")
+    for key, value in settings.to_dict().items():
+        if (n := sum(1 for _ in leaves(value))) > MAX_NUMBERS_OF_ONE:
+            problem = f"`{key[:100]}` of its generation_config.json has {n:,} values, the limit is "
+            remedy = "Each takes time for each token: remove some in a copy of it."
+            raise EvaluationError(path, f"{problem}{MAX_NUMBERS_OF_ONE:,}", remedy)
 
 
 def _vllm(path: str, settings: EvaluationSettings) -> Any:

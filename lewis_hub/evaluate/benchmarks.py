@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from lewis_hub.audit_hook import opening_only
+from lewis_hub.documents import leaves
 from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.code import named_files, with_imports
@@ -29,7 +30,6 @@ from lewis_hub.evaluate.tasks import (
     LocatedTasks,
     TaskFile,
     TaskSelection,
-    leaves,
     locate_tasks,
     read_folder,
 )

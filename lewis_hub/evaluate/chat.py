@@ -18,6 +18,7 @@ from lewis_hub.system import limited_memory
 from lewis_hub.text_growth import require_modest_steps
 from lewis_hub.tokenizer import apply_all_merges
 
+MIN_TOKENS = 2  # beside special ones
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 LAST_S = 30.0  # C code that no error stops, as it compares nested lists, ends with the process
@@ -35,14 +36,30 @@ def limit_tokenizer(label: str, tokenizer: Any) -> None:
     """Make a loaded tokenizer of transformers safe to use: its steps, merges and chat templates.
 
     Raises:
-        TokenizerError: its steps may make a text very long, or its longest text is no number.
+        TokenizerError: it has no tokens, its steps may make a text very long, or its longest text
+            is no number.
     """
+    _require_tokens(label, tokenizer)
     if not isinstance(getattr(tokenizer, "model_max_length", 0), int | float):
         problem = "`model_max_length` in its tokenizer_config.json is no number"
         raise TokenizerError(label, problem, "Repair it, or use an intact copy of the model.")
     require_modest_steps(label, tokenizer)
     apply_all_merges(tokenizer)
     limit_templates(tokenizer)
+
+
+def _require_tokens(label: str, tokenizer: Any) -> None:
+    """Refuse what transformers makes for a model without files of a tokenizer, and tells no one.
+
+    It has special tokens alone, and at most one other, so that all texts are alike.
+    """
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if not hasattr(inner, "get_added_vocab"):  # of a server
+        return
+    added = inner.get_added_vocab().keys() | {*map(str, inner.all_special_tokens)}
+    if len(inner.get_vocab().keys() - added) < MIN_TOKENS:
+        problem = "it has no files of a tokenizer, or they have no tokens but special ones"
+        raise TokenizerError(label, problem, "Use a copy with the files, such as tokenizer.json.")
 
 
 def limit_templates(tokenizer: Any) -> None:

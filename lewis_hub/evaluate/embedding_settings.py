@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
+from lewis_hub.documents import leaves
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import ModelFiles
-from lewis_hub.evaluate.tasks import leaves
 from lewis_hub.text_growth import MAX_MULTIPLE, require_modest_padding
 
 FILE = re.compile(r"(?:.*/)?sentence_[^/]*config\.json")

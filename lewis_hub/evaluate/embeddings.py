@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,10 +41,12 @@ from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
 from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, require_whole
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
+from lewis_hub.evaluate.short_text import require_short_run
 from lewis_hub.files import require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
 
 BATCH_SIZE = 32  # as in mteb
+WORDS = "a few words"
 MAX_PROMPT = 10_000  # letters, before each text
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
@@ -126,7 +129,15 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "
             problem += f"{len(str(prompt)):,} letters; the limit is {MAX_PROMPT:,}"
             raise EvaluationError(str(folder), problem, "Use a copy with a shorter prompt.")
+    _require_short_run(folder, model)
     return model
+
+
+def _require_short_run(folder: Path, model: Any) -> None:
+    """Refuse a model that takes very long, or much memory, for a few words."""
+    ranks = hasattr(model, "predict")  # pairs of texts
+    run = partial(model.predict if ranks else model.encode, show_progress_bar=False)
+    require_short_run(str(folder), model, lambda: run([(WORDS, WORDS)] if ranks else [WORDS]))
 
 
 def require_embedder(files: ModelFiles) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # the same few-shot examples for every model and run
 SAMPLING_SEED = 1234  # for tasks that sample their answers
 CPU_BYTES = 2_000_000_000
+GENERATE = "generate_until"  # an output type of lm-eval
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
 LONGEST_CAUSE = 500  # characters
@@ -215,7 +216,7 @@ def configure(task: Any, settings: EvaluationSettings) -> None:
     """
     if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config("num_fewshot", settings.num_fewshot)
-    if settings.generation and task.get_config("output_type") == "generate_until":
+    if settings.generation and task.get_config("output_type") == GENERATE:
         options = {
             k: list(v) if isinstance(v, tuple) else v for k, v in settings.generation.items()
         }
@@ -263,12 +264,22 @@ def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
     requests = (request for task in benchmarks.tasks.values() for request in task.instances)
     texts = ("".join(a for a in request.args if isinstance(a, str)) for request in requests)
     n_tokens = min(len(lm.tok_encode(max(texts, key=len))) + 1, lm.max_length)
-    return affordable_batch(n_tokens, lm.model.config.get_text_config().vocab_size, memory)
+    n_vocabulary = lm.model.config.get_text_config().vocab_size
+    return affordable_batch(n_tokens, n_vocabulary, memory, _most_beams(lm, benchmarks))
 
 
-def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int:
+def _most_beams(lm: Any, benchmarks: Benchmarks) -> int:
+    """The beams of a request: those of a task come before the model's own."""
+    tasks = [t for t in benchmarks.tasks.values() if t.get_config("output_type") == GENERATE]
+    options = [task.get_config("generation_kwargs") or {} for task in tasks]
+    own = getattr(getattr(lm.model, "generation_config", None), "num_beams", None)
+    return max((int(one.get("num_beams") or own or 1) for one in options), default=1)
+
+
+def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int, n_beams: int = 1) -> int:
     """Number of texts that fit: lm-eval holds float32 logits and log-softmax of every token."""
-    return max(1, min(MAX_BATCH_SIZE, memory_bytes // (n_tokens * n_vocabulary * 8)))
+    n_bytes = n_tokens * n_vocabulary * 8 * n_beams
+    return max(1, min(MAX_BATCH_SIZE, memory_bytes // n_bytes))
 
 
 def logits_bytes(config: Mapping[str, Any]) -> int:
@@ -285,7 +296,7 @@ def logits_bytes(config: Mapping[str, Any]) -> int:
 
 def _check_length(name: str, task: Any, lm: Any) -> None:
     """Refuse a task whose longest answer leaves no space for a prompt; lm-eval only asserts it."""
-    if task.get_config("output_type") != "generate_until":
+    if task.get_config("output_type") != GENERATE:
         return
     options: Mapping[str, Any] = task.get_config("generation_kwargs") or {}
     default = lm._max_gen_toks if hasattr(lm, "_max_gen_toks") else lm.max_gen_toks

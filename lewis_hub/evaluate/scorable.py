@@ -6,8 +6,9 @@ lm-eval runs models that generate text. mteb runs encoders, and models of senten
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,11 @@ from lewis_hub.recipe.backend import Backend
 
 END = "_MAPPING_NAMES"
 MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+OF_TOKENIZERS = re.compile(  # names of files
+    r"(?:.*/)?(?:[^/]*(?:token|vocab|merges)[^/]*|[^/]+\.(?:model|spm|tiktoken|codes)"
+    r"|tekken\.json|dict\.txt)"
+)
+WITHOUT_FILES = frozenset({"canine", "dia", "esmc", "esmfold2", "perceiver"})  # types of models
 GENERATE = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")  # the mappings of transformers that lm-eval loads
 
 
@@ -128,3 +134,20 @@ def require_scorable(
         if backend == "mteb":
             remedy = "Score it by lm-eval: leave `backend` out, and name its tasks."
         raise EvaluationError(name, f"is a {named}, and {only(backend)}.", remedy)
+
+
+def require_tokenizer_files(name: str, paths: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Refuse a model without any file of a tokenizer: transformers would make one without words.
+
+    Args:
+        name: of the model, for the message.
+        paths: of its files.
+        config: its `config.json`.
+
+    Raises:
+        EvaluationError: as said.
+    """
+    has_files = any(map(OF_TOKENIZERS.fullmatch, paths))
+    if not has_files and config.get("model_type") not in WITHOUT_FILES:
+        problem = "it has no files of a tokenizer, so no text can run through it"
+        raise EvaluationError(name, problem, "Use a copy with the files, such as tokenizer.json.")

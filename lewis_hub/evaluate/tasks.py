@@ -14,7 +14,14 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lewis_hub.documents import MAX_DEPTH, MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
+from lewis_hub.documents import (
+    MAX_DEPTH,
+    MAX_YAML_BYTES,
+    DocumentError,
+    QuickLoader,
+    leaves,
+    read_yaml,
+)
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.code import loads_code, runs_code
 from lewis_hub.evaluate.gate import unknown_metric
@@ -221,15 +228,6 @@ def _parsed(path: Path) -> dict[str, Any]:
         if isinstance(leaf, Function):
             leaf.folder = path.parent
     return config
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """All values of nested mappings and lists that are neither."""
-    if isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(item)
-    else:
-        yield value
 
 
 def bundled_folder() -> Path:

@@ -61,10 +61,17 @@ def require_unchanged(source: Source) -> None:
 
 
 def is_unchanged(source: Source, before: Source) -> bool:
-    """Whether a source that was pinned again is what a run reads of it as it was pinned before."""
+    """Whether a source that was pinned again is what a run reads of it as it was pinned before.
+
+    Of local files the states are compared, too: one may have been changed, read and restored.
+    """
     if source.folder is None:
         return source.commit_sha == before.commit_sha
-    return _files(source) == _files(before)
+    now, then = (
+        {path: (file.digest, file.state) for path, file in _files(one).items()}
+        for one in (source, before)
+    )
+    return now == then
 
 
 def local_states(sources: Iterable[Source]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import of_source
 from lewis_hub.evaluate.embeddings import require_embedder
 from lewis_hub.evaluate.libraries import library_of
+from lewis_hub.evaluate.scorable import require_tokenizer_files
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
@@ -250,6 +251,19 @@ def chat_refusals(scored: Iterable[Source], api: HfApi) -> list[str]:
                 f"evaluate.chat_template: {source.pinned} has no chat template.\n"
                 "Leave it out of `evaluate.compare`, or score without `chat_template`."
             )
+    return problems
+
+
+def tokenizer_refusals(scored: Iterable[OpenedSource]) -> list[str]:
+    """Return the whole models without a tokenizer; an adapter uses that of its base."""
+    problems = []
+    whole = (model for model in scored if not model.source.is_adapter)
+    for model in {one.pinned: one for one in whole}.values():
+        try:
+            paths = (file.path for file in model.source.files)
+            require_tokenizer_files(model.pinned, paths, model.config)
+        except EvaluationError as error:
+            problems.append(str(error))
     return problems
 
 

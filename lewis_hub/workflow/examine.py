@@ -280,6 +280,9 @@ def _refusals(
 ) -> list[str]:
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
     problems = check.padding_refusals(measurement, sources)
+    own = recipe.effective_tokenizer is None and (recipe.evaluate or measurement.calibrations)
+    rivals = [*rivals_of(recipe.evaluate, sources).values()] if recipe.evaluate else []
+    problems += check.tokenizer_refusals([*([sources.donor] if own else []), *rivals])
     evaluation, allow_code = recipe.evaluate, execution.allow_code
     embeds = sources.donor.source.file(MODULES) is not None
     if evaluation:
@@ -292,12 +295,12 @@ def _refusals(
             require_scorable(f"evaluate: {donor.name}", donor.config, backend, has_modules=embeds)
         except EvaluationError as error:
             problems.append(f"{error} Or remove `evaluate`: then the merge is not scored.")
-        rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
+        scored = [rival.source for rival in rivals]
         if evaluation.backend == "mteb":
-            problems += check.embedding_refusals([inputs.donor, *rivals], api)
+            problems += check.embedding_refusals([inputs.donor, *scored], api)
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
-            problems += check.chat_refusals([*merged, *rivals], api)
+            problems += check.chat_refusals([*merged, *scored], api)
     problems += check.data_refusals(
         measurement.calibrations, inputs.data, api, allow_code=allow_code
     )

@@ -10,26 +10,35 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from typing import TypeVar
 
 from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_yaml
 from lewis_hub.errors import CheckFailedError, MergeError, OtherOutputError, SourceError
-from lewis_hub.files import require_no_links, write_whole
+from lewis_hub.files import require_no_links, sha256_of, write_whole
 from lewis_hub.hub.changes import is_unchanged
 from lewis_hub.hub.resolve import resolve_model
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import Source, state_of
 from lewis_hub.merge.settings import require_valid
 from lewis_hub.merge.workspace import alone_at, lock_beside, parts_folder
 from lewis_hub.methods import registry
-from lewis_hub.recipe.parts import not_needed, parts_of, references, used, with_made
+from lewis_hub.recipe.parts import all_of, not_needed, parts_of, references, used, with_made
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import all_parameters
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.workflow.resolve import each_source, find_place
+from lewis_hub.workflow.resolve import (
+    Inputs,
+    calibrations_of,
+    each_source,
+    find_place,
+    resolve_data,
+)
+from lewis_hub.workflow.snapshot import task_files
 
 MERGE_AGAIN = "Run the same command again: steps that used it are made anew."
 METADATA = re.compile(r"---\n.*?\n---\n", re.DOTALL)  # of a model card
@@ -89,14 +98,41 @@ def _with_made(
     return whole.model_copy(update={"intermediate": tuple(made)})
 
 
-def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Source]:
-    """Pin all models that a recipe and the merges that it uses start from; nothing is opened.
+@dataclass(frozen=True)
+class StepSources:
+    """All that a merge in steps starts from, pinned together."""
+
+    models: Mapping[ModelReference, Source]
+    datasets: Mapping[tuple[str, str | None], Source]  # of calibrations, by name and revision
+    task_files: Mapping[str, str]  # the user's, by path -> digest and state
+
+    def changed(self, before: StepSources) -> Iterator[str]:
+        """The names of what is not as it was pinned before."""
+        yield from _changed(self.models, before.models)
+        yield from _changed(self.datasets, before.datasets)
+        for path in sorted(self.task_files.keys() | before.task_files.keys()):
+            if self.task_files.get(path) != before.task_files.get(path):
+                yield path
+
+
+Key = TypeVar("Key")
+
+
+def _changed(sources: Mapping[Key, Source], before: Mapping[Key, Source]) -> Iterator[str]:
+    for key, source in sources.items():
+        if key not in before or not is_unchanged(source, before[key]):
+            yield source.name
+
+
+def require_sources(recipe: Recipe, api: HfApi) -> StepSources:
+    """Pin all that a recipe and the merges that it uses start from; nothing is opened.
 
     Raises:
-        SourceError: a model cannot be found.
-        SourcesError: several cannot.
+        SourceError: a model or dataset cannot be found.
+        SourcesError: several models cannot.
+        EvaluationError: a task cannot be found.
     """
-    recipes = (*parts_of(recipe), recipe)
+    recipes = [one for part in (*parts_of(recipe), recipe) for one in all_of(part)]
     made = {one.name for one in recipes} | recipe.made.keys()
     named = [model for one in recipes for model in references(one) if str(model) not in made]
 
@@ -105,25 +141,25 @@ def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Sourc
         return resolve_model(api, place, model.revision, allow_pickle=True)
 
     models = dict.fromkeys(part for one in named for part in (one, one.on) if part)
-    return each_source([model for model in models if str(model) not in made], resolved)
+    found = each_source([model for model in models if str(model) not in made], resolved)
+    texts = [calibration for one in recipes for calibration in calibrations_of(one)]
+    data = Inputs(None, (), resolve_data(texts, api, recipe.locate))
+    datasets = {(one.name, one.revision): one for one in data.datasets}
+    own = {str(file): f"{sha256_of(file)} {state_of(file)}" for file in task_files(recipe).values()}
+    return StepSources(found, datasets, own)
 
 
-def require_same_sources(
-    recipe: Recipe, before: Mapping[ModelReference, Source], api: HfApi
-) -> None:
-    """Refuse a merge in steps that read different states of a model: no lock could name both.
+def require_same_sources(recipe: Recipe, before: StepSources, api: HfApi) -> None:
+    """Refuse a merge in steps that read different states of a source: no lock could name both.
 
     Each step finds its own sources unchanged from its beginning to its end. Called when the last
-    step has pinned its sources, this compares them with those `before` the first step; there are
-    none of a merge in one step.
+    step has pinned its sources, this compares all of them with those `before` the first step.
 
     Raises:
-        SourceError: a model changed.
+        SourceError: a source changed.
     """
-    for model, source in (require_sources(recipe, api) if before else {}).items():
-        if not is_unchanged(source, before[model]):
-            problem = "it changed while the steps of the merge were made"
-            raise SourceError(before[model].pinned, problem, MERGE_AGAIN)
+    for name in require_sources(recipe, api).changed(before):
+        raise SourceError(name, "it changed while the steps of the merge were made", MERGE_AGAIN)
 
 
 def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:

@@ -24,7 +24,7 @@ from lewis_hub.evaluate.embedding_files import of_source
 from lewis_hub.evaluate.embeddings import require_embedder
 from lewis_hub.evaluate.libraries import library_of
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.scorable import require_scorable
+from lewis_hub.evaluate.scorable import require_scorable, require_tokenizer_files
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import (
     path_of,
@@ -125,6 +125,7 @@ def evaluate_model(
             return compare(results)
     has_modules = source.file(MODULES) is not None
     config = open_model(api, source).config
+    require_tokenizer_files(source.pinned, (file.path for file in source.files), config)
     require_scorable(source.name, config, how.backend, has_modules=has_modules)
     if how.backend == "mteb":
         require_embedder(of_source(api, source))

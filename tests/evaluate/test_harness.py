@@ -132,6 +132,7 @@ def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor, mon
 def test_the_batch_shrinks_with_the_text_and_the_vocabulary():
     assert affordable_batch(n_tokens=20, n_vocabulary=356, memory_bytes=2_000_000_000) == 128
     assert affordable_batch(n_tokens=500, n_vocabulary=50_000, memory_bytes=2_000_000_000) == 10
+    assert affordable_batch(500, 50_000, 2_000_000_000, n_beams=5) == 2
     assert affordable_batch(n_tokens=8_000, n_vocabulary=256_000, memory_bytes=2_000_000_000) == 1
 
 

@@ -238,16 +238,31 @@ def test_a_model_inside_a_model_asks_nobody_to_run_its_code(tmp_path, monkeypatc
 
 
 def test_a_model_that_asks_for_very_many_beams_is_refused(tmp_path):
-    """With 20,000 a model of 2 MB took 2 GB, for one short answer."""
+    """With 20,000 a model of 2 MB took 2 GB, for one short answer; with 100 some answers took 8."""
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
-    (base / "generation_config.json").write_text(json.dumps({"num_beams": 101}))
+    (base / "generation_config.json").write_text(json.dumps({"num_beams": 17}))
 
     with pytest.raises(EvaluationError) as caught:
         load(base, EvaluationSettings())
 
     assert str(caught.value) == (
-        f"{base}: `num_beams` of its generation_config.json is above the limit of 100.\n"
+        f"{base}: `num_beams` of its generation_config.json is above the limit of 16.\n"
         "Each beam takes memory: set fewer in a copy of it."
+    )
+
+
+def test_a_model_with_very_many_words_that_it_may_not_write_is_refused(tmp_path):
+    """Each word was looked at for each token: 4 MB took minutes."""
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    words = {"bad_words_ids": [[5, 6]] * 5001}
+    (base / "generation_config.json").write_text(json.dumps(words))
+
+    with pytest.raises(EvaluationError) as caught:
+        load(base, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{base}: `bad_words_ids` of its generation_config.json has 10,002 values, the limit is "
+        "10,000.\nEach takes time for each token: remove some in a copy of it."
     )
 
 
