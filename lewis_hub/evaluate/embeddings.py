@@ -62,6 +62,8 @@ TASKS = {  # a class of sentence-transformers -> what it loads a transformer for
     "MLMTransformer": "fill-mask",
 }
 
+SENTENCES = "config_sentence_transformers.json"
+LOADED = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")  # classes of models
 POOLER = ("pooler.",)  # in the names of its weights
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -236,9 +238,12 @@ def _require_no_code(folder: Path, files: ModelFiles) -> None:
 
 
 def _class_of(files: ModelFiles) -> str:
-    stated = files.document("config_sentence_transformers.json").get("model_type")
-    if stated in ("SentenceTransformer", "SparseEncoder", "CrossEncoder"):
+    stated = files.document(SENTENCES).get("model_type")
+    if stated in LOADED:
         return str(stated)
+    if stated is not None:  # sentence-transformers would load another model by its transformer
+        problem = f"its {SENTENCES} names {str(stated)[:100]!r}"
+        raise EvaluationError(files.where, problem, f"Expected: {' or '.join(LOADED)}.")
     ranks = "sentence_transformers" in files.document("config.json")
     return "CrossEncoder" if ranks else "SentenceTransformer"
 

@@ -154,6 +154,21 @@ def test_no_text_gets_a_very_long_prompt(tmp_path):
     )
 
 
+def test_a_model_of_another_class_is_refused(tmp_path):
+    """It lost its modules, and was scored by the mean over its tokens."""
+    embedder(tmp_path, 1)
+    stated = json.dumps({"model_type": "MultiVectorEncoder"})
+    (tmp_path / "config_sentence_transformers.json").write_text(stated)
+
+    with pytest.raises(EvaluationError) as caught:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(caught.value) == (
+        f"{tmp_path}: its config_sentence_transformers.json names 'MultiVectorEncoder'.\n"
+        "Expected: SentenceTransformer or SparseEncoder or CrossEncoder."
+    )
+
+
 def test_no_module_is_read_outside_of_the_model(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
