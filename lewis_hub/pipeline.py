@@ -254,7 +254,7 @@ def merge_models(
     with with_parts(recipe, output, merge_part, progress) as whole:
         job = prepare(whole, execution, api, progress)
         if sources:
-            require_same_sources(recipe, sources, api)
+            require_same_sources(recipe, sources, whole, output, api)
         merged = _merge_models(job, output, api, progress, target)
     if digest and not merged.published:  # else the folder may hold another merge
         record(output, digest)

@@ -13,7 +13,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.documents import MAX_TABLE_BYTES, SURROGATE, read_json
-from lewis_hub.errors import TokenizerError
+from lewis_hub.errors import LewisHubError, TokenizerError
 from lewis_hub.text_growth import require_modest
 
 if TYPE_CHECKING:
@@ -203,6 +203,23 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise RuntimeError(str(error)) from error
+
+
+def token_ids(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+    """The token ids that a tokenizer of transformers makes of a text, or of each of several.
+
+    Raises:
+        TokenizerError: it fails, as with a letter that it does not know.
+    """
+    try:
+        with panics_as_errors():
+            return tokenizer(texts, **options)["input_ids"]
+    except (LewisHubError, MemoryError, OSError):
+        raise
+    except Exception as error:  # the tokenizers library raises no other class
+        problem = f"it makes no tokens of a text: {type(error).__name__}: {error}"
+        remedy = "Use other texts, or a copy of the model with another tokenizer."
+        raise TokenizerError(str(tokenizer.name_or_path), problem, remedy) from error
 
 
 def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:

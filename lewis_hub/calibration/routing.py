@@ -25,6 +25,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import CalibrationError
 from lewis_hub.kernels import random_bits
 from lewis_hub.recipe.mixture import GateMode, RoutedExpert
+from lewis_hub.tokenizer import token_ids
 
 SMALLEST = 1e-8  # a shorter vector is not made longer, as in mergekit
 
@@ -56,7 +57,7 @@ def prompt_rows(
 
     @cache
     def ids(text: str) -> Ids:
-        found = tuple(tokenizer(start + text, add_special_tokens=False)["input_ids"])
+        found = tuple(token_ids(tokenizer, start + text, add_special_tokens=False))
         if not found:
             problem = f"the tokenizer makes no token of the prompt {text!r}"
             raise CalibrationError(name, problem, "Remove the prompt, or write another.")

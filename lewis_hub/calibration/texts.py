@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lewis_hub.checkpoint import names
 from lewis_hub.documents import SURROGATE
 from lewis_hub.errors import CalibrationError, CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
+from lewis_hub.tokenizer import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -383,9 +384,8 @@ def _encoded(
         while stop < len(texts) and (n_letters := n_letters + len(texts[stop])) <= LETTERS_AT_ONCE:
             stop += 1
         special, some = template.adds_special_tokens, list(texts[start:stop])
-        encoded = tokenizer(some, add_special_tokens=special, verbose=False)
-        ids = cast("list[list[int]]", encoded["input_ids"])
-        del encoded  # before the next texts take as much
+        ids: list[list[int]]
+        ids = token_ids(tokenizer, some, add_special_tokens=special, verbose=False)
         ids.reverse()
         while ids:
             yield ids.pop()
@@ -394,8 +394,7 @@ def _encoded(
 
 def beginnings(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
     """The tokens that a model's own texts begin with: `prompt`, or the tokenizer's first token."""
-    encoded = tokenizer(calibration.prompt or "", verbose=False)
-    ids = _left_open(cast("list[int]", encoded["input_ids"]), tokenizer)
+    ids = _left_open(token_ids(tokenizer, calibration.prompt or "", verbose=False), tokenizer)
     starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     start = ids or [one for one in starts if one is not None][:1]
     where = f"calibration on {calibration.data}"

@@ -25,7 +25,7 @@ LIMITS = {  # keys, in the words of all architectures -> their limit
     re.compile(r"num_labels"): MAX_LABELS,
     re.compile(
         r"block_repeats|[HL]_cycles|(?:.*_)?sinkhorn_iters|(?:.*_)?recurrent_loops|num_hashes"
-        r"|loop_num_passes"
+        r"|loop_num_passes|pretraining_tp"
     ): MAX_REPEATS,
     re.compile(r"(?:mamba_|ssm_)?chunk_size|(?:lsh|local)_attn_chunk_length"): MAX_CHUNK,
     re.compile(r"attention_window"): MAX_WINDOW,

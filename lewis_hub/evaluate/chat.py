@@ -54,10 +54,10 @@ def _require_tokens(label: str, tokenizer: Any) -> None:
     It has special tokens alone, and at most one other, so that all texts are alike.
     """
     inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    if not hasattr(inner, "get_added_vocab"):  # of a server
+    if not hasattr(inner, "added_tokens_decoder"):  # of a server
         return
-    added = inner.get_added_vocab().keys() | {*map(str, inner.all_special_tokens)}
-    if len(inner.get_vocab().keys() - added) < MIN_TOKENS:
+    special = {str(one) for one in inner.added_tokens_decoder.values() if one.special}
+    if len(inner.get_vocab().keys() - special - {*map(str, inner.all_special_tokens)}) < MIN_TOKENS:
         problem = "it has no files of a tokenizer, or they have no tokens but special ones"
         raise TokenizerError(label, problem, "Use a copy with the files, such as tokenizer.json.")
 

@@ -44,6 +44,7 @@ from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.short_text import require_short_run
 from lewis_hub.files import require_inside
 from lewis_hub.loadable import only_files_of, require_loadable
+from lewis_hub.tokenizer import panics_as_errors
 
 BATCH_SIZE = 32  # as in mteb
 WORDS = "a few words"
@@ -109,7 +110,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
-        with only_files_of(folder, and_others=leads_elsewhere(settings)):
+        with panics_as_errors(), only_files_of(folder, and_others=leads_elsewhere(settings)):
             files = in_folder(folder)
             _require_no_code(folder, files)
             for place in sorted({file.parent for file in folder.rglob("*token*.json")}):
@@ -260,18 +261,19 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
 
     with TemporaryDirectory() as kept:
         try:
-            report = mteb.evaluate(
-                model,
-                [task],
-                cache=None,
-                co2_tracker=False,
-                prediction_folder=kept,
-                show_progress_bar=False,
-                encode_kwargs={
-                    "batch_size": settings.batch_size or BATCH_SIZE,
-                    "show_progress_bar": False,
-                },
-            )
+            with panics_as_errors():
+                report = mteb.evaluate(
+                    model,
+                    [task],
+                    cache=None,
+                    co2_tracker=False,
+                    prediction_folder=kept,
+                    show_progress_bar=False,
+                    encode_kwargs={
+                        "batch_size": settings.batch_size or BATCH_SIZE,
+                        "show_progress_bar": False,
+                    },
+                )
         except (OSError, LewisHubError):
             raise
         except Exception as error:  # of any class: from the columns of the data

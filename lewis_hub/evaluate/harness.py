@@ -30,6 +30,7 @@ from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, poo
 from lewis_hub.hub.rows import library
 from lewis_hub.methods.numerics import torch_threads
 from lewis_hub.recipe.backend import ADDRESS
+from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,7 @@ def evaluate_loaded(
         library_settings(allow_code=benchmarks.allow_code),
         seeded(),
         _errors_named(benchmarks, settings),
+        panics_as_errors(),
     ):
         if settings.backend == "hf":
             lm.batch_size_per_gpu = settings.batch_size or _affordable_batch(lm, benchmarks)

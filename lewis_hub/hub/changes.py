@@ -5,7 +5,7 @@ The files of a repo are compared when they are fetched into the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -60,18 +60,23 @@ def require_unchanged(source: Source) -> None:
             raise SourceError(source.pinned, problem, WRITE_LATER)
 
 
-def is_unchanged(source: Source, before: Source) -> bool:
+def is_unchanged(source: Source, before: Source, own: Sequence[Path]) -> bool:
     """Whether a source that was pinned again is what a run reads of it as it was pinned before.
 
     Of local files the states are compared, too: one may have been changed, read and restored.
+    `own` are resolved paths of folders that the run writes, which may be inside of a source.
     """
     if source.folder is None:
         return source.commit_sha == before.commit_sha
-    now, then = (
-        {path: (file.digest, file.state) for path, file in _files(one).items()}
-        for one in (source, before)
-    )
-    return now == then
+
+    def seen(one: Source) -> dict[Path, tuple[str, str]]:
+        return {
+            path: (file.digest, file.state)
+            for path, file in _files(one).items()
+            if not any(path.resolve().is_relative_to(folder) for folder in own)
+        }
+
+    return seen(source) == seen(before)
 
 
 def local_states(sources: Iterable[Source]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from typing import TypeVar
@@ -25,7 +26,7 @@ from lewis_hub.hub.changes import is_unchanged
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source, state_of
 from lewis_hub.merge.settings import require_valid
-from lewis_hub.merge.workspace import alone_at, lock_beside, parts_folder
+from lewis_hub.merge.workspace import alone_at, lock_beside, parts_folder, unfinished
 from lewis_hub.methods import registry
 from lewis_hub.recipe.parts import all_of, not_needed, parts_of, references, used, with_made
 from lewis_hub.recipe.reference import ModelReference
@@ -33,10 +34,12 @@ from lewis_hub.recipe.rules import all_parameters
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow.resolve import (
     Inputs,
+    calibrations_in,
     calibrations_of,
     each_source,
     find_place,
     resolve_data,
+    with_calibrations,
 )
 from lewis_hub.workflow.snapshot import task_files
 
@@ -90,7 +93,7 @@ def _with_made(
         except OtherOutputError:  # of an interrupted run, before a source got a new commit
             rmtree(place)
             merge(with_made(part, whole.made), place)
-        made.append(_hide_report(place))
+        made.append(_with_includes(_hide_report(place), part))
         whole = with_made(whole, {name: place})
         own = {str(one.name) for one in parts}  # others belong to the merge that this is a part of
         for unused in own.intersection(not_needed(whole, parts[number:])):
@@ -106,10 +109,10 @@ class StepSources:
     datasets: Mapping[tuple[str, str | None], Source]  # of calibrations, by name and revision
     task_files: Mapping[str, str]  # the user's, by path -> digest and state
 
-    def changed(self, before: StepSources) -> Iterator[str]:
-        """The names of what is not as it was pinned before."""
-        yield from _changed(self.models, before.models)
-        yield from _changed(self.datasets, before.datasets)
+    def changed(self, before: StepSources, output: Path) -> Iterator[str]:
+        """The names of what is not as it was pinned before; what is made for `output` is none."""
+        yield from _changed(self.models, before.models, output)
+        yield from _changed(self.datasets, before.datasets, output)
         for path in sorted(self.task_files.keys() | before.task_files.keys()):
             if self.task_files.get(path) != before.task_files.get(path):
                 yield path
@@ -118,10 +121,26 @@ class StepSources:
 Key = TypeVar("Key")
 
 
-def _changed(sources: Mapping[Key, Source], before: Mapping[Key, Source]) -> Iterator[str]:
+def _changed(
+    sources: Mapping[Key, Source], before: Mapping[Key, Source], output: Path
+) -> Iterator[str]:
+    own = [place.resolve() for place in (output, unfinished(output), parts_folder(output))]
     for key, source in sources.items():
-        if key not in before or not is_unchanged(source, before[key]):
+        if key not in before or not is_unchanged(source, before[key], own):
             yield source.name
+
+
+def _read_otherwise(recipe: Recipe, before: StepSources) -> Iterator[str]:
+    """The repos of which a finished step read another commit, as when a tag was moved and back."""
+    pinned = {source.pinned for source in (*before.models.values(), *before.datasets.values())}
+    repos = {name.partition("@")[0] for name in pinned}
+    for one in recipe.intermediate:
+        for step in all_of(one):
+            models = [str(part) for ref in references(step) for part in (ref, ref.on) if part]
+            datasets = [text.dataset for text in calibrations_of(step) if text.dataset]
+            for name in (*models, *datasets):
+                if "@" in name and name not in pinned and name.partition("@")[0] in repos:
+                    yield name
 
 
 def require_sources(recipe: Recipe, api: HfApi) -> StepSources:
@@ -149,16 +168,20 @@ def require_sources(recipe: Recipe, api: HfApi) -> StepSources:
     return StepSources(found, datasets, own)
 
 
-def require_same_sources(recipe: Recipe, before: StepSources, api: HfApi) -> None:
+def require_same_sources(
+    recipe: Recipe, before: StepSources, made: Recipe, output: Path, api: HfApi
+) -> None:
     """Refuse a merge in steps that read different states of a source: no lock could name both.
 
     Each step finds its own sources unchanged from its beginning to its end. Called when the last
-    step has pinned its sources, this compares all of them with those `before` the first step.
+    step has pinned its sources, this compares all of them with those `before` the first step, and
+    with the commits that the steps of the recipe that was `made` of it name.
 
     Raises:
         SourceError: a source changed.
     """
-    for name in require_sources(recipe, api).changed(before):
+    changed = require_sources(recipe, api).changed(before, output)
+    for name in chain(changed, _read_otherwise(made, before)):
         raise SourceError(name, "it changed while the steps of the merge were made", MERGE_AGAIN)
 
 
@@ -192,6 +215,18 @@ def _hide_report(folder: Path) -> Recipe:
     (folder / REPORT).rename(folder / HIDDEN)
     text = (folder / HIDDEN / "recipe.yaml").read_text(encoding="utf-8")
     return Recipe.model_validate(read_yaml(text))
+
+
+def _with_includes(made: Recipe, written: Recipe) -> Recipe:
+    """The recipe of a finished step, with its folders of task files in place of their copies."""
+    includes = iter([one.include for one in calibrations_in(written)])
+    named = {one.name: one for one in written.intermediate}
+    inner = [
+        _with_includes(one, named[one.name]) if one.name in named else one
+        for one in made.intermediate
+    ]
+    found = with_calibrations(made, lambda _: {"include": next(includes)})
+    return found.model_copy(update={"intermediate": tuple(inner)})
 
 
 def _show_report(folder: Path) -> None:

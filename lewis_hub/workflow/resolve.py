@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi
 from pydantic import ValidationError
@@ -26,7 +26,7 @@ from lewis_hub.recipe import read
 from lewis_hub.recipe.parts import all_of, parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, aligns_by_texts, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
+from lewis_hub.recipe.schema import Calibration, Guide, ModelEntry, Publishing, Recipe
 from lewis_hub.workflow.task_data import PinnedTask, pin_task
 
 
@@ -51,18 +51,26 @@ def read_recipe(path: Path | str) -> Recipe:
 
 def allowing_overlap(recipe: Recipe) -> Recipe:
     """Return the same recipe with `allow_overlap: true` in every calibration."""
+    return with_calibrations(recipe, lambda _: {"allow_overlap": True})
 
-    def allowed(calibration: Calibration | None) -> dict[str, Calibration | None]:
-        kept = calibration and calibration.model_copy(update={"allow_overlap": True})
-        return {"calibration": kept}
+
+def with_calibrations(
+    recipe: Recipe, values_of: Callable[[Calibration], Mapping[str, Any]]
+) -> Recipe:
+    """Return the same recipe with other values in all calibrations, in order."""
+
+    def changed(place: Recipe | Guide | ModelEntry) -> dict[str, Calibration | None]:
+        one = place.calibration
+        return {"calibration": one and one.model_copy(update=values_of(one))}
 
     guide = recipe.guide
-    changed = {
-        "models": tuple(m.model_copy(update=allowed(m.calibration)) for m in recipe.models),
-        "guide": guide and guide.model_copy(update=allowed(guide.calibration)),
-        **allowed(recipe.calibration),
-    }
-    return recipe.model_copy(update=changed)
+    return recipe.model_copy(
+        update={
+            **changed(recipe),
+            "guide": guide and guide.model_copy(update=changed(guide)),
+            "models": tuple(model.model_copy(update=changed(model)) for model in recipe.models),
+        }
+    )
 
 
 def rules(recipe: Recipe) -> Iterator[Complaint]:
@@ -241,10 +249,10 @@ def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
 
 def calibrates_on_own_tasks(recipe: Recipe) -> bool:
     """Return whether a recipe, or a merge that it starts from, names own task files for texts."""
-    return any(one.include for part in all_of(recipe) for one in _calibrations_in(part))
+    return any(one.include for part in all_of(recipe) for one in calibrations_in(part))
 
 
-def _calibrations_in(recipe: Recipe) -> list[Calibration]:
+def calibrations_in(recipe: Recipe) -> list[Calibration]:
     """Return all calibrations that a recipe has, whether it uses them or not."""
     common = (recipe.calibration, recipe.guide.calibration if recipe.guide else None)
     return [one for one in (*common, *(entry.calibration for entry in recipe.models)) if one]
@@ -253,7 +261,7 @@ def _calibrations_in(recipe: Recipe) -> list[Calibration]:
 def sources_inside(recipe: Recipe, folder: Path) -> list[str]:
     """Return the models and datasets of a recipe, as written, that are files in a folder."""
     models = [part for one in all_of(recipe) for ref in references(one) for part in (ref, ref.on)]
-    texts = [one for part in all_of(recipe) for one in _calibrations_in(part)]
+    texts = [one for part in all_of(recipe) for one in calibrations_in(part)]
     datasets = [name for one in texts if (name := one.dataset)]
     datasets += [name.partition("@")[0] for name in datasets]
     names = dict.fromkeys([*(one.name for one in models if one), *datasets])
@@ -359,7 +367,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
             raise RecipeError(str(file), "models", problem, remedy)
     named = [recipe.evaluate.include if recipe.evaluate else None]
-    for calibration in (one for part in all_of(recipe) for one in _calibrations_in(part)):
+    for calibration in (one for part in all_of(recipe) for one in calibrations_in(part)):
         named += [calibration.dataset, calibration.include]
     found: dict[str, Path] = {}
     beside = file.resolve().parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from lewis_hub.evaluate.embedding_tasks import own_task_files
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.source import RESTORE, Source, local_reading, state_of
 from lewis_hub.recipe.evaluation import Evaluation
+from lewis_hub.recipe.parts import all_of
 from lewis_hub.recipe.schema import Calibration, Recipe
 from lewis_hub.report.lock import OutputFile
-from lewis_hub.workflow.resolve import Inputs, by_reference
+from lewis_hub.workflow.resolve import Inputs, by_reference, calibrations_in
 from lewis_hub.workflow.task_data import PinnedTask
 
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
@@ -85,12 +86,11 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     for expert in (*document.get("experts", []), *document.get("shared_experts", [])):
         expert["source_model"] = names[expert["source_model"]]
     _pin_tokenizer(document, recipe, names)
-    places = [document, document.get("guide", {}), *models]
-    drawn = [place["calibration"] for place in places if "calibration" in place]
-    for calibration in drawn:
+    for calibration in _drawn(document):
         _pin_calibration(calibration, inputs.data)
     document.get("evaluate", {}).get("backend_args", {}).pop("base_url", None)  # of this machine
-    for place in (document.get("evaluate", {}), *drawn):
+    steps = [calibration for one in _with_steps(document) for calibration in _drawn(one)]
+    for place in (document.get("evaluate", {}), *steps):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
     files = {path: _as_it_is(file) for path, file in task_files(recipe).items()}
@@ -117,6 +117,19 @@ def task_files(recipe: Recipe) -> dict[str, Path]:
         found = own_task_files(scoring.tasks, Path(folder))
         files |= {f"{copies[folder]}/{path}": file for path, file in found.items()}
     return files
+
+
+def _drawn(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calibrations in the document of a recipe."""
+    places = [document, document.get("guide", {}), *document.get("models", [])]
+    return [place["calibration"] for place in places if "calibration" in place]
+
+
+def _with_steps(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The document of a recipe, and those of the merges that it uses."""
+    yield document
+    for part in document.get("intermediate", ()):
+        yield from _with_steps(part)
 
 
 def _drop_empty(document: dict[str, Any]) -> None:
@@ -171,15 +184,13 @@ def _copies(folders: Iterable[str]) -> dict[str, str]:
 
 
 def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
-    """Return the folders with the user's task files, and the tasks that the recipe names.
+    """Return the folders with the user's task files, and the tasks that a recipe names, or a step.
 
     The files go into the merge, which may be published, so they must be the recipe's own.
     """
-    guide = recipe.guide.calibration if recipe.guide else None
-    own = [entry.calibration for entry in recipe.models]
-    places = [recipe.evaluate, recipe.calibration, guide, *own]
+    texts = [calibration for one in all_of(recipe) for calibration in calibrations_in(one)]
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for place in places:
+    for place in (recipe.evaluate, *texts):
         if place is None or place.include is None:
             continue
         folder, beside = recipe.locate(place.include), recipe.locate(".")

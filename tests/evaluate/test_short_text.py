@@ -9,17 +9,20 @@ import pytest
 import torch
 import transformers
 from tiny_models import tiny_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from zoo_hub import put_zoo
 
 import lewis_hub
 from lewis_hub.calibration.model import load_model, load_tokenizer
 from lewis_hub.checkpoint import configuration
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
+from lewis_hub.errors import EvaluationError, LewisHubError, SourceError, TokenizerError
 from lewis_hub.evaluate import short_text
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.embeddings import load_embedder
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.short_text import require_short_run
+from lewis_hub.tokenizer import token_ids
 
 needs_library = pytest.mark.skipif(
     not find_spec("sentence_transformers"), reason="sentence_transformers is not installed"
@@ -187,3 +190,80 @@ def test_check_tells_that_a_scored_model_has_no_tokenizer(tmp_path, monkeypatch)
     asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=str(tmp_path / "tasks"))
     with pytest.raises(EvaluationError, match=re.escape(told)):
         lewis_hub.evaluate_model("expert-reverse", asked)
+
+
+def test_a_block_that_takes_very_long_is_stopped(tmp_path, monkeypatch):
+    """Models of several blocks are measured one at a time: a loop in a block had no limit."""
+    monkeypatch.setattr(configuration, "LIMITS", {})
+    sizes = {"vocab_size": 512, "hidden_size": 64, "n_layer": 8, "n_head": 2}
+    for name, seed in {"base": 0, "expert": 1}.items():
+        torch.manual_seed(seed)
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+        saved(tmp_path / name, model)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
+    calibration = "{dataset: rows.jsonl, text: '{text}', samples: 1}"
+    text = "{base_model: base, models: [expert], merge_method: ties, "
+    text += f"guide: {{name: lewis, calibration: {calibration}}}}}"
+    (tmp_path / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    recipe = lewis_hub.read_recipe("recipe.yaml")
+    by_block = lewis_hub.Execution(max_memory_bytes=10_000_000_000)
+    assert lewis_hub.merge_models(recipe, "merged", by_block, progress=False).status == "merged"
+    monkeypatch.setattr(short_text, "MAX_PASS_S", 1)
+    change(tmp_path / "expert", slow_but_exact=True, pretraining_tp=10**9)
+
+    with pytest.raises(SourceError) as caught:
+        lewis_hub.merge_models(recipe, "other", by_block, progress=False)
+
+    assert str(caught.value) == (
+        "expert: it takes more than 1 s for a batch of texts.\n"
+        "Its files are damaged, or made to do so: use an intact copy of the model."
+    )
+
+
+LETTERS = {"<pad>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+
+
+@needs_library
+def test_a_tokenizer_that_knows_a_few_letters_embeds_texts_of_them(tmp_path):
+    """A tokenizer for DNA has no token for other letters, and fails there."""
+    folder = saved(tmp_path / "model", bert(), tokenizer=False)
+    words = Tokenizer(models.WordLevel(LETTERS, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokens = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    tokens.save_pretrained(folder)
+
+    assert embedded(folder).encode(["ACGT"]).shape == (1, 32)
+    with pytest.raises(TokenizerError) as caught:
+        token_ids(tokenized(folder), "a few words")
+
+    assert str(caught.value).startswith(
+        f"{folder}: it makes no tokens of a text: Exception: WordLevel error: "
+    )
+
+
+@pytest.mark.parametrize("how", ["scored", "calibrated"])
+def test_a_tokenizer_that_fails_at_texts_is_one_message(how, hub, tmp_path, monkeypatch):
+    """An error of code in Rust is no Exception: a traceback, after the merge, at each run."""
+    put_zoo(hub)
+    for name in ("base", "expert-reverse"):
+        shutil.copytree(zoo_folder() / name, tmp_path / name)
+        file = tmp_path / name / "tokenizer.json"
+        document = json.loads(file.read_text())
+        document["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+        file.write_text(json.dumps(document))
+    shutil.copytree(zoo_folder() / "tasks", tmp_path / "tasks")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    text = "{base_model: base, models: [expert-reverse], merge_method: ties, "
+    text += {
+        "scored": "evaluate: {tasks: [zoo_reverse], include: tasks, limit: 2}}",
+        "calibrated": "guide: {name: lewis, calibration: "
+        "{dataset: rows.jsonl, text: '{text}', samples: 1}}}",
+    }[how]
+    (tmp_path / "recipe.yaml").write_text(text)
+
+    with pytest.raises(LewisHubError, match="chunk size must be non-zero"):
+        lewis_hub.merge_models(lewis_hub.read_recipe("recipe.yaml"), "merged", progress=False)
+
+    assert not (tmp_path / "merged").exists()

@@ -63,6 +63,24 @@ metric_list: [{metric: perplexity}]
 """
 
 
+PLAIN_LAST = """name: first
+base_model: base
+models: [expert]
+merge_method: ties
+guide: {name: lewis, calibration: CALIBRATION}
+---
+name: second
+base_model: base
+models: [other]
+merge_method: ties
+guide: {name: lewis, calibration: CALIBRATION}
+---
+base_model: base
+models: [first, second]
+merge_method: linear
+"""
+
+
 class Steps(Silent):
     """Calls functions when a step begins; `calls` are the name of a step -> a function."""
 
@@ -175,6 +193,58 @@ def test_a_task_file_that_changes_between_steps_is_refused(place):
         task.write_text(kept.replace("{{text}}", "{{text}}!"))
 
     assert refused(place, text, first=edit, second=restore) == told(task)
+
+
+def test_task_files_that_only_steps_use_are_compared_and_part_of_the_merge(place, monkeypatch):
+    """They were in no digest, and a merge could not be made again."""
+    monkeypatch.chdir(place)
+    text, task = PLAIN_LAST.replace("CALIBRATION", OWN_TASK), place / "tasks" / "own.yaml"
+    kept = task.read_text()
+
+    def edit():
+        task.write_text(kept.replace("{{text}}", "{{text}}!"))
+
+    assert refused(place, text, second=edit) == told(task)
+    task.write_text(kept)
+    merged = merge(place, "merged", text).output
+    assert (merged / "lewis" / "tasks" / "own.yaml").read_text() == kept
+    execution = lewis_hub.Execution(allow_code=True)
+    again = lewis_hub.verify(merged, rebuild=True, execution=execution, progress=False)
+    assert again.problems == ()
+
+
+def test_an_output_inside_of_a_folder_of_rows_is_no_change_of_it(place):
+    """It was refused at each run, after all steps had been made."""
+    rows = place / "rows"
+    rows.mkdir()
+    (place / "rows.jsonl").rename(rows / "train.jsonl")
+    text = GUIDED.replace("CALIBRATION", DATASET.replace("rows.jsonl", "rows"))
+    clean = weight_bytes(merge(place, "clean", text).output)
+
+    assert weight_bytes(merge(place, "rows/merged", text).output) == clean
+
+
+def test_a_tag_that_is_moved_and_moved_back_is_refused(hub, api, place):
+    """The merge was of the other commit; the rerun said that nothing had changed."""
+    repo = "zoo/other"
+    api.create_repo(repo)
+    first = api.upload_folder(repo_id=repo, folder_path=place / "other").oid
+    weights = place / "other" / "model.safetensors"
+    change, _ = altering(weights)
+    change()
+    second = api.upload_file(repo_id=repo, path_or_fileobj=weights, path_in_repo=weights.name).oid
+    api.create_tag(repo, tag="v1", revision=first)
+
+    def tag(commit):
+        stored = hub.store.find("models", repo)
+        stored.refs["refs/tags/v1"] = commit
+        hub.store.save(stored)
+
+    text = STEPS.replace("models: [other]", f"models: [{repo}@v1]")
+    calls = {"second": lambda: tag(second), "third": lambda: tag(first)}
+
+    assert refused(place, text, **calls) == told(f"{repo}@{second}")
+    assert merge(place, "merged", text).status == "merged"
 
 
 def test_a_model_of_a_step_inside_of_a_step_is_read_in_one_state(place):
