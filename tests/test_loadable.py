@@ -58,7 +58,7 @@ def test_paths_of_the_author_are_no_obstacle_that_do_not_exist_here_or_are_not_u
     stale = {"vocab_file": "/content/vocab.txt", "special_tokens_map_file": str(cached)}
     text = json.dumps({"tokenizer_class": "BertTokenizer", "init_inputs": [], **stale})
     (folder / "tokenizer_config.json").write_text(text)
-    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\n")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhello\nthere\n")
 
     loaded = load_tokenizer(str(folder), "zoo/model")
 

@@ -280,12 +280,12 @@ def _refusals(
 ) -> list[str]:
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
     problems = check.padding_refusals(measurement, sources)
-    own = recipe.effective_tokenizer is None and (recipe.evaluate or measurement.calibrations)
-    rivals = [*rivals_of(recipe.evaluate, sources).values()] if recipe.evaluate else []
-    problems += check.tokenizer_refusals([*([sources.donor] if own else []), *rivals])
+    own = [sources.donor] if recipe.effective_tokenizer is None else []
+    with_texts = [*own] if measurement.calibrations else []
     evaluation, allow_code = recipe.evaluate, execution.allow_code
     embeds = sources.donor.source.file(MODULES) is not None
     if evaluation:
+        rivals = [*rivals_of(evaluation, sources).values()]
         gates = [(gate.task, gate.metric) for gate in evaluation.gate or ()]
         boards = [(task, board.metric) for task, board in (evaluation.benchmarks or {}).items()]
         selection = task_selection(evaluation, recipe.locate, allow_code=allow_code)
@@ -295,6 +295,8 @@ def _refusals(
             require_scorable(f"evaluate: {donor.name}", donor.config, backend, has_modules=embeds)
         except EvaluationError as error:
             problems.append(f"{error} Or remove `evaluate`: then the merge is not scored.")
+        else:
+            with_texts += [*own, *rivals]
         scored = [rival.source for rival in rivals]
         if evaluation.backend == "mteb":
             problems += check.embedding_refusals([inputs.donor, *scored], api)
@@ -304,6 +306,7 @@ def _refusals(
     problems += check.data_refusals(
         measurement.calibrations, inputs.data, api, allow_code=allow_code
     )
+    problems += check.tokenizer_refusals(with_texts)
     return problems + resources.loading_problems(measurement, sources, execution.loading)
 
 

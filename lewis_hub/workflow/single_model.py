@@ -125,8 +125,8 @@ def evaluate_model(
             return compare(results)
     has_modules = source.file(MODULES) is not None
     config = open_model(api, source).config
-    require_tokenizer_files(source.pinned, (file.path for file in source.files), config)
     require_scorable(source.name, config, how.backend, has_modules=has_modules)
+    require_tokenizer_files(source.pinned, (file.path for file in source.files), config)
     if how.backend == "mteb":
         require_embedder(of_source(api, source))
     whole = source
