@@ -18,7 +18,7 @@ from hardening.test_http import Push, Resolve, calls_of
 
 OTHERS = (None, 5, "x", [], {"x": 1}, "a\nb::error::c")
 MISSING = object()
-DRAWN = 60  # of an operation's values, in the gate
+DRAWN = 40  # of an operation's values, in the gate
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from lewis_hub.localhub.server import serve
 pytest.importorskip("hf_xet")
 
 PRINTS = 'print(\'one\\n{\\n "status": "refused"\\n}\'); raise SystemExit(3)'
-DRAWN_FAULTS, DRAWN_VALUES = 8, 40  # of an operation, in the gate
+DRAWN_FAULTS, DRAWN_VALUES = 6, 25  # of an operation, in the gate
 
 
 @pytest.fixture(scope="module")
