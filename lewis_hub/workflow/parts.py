@@ -134,9 +134,11 @@ def _read_otherwise(recipe: Recipe, before: StepSources) -> Iterator[str]:
     """The repos of which a finished step read another commit, as when a tag was moved and back."""
     pinned = {source.pinned for source in (*before.models.values(), *before.datasets.values())}
     repos = {name.partition("@")[0] for name in pinned}
+    made = {one.name for one in all_of(recipe)}  # an adapter on a base of its own is named by both
     for one in recipe.intermediate:
         for step in all_of(one):
-            models = [str(part) for ref in references(step) for part in (ref, ref.on) if part]
+            read = [one for one in references(step) if str(one) not in made]
+            models = [str(part) for ref in read for part in (ref, ref.on) if part]
             datasets = [text.dataset for text in calibrations_of(step) if text.dataset]
             for name in (*models, *datasets):
                 if "@" in name and name not in pinned and name.partition("@")[0] in repos:

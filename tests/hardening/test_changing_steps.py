@@ -247,6 +247,28 @@ def test_a_tag_that_is_moved_and_moved_back_is_refused(hub, api, place):
     assert merge(place, "merged", text).status == "merged"
 
 
+def test_an_adapter_on_a_base_of_its_own_revision_is_no_change(api, place):
+    """The merge that is made of both has a name with a revision: it was refused at each run."""
+    for name in ("base", "other"):
+        api.create_repo(f"zoo/{name}", exist_ok=True)
+        api.upload_folder(repo_id=f"zoo/{name}", folder_path=place / name)
+        api.create_tag(f"zoo/{name}", tag="v1")
+    settings = lewis_hub.LoraSettings(rank=2, include="proj")
+    lewis_hub.extract_lora(str(place / "expert"), str(place / "other"), place / "lora", settings)
+    text = """name: first
+base_model: zoo/base@v1
+models: [zoo/other@v1+lora, expert]
+merge_method: task_arithmetic
+---
+base_model: zoo/base@v1
+models: [first, expert]
+merge_method: task_arithmetic
+"""
+
+    assert merge(place, "merged", text).status == "merged"
+    assert merge(place, "merged", text).status == "unchanged"
+
+
 def test_a_model_of_a_step_inside_of_a_step_is_read_in_one_state(place):
     """Its digest was not in that of the whole: after a change of it nothing had changed."""
     inner = "{name: inner, base_model: base, models: [other], merge_method: task_arithmetic}"
