@@ -191,6 +191,22 @@ def _within_limits(
 
 
 @contextmanager
+def limited_model(
+    where: str, max_s: float, per: str, max_bytes: int | None = None
+) -> Iterator[None]:
+    """Stop a library that takes too much for a model; the limits are those of `limited`.
+
+    Raises:
+        SourceError: it took too much; `where` names the model.
+    """
+    try:
+        with limited(max_s, per, max_bytes=max_bytes):
+            yield
+    except TooMuchError as error:
+        raise SourceError(where, str(error), SMALLER) from None
+
+
+@contextmanager
 def _limited_load(error: type[LocatedError], where: str) -> Iterator[None]:
     try:
         with (

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from lewis_hub.localhub.store import git_file
 from lewis_hub.recipe.read import parse_recipe
@@ -36,6 +36,19 @@ def push_folder(api, folder, repo):
 def weight_bytes(folder):
     """The bytes of each file of weights."""
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def altering(weights):
+    """Functions that write other values into a file of weights, and its old content again."""
+    kept = weights.read_bytes()
+
+    def change():
+        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
+
+    def restore():
+        weights.write_bytes(kept)
+
+    return change, restore
 
 
 def push_by_another(hub, repo):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import gcd
@@ -320,7 +320,9 @@ class BatchState:
 
     def run(self, products: ProductRecorder | None = None) -> Tensor:
         """The hidden states after the block; the texts stay before it."""
-        with torch.no_grad(), _chain_errors(self.model), _limited(self.model, self.batch):
+        n_tokens = self.batch.input_ids.numel()
+        limits = limited_batch(self.model.name, self.model.stack, n_tokens)
+        with torch.no_grad(), _chain_errors(self.model), limits:
             call = self.entry.enter()[1][self.number]
             with ByOneDNN(), products or nullcontext():
                 return _hidden_of(call(self.block, self.cache.read(self.key)))
@@ -358,7 +360,7 @@ def enter_blocks(
     befores = encoded or [[None] * len(group) for group in groups]
     blocks, first, run = list(model.blocks), groups[0][0], run_of(befores[0][0])
     with _chain_errors(model):
-        with _limited(model, first):
+        with limited_batch(model.name, model.stack, first.input_ids.numel()):
             rest = further_outputs(blocks, first, run)
             is_constant = rest is not None and are_constant(blocks, first, run, rest)
 
@@ -368,7 +370,7 @@ def enter_blocks(
             entry = Entry(model, batch, run, further or (lambda: rest), is_constant)
             return BatchState(entry, cache, cache.add(entry.enter()[0]))
 
-        with _limited(model, first):
+        with limited_batch(model.name, model.stack, first.input_ids.numel()):
             entered = enter(blocks, first, run, rest, is_constant=is_constant)
         token_bytes = entered[0].nbytes // first.input_ids.numel()
         n_tokens = sum(batch.input_ids.numel() for group in groups for batch in group)
@@ -383,13 +385,6 @@ def _kept(further: tuple[Any, ...] | None, cache: ActivationCache) -> Further:
     """A function that returns further outputs, whose tensors are in the cache."""
     numbers = [cache.add(one) if isinstance(one, Tensor) else None for one in further or ()]
     return lambda: tuple(None if number is None else cache.read(number) for number in numbers)
-
-
-def _limited(model: MetaModel, batch: TokenBatch) -> AbstractContextManager[None]:
-    """A limit of time for a batch in the parts that have weights now."""
-    weights = (one for one in model.stack.parameters() if not one.is_meta)
-    n_bytes = sum(one.numel() * one.element_size() for one in weights)
-    return limited_batch(model.name, n_bytes, batch.input_ids.numel())
 
 
 @contextmanager

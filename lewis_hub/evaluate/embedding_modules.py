@@ -113,7 +113,7 @@ def _require_stored(files: ModelFiles, module: Listed) -> None:
     if shape and not is_stored:  # of a repo, no pickle was downloaded
         problem = f"the weights of its module {module.path} are in no safetensors file"
         raise EvaluationError(files.where, problem, SAVE_AGAIN)
-    if math.prod(shape) > stored and shape:
+    if shape and math.prod(shape) > stored:
         problem = f"its module {module.path} has {' × '.join(map(str, shape))} weights, its file "
         remedy = "The file is damaged: use an intact copy."
         raise EvaluationError(files.where, f"{problem}fewer", remedy)

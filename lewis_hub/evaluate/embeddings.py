@@ -43,6 +43,7 @@ from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.short_text import require_short_run
 from lewis_hub.files import require_inside
+from lewis_hub.hub.source import EMBEDDER
 from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -63,7 +64,6 @@ TASKS = {  # a class of sentence-transformers -> what it loads a transformer for
     "MLMTransformer": "fill-mask",
 }
 
-SENTENCES = "config_sentence_transformers.json"
 LOADED = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")  # classes of models
 POOLER = ("pooler.",)  # in the names of its weights
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
@@ -239,11 +239,11 @@ def _require_no_code(folder: Path, files: ModelFiles) -> None:
 
 
 def _class_of(files: ModelFiles) -> str:
-    stated = files.document(SENTENCES).get("model_type")
+    stated = files.document(EMBEDDER).get("model_type")
     if stated in LOADED:
         return str(stated)
     if stated is not None:  # sentence-transformers would load another model by its transformer
-        problem = f"its {SENTENCES} names {str(stated)[:100]!r}"
+        problem = f"its {EMBEDDER} names {str(stated)[:100]!r}"
         raise EvaluationError(files.where, problem, f"Expected: {' or '.join(LOADED)}.")
     ranks = "sentence_transformers" in files.document("config.json")
     return "CrossEncoder" if ranks else "SentenceTransformer"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lewis_hub.checkpoint.configuration import DAMAGED
 from lewis_hub.errors import LocatedError, SourceError
 from lewis_hub.limits import TooMuchError, limited
-from lewis_hub.loadable import MAX_LOAD_BYTES, MAX_MAPPED_BYTES, SMALLER
+from lewis_hub.loadable import MAX_LOAD_BYTES, MAX_MAPPED_BYTES, limited_model
 from lewis_hub.system import limited_memory
 
 if TYPE_CHECKING:
@@ -146,8 +146,5 @@ def limited_load(where: str, stored_bytes: int, device: str) -> Iterator[None]:
     """
     n_bytes = MOST_TIMES * stored_bytes + FREE_BYTES + MAX_LOAD_BYTES
     n_bytes += 0 if device == "cpu" else DRIVER_BYTES
-    try:
-        with limited(math.inf, "its load", max_bytes=n_bytes):
-            yield
-    except TooMuchError as error:
-        raise SourceError(where, str(error), SMALLER) from None
+    with limited_model(where, math.inf, "its load", n_bytes):
+        yield

@@ -6,18 +6,18 @@ any text for ever, or fill the memory. So a few tokens run first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import SourceError
 from lewis_hub.evaluate.empty_models import DRIVER_BYTES, OUT_OF_MEMORY
-from lewis_hub.limits import TooMuchError, limited
-from lewis_hub.loadable import SMALLER
+from lewis_hub.loadable import SMALLER, limited_model
 from lewis_hub.system import limited_memory
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 N_TOKENS = 8
@@ -53,43 +53,34 @@ def require_short_pass(where: str, model: PreTrainedModel) -> None:
 
 def require_short_run(where: str, model: Any, run: Callable[[], object]) -> None:
     """The same for any model of torch's, where `run` runs a short text through it."""
-    n_bytes = sum(one.numel() * one.element_size() for one in model.parameters())
+    n_bytes = _n_bytes(model)
     on_gpu = any(one.device.type != "cpu" for one in model.parameters())
     most = MAX_PASS_BYTES + COPIES * n_bytes + (DRIVER_BYTES if on_gpu else 0)
-    try:
-        with (
-            panics_as_errors(),
-            limited_memory(most),
-            limited(_seconds(n_bytes), "a few words", max_bytes=most),
-        ):
-            run()
-    except TooMuchError as error:
-        raise SourceError(where, str(error), SMALLER) from None
-    except Exception as error:  # noqa: BLE001 - tokenizers and models raise any class
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
-            problem = f"it takes more than {most / 1e9:.1f} GB for a few words"
-            raise SourceError(where, problem, SMALLER) from None
+    seconds = round(MAX_PASS_S + n_bytes / BYTES_PER_S)
+    with limited_model(where, seconds, "a few words", most):
+        try:
+            with panics_as_errors(), limited_memory(most):
+                run()
+        except Exception as error:  # noqa: BLE001 - tokenizers and models raise any class
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+                problem = f"it takes more than {most / 1e9:.1f} GB for a few words"
+                raise SourceError(where, problem, SMALLER) from None
 
 
-@contextmanager
-def limited_batch(where: str, n_bytes: int, n_tokens: int) -> Iterator[None]:
+def limited_batch(where: str, part: nn.Module, n_tokens: int) -> AbstractContextManager[None]:
     """Stop a batch of texts that takes far longer in a part of a model than its weights tell.
+
+    Inside the block it is a SourceError if it takes too long.
 
     Args:
         where: the model, for the message.
-        n_bytes: of the weights of the part.
+        part: of the model; parameters that are on meta do not count.
         n_tokens: of all texts in the batch.
-
-    Raises:
-        SourceError: it takes too long.
     """
-    seconds = round(MAX_PASS_S + n_bytes * n_tokens / PRODUCTS_PER_S)
-    try:
-        with limited(seconds, "a batch of texts"):
-            yield
-    except TooMuchError as error:
-        raise SourceError(where, str(error), SMALLER) from None
+    seconds = round(MAX_PASS_S + _n_bytes(part) * n_tokens / PRODUCTS_PER_S)
+    return limited_model(where, seconds, "a batch of texts")
 
 
-def _seconds(n_bytes: int) -> float:
-    return round(MAX_PASS_S + n_bytes / BYTES_PER_S)
+def _n_bytes(model: nn.Module) -> int:
+    weights = (one for one in model.parameters() if not one.is_meta)
+    return sum(one.numel() * one.element_size() for one in weights)

@@ -31,6 +31,7 @@ RepoType = Literal["model", "dataset"]
 Access = Literal["public", "gated", "private"]
 SINGLE = "model.safetensors"
 MODULES = "modules.json"  # of sentence-transformers
+EMBEDDER = "config_sentence_transformers.json"
 MODULE_FOLDER = re.compile(r"[0-9]_\w+", re.ASCII)  # as sentence-transformers names them
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"

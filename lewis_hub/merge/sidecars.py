@@ -12,7 +12,7 @@ from lewis_hub.checkpoint.quantisation import KEYS
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.fetch import CODE_FILES, read_pinned, require_small
-from lewis_hub.hub.source import LICENCES, MODULES, Source, SourceFile
+from lewis_hub.hub.source import EMBEDDER, LICENCES, MODULES, Source, SourceFile
 from lewis_hub.merge.modules import DAMAGED, Read, module_weights
 
 TOKENIZER = frozenset(
@@ -30,7 +30,7 @@ CARRIED = (
     *(
         MODULES,
         "sentence_bert_config.json",
-        "config_sentence_transformers.json",
+        EMBEDDER,
         "[0-9]_*/config.json",
     ),
     *sorted(TOKENIZER),

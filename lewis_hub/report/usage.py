@@ -14,10 +14,9 @@ from typing import Any
 from lewis_hub.documents import read_json
 from lewis_hub.evaluate.scorable import architecture, is_known, named_classes, unscorable
 from lewis_hub.hub.facts import ModelFacts
-from lewis_hub.hub.source import MODULES
+from lewis_hub.hub.source import EMBEDDER, MODULES
 
 TRANSFORMERS, SENTENCES = "transformers", "sentence-transformers"
-EMBEDDER = "config_sentence_transformers.json"
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
 SIMILAR = ("A cat sleeps on the sofa.", "A kitten naps on the couch.", "It will rain tomorrow.")

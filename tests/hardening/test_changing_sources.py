@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from effort import SEED, times
-from hub_models import tiny, weight_bytes
+from hub_models import altering, tiny, weight_bytes
 from huggingface_hub import HfApi
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 from zoo_hub import put_zoo
 
 import lewis_hub
@@ -293,19 +293,6 @@ def merge_in(place, name, title, calls=None, ends=None):
     recipe = parse_recipe(text, "recipe.yaml").placed_in(place)
     progress = AtStages(calls or {}, ends)
     return lewis_hub.merge_models(recipe, place / name, progress=progress).output
-
-
-def altering(weights):
-    """Functions that write other values into a file of weights, and its old content again."""
-    kept = weights.read_bytes()
-
-    def change():
-        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
-
-    def restore():
-        weights.write_bytes(kept)
-
-    return change, restore
 
 
 @pytest.mark.parametrize("title", [*METHODS][1:])

@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from hub_models import weight_bytes
-from safetensors.torch import load, save_file
+from hub_models import altering, weight_bytes
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
@@ -32,7 +31,7 @@ base_model: base
 models: [first, second, third]
 merge_method: task_arithmetic
 """
-GUIDED = """name: first
+TWO_STEPS = """name: first
 base_model: base
 models: [expert]
 merge_method: ties
@@ -42,13 +41,17 @@ name: second
 base_model: base
 models: [other]
 merge_method: ties
-parameters: {density: 0.5}
+"""
+GUIDED = (
+    TWO_STEPS
+    + """parameters: {density: 0.5}
 ---
 base_model: base
 models: [first, second, expert]
 merge_method: ties
 guide: {name: lewis, calibration: CALIBRATION}
 """
+)
 DATASET = "{dataset: rows.jsonl, text: '{text}', samples: 4}"
 OWN_TASK = "{task: own, include: tasks, samples: 4}"
 TASK = """task: own
@@ -63,22 +66,15 @@ metric_list: [{metric: perplexity}]
 """
 
 
-PLAIN_LAST = """name: first
-base_model: base
-models: [expert]
-merge_method: ties
-guide: {name: lewis, calibration: CALIBRATION}
----
-name: second
-base_model: base
-models: [other]
-merge_method: ties
-guide: {name: lewis, calibration: CALIBRATION}
+PLAIN_LAST = (
+    TWO_STEPS
+    + """guide: {name: lewis, calibration: CALIBRATION}
 ---
 base_model: base
 models: [first, second]
 merge_method: linear
 """
+)
 
 
 class Steps(Silent):
@@ -116,19 +112,6 @@ def merge(place, name, text, **calls):
     (place / "recipe.yaml").write_text(text)
     recipe = read_recipe(place / "recipe.yaml")
     return lewis_hub.merge_models(recipe, place / name, progress=Steps(**calls))
-
-
-def altering(weights):
-    """Functions that write other values into a file of weights, and its old content again."""
-    kept = weights.read_bytes()
-
-    def change():
-        save_file({name: 1.5 * one for name, one in load(kept).items()}, weights, {"format": "pt"})
-
-    def restore():
-        weights.write_bytes(kept)
-
-    return change, restore
 
 
 def refused(place, text, **calls):
