@@ -20,6 +20,7 @@ from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.code import named_files, with_imports
 from lewis_hub.evaluate.harness import (
+    GENERATE,
     LONGEST_CAUSE,
     Benchmarks,
     configure,
@@ -32,6 +33,12 @@ from lewis_hub.evaluate.tasks import (
     TaskSelection,
     locate_tasks,
     read_folder,
+)
+from lewis_hub.evaluate.text_limits import (
+    TEXT_BYTES,
+    TOKEN_BYTES,
+    HeldTexts,
+    counting_requests,
 )
 from lewis_hub.files import is_hidden, raise_if_of_the_disk, visible_files
 from lewis_hub.hub.cached_rows import computed_anew
@@ -201,6 +208,7 @@ class LoadedTasks:
     commits: Commits
     tasks: Mapping[str, Any]
     groups: Mapping[str, Any]
+    rows_bytes: int = 0  # of memory, that the rows may take
 
 
 @dataclass(frozen=True)
@@ -240,11 +248,18 @@ def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
     """Build the tasks and fetch their data; a dataset without a commit is loaded at its newest.
 
     Raises:
-        EvaluationError: as `locate_tasks`; or data are missing or do not fit the task.
+        EvaluationError: as `locate_tasks`; data are missing or do not fit the task; or their texts
+            are very long, or very many.
     """
     located = locate_tasks(selection)
     with prepared(selection, commits):
-        return LoadedTasks(selection, commits, *build(located))
+        tasks, groups = build(located)
+        held = HeldTexts()
+        for name, task in tasks.items():
+            with errors_named(name):
+                rows = getattr(task, "task_docs", None)  # that lm-eval read to build the task
+                held.add_rows(name, task.eval_docs if rows is None else rows)
+    return LoadedTasks(selection, commits, tasks, groups, held.n_bytes)
 
 
 def with_prompts(
@@ -255,13 +270,18 @@ def with_prompts(
     """Build the prompts of the first `limit` items of each task; None: of all items.
 
     Raises:
-        EvaluationError: a task is empty or not a text task, or its prompts do not fit its data.
+        EvaluationError: a task is empty or not a text task, its prompts do not fit its data, or
+            they are very long.
     """
     tasks, selection = loaded.tasks, loaded.selection
+    settings, held = settings or EvaluationSettings(), HeldTexts(loaded.rows_bytes)
     with prepared(selection, {}):
         for name, task in tasks.items():
-            configure(task, settings or EvaluationSettings())
-            build_requests(name, task, limit)
+            configure(task, settings)
+            generates = task.get_config("output_type") == GENERATE
+            per_letter = TEXT_BYTES if generates and settings.backend == "hf" else TOKEN_BYTES
+            with counting_requests(name, task, held, per_letter):
+                build_requests(name, task, limit)
     return Benchmarks(tasks, loaded.groups, limit, selection.allow_code)
 
 

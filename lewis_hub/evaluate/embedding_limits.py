@@ -19,7 +19,9 @@ BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
 MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those of large models
 MAX_NUMBERS = 4096  # of a sparse vector, that are not 0: each takes 20 bytes; SPLADE has some 200
 VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
-TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 bytes
+TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 to 300 bytes
+MAX_BATCH_LETTERS = 8_000_000  # of all its texts together
+MAX_BATCH_BYTES = 4 << 30
 
 
 def limit_batches(where: str, model: Any) -> None:
@@ -31,7 +33,12 @@ def limit_batches(where: str, model: Any) -> None:
 
     @functools.wraps(preprocess)
     def preprocess_within_limits(inputs: Any, *args: Any, **options: Any) -> Any:
-        n_bytes = BATCH_BYTES + TIMES_OF_TEXT * _n_letters(inputs)
+        n_letters = _n_letters(inputs)
+        if n_letters > MAX_BATCH_LETTERS:  # a tokenizer cannot be stopped inside of a batch
+            problem = f"a batch of texts has {n_letters:,} letters, the limit is "
+            remedy = "Set a smaller `batch_size` in `evaluate`."
+            raise EvaluationError(where, f"{problem}{MAX_BATCH_LETTERS:,}", remedy)
+        n_bytes = min(BATCH_BYTES + TIMES_OF_TEXT * n_letters, MAX_BATCH_BYTES)
         try:
             with limited_memory(2 * n_bytes), limited(math.inf, "a batch", max_bytes=n_bytes):
                 return preprocess(inputs, *args, **options)

@@ -25,6 +25,7 @@ from lewis_hub.evaluate.benchmarks import (
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.evaluate.text_limits import HeldTexts
 from lewis_hub.files import raise_if_of_the_disk, require_inside
 from lewis_hub.hub.cached_rows import computed_anew
 from lewis_hub.hub.rows import at_commit, only_tables
@@ -157,9 +158,10 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
     """Fetch the data of the tasks; a dataset without a commit is loaded at its revision.
 
     Raises:
-        EvaluationError: as `locate_embedding_tasks`; or data are missing or do not fit the task.
+        EvaluationError: as `locate_embedding_tasks`; data are missing or do not fit the task; or
+            their texts are very long, or very many.
     """
-    tasks = locate_embedding_tasks(selection)
+    tasks, held = locate_embedding_tasks(selection), HeldTexts()
     for name, task in tasks.items():
         dataset = task.metadata.dataset
         own_cache: AbstractContextManager[None] = nullcontext()
@@ -171,6 +173,8 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
         try:
             with own_cache, quiet_libraries(), only_tables(), computed_anew():
                 task.load_data()
+                for rows in _tables(task):
+                    held.add_rows(name, rows)
         except LewisHubError:
             raise
         except Exception as error:  # of any class: from mteb's Python and the columns of the data
@@ -208,6 +212,14 @@ def _subsets(task: Any, split: str) -> Iterator[tuple[str, Any]]:
     for subset in task.hf_subsets:
         held = task.dataset
         yield subset, held[split] if subset not in held else held[subset][split]
+
+
+def _tables(task: Any) -> Iterator[Any]:
+    """The tables that a task scores: of its splits, and of a retrieval task queries and corpus."""
+    for split in task.eval_splits:
+        for _, data in _subsets(task, split):
+            parts = [data["queries"], data["corpus"]] if isinstance(data, Mapping) else [data]
+            yield from parts
 
 
 def items_of(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -27,6 +27,7 @@ from lewis_hub.errors import EvaluationError, LewisHubError, NoLikelihoodError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
+from lewis_hub.evaluate.text_limits import TOKENIZER_BYTES
 from lewis_hub.hub.rows import library
 from lewis_hub.methods.numerics import torch_threads
 from lewis_hub.recipe.backend import ADDRESS
@@ -265,9 +266,11 @@ def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
     memory = torch.cuda.get_device_properties(lm.device).total_memory // 8 if on_gpu else CPU_BYTES
     requests = (request for task in benchmarks.tasks.values() for request in task.instances)
     texts = ("".join(a for a in request.args if isinstance(a, str)) for request in requests)
-    n_tokens = min(len(lm.tok_encode(max(texts, key=len))) + 1, lm.max_length)
+    longest = max(texts, key=len)
+    n_tokens = min(len(lm.tok_encode(longest)) + 1, lm.max_length)
     n_vocabulary = lm.model.config.get_text_config().vocab_size
-    return affordable_batch(n_tokens, n_vocabulary, memory, _most_beams(lm, benchmarks))
+    n = affordable_batch(n_tokens, n_vocabulary, memory, _most_beams(lm, benchmarks))
+    return min(n, tokenisable_batch(len(longest)))
 
 
 def _most_beams(lm: Any, benchmarks: Benchmarks) -> int:
@@ -282,6 +285,14 @@ def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int, n_beam
     """Number of texts that fit: lm-eval holds float32 logits and log-softmax of every token."""
     n_bytes = n_tokens * n_vocabulary * 8 * n_beams
     return max(1, min(MAX_BATCH_SIZE, memory_bytes // n_bytes))
+
+
+def tokenisable_batch(n_letters: int) -> int:
+    """Number of texts of so many letters that a tokenizer takes CPU_BYTES for, before they are cut.
+
+    It is at most MAX_BATCH_SIZE.
+    """
+    return max(1, min(MAX_BATCH_SIZE, CPU_BYTES // (TOKENIZER_BYTES * max(1, n_letters))))
 
 
 def logits_bytes(config: Mapping[str, Any]) -> int:

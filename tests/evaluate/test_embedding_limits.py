@@ -42,6 +42,21 @@ def test_a_batch_of_texts_that_becomes_very_large_is_refused():
     )
 
 
+def test_a_batch_of_very_long_texts_is_refused():
+    """The tokenizer ended the process where it reached the limit of memory."""
+    model = SimpleNamespace(preprocess=len)
+
+    limit_batches("org/model", model)
+
+    assert model.preprocess(["a" * 4_000_000, {"text": "b" * 4_000_000}]) == 2
+    with pytest.raises(EvaluationError) as refused:
+        model.preprocess(["a" * 4_000_000, ("b" * 4_000_000, "c")])
+    assert str(refused.value) == (
+        "org/model: a batch of texts has 8,000,001 letters, the limit is 8,000,000.\n"
+        "Set a smaller `batch_size` in `evaluate`."
+    )
+
+
 @pytest.mark.parametrize("key", ["sentence_embedding", "scores"])
 def test_a_model_that_gives_very_long_vectors_is_refused(key):
     """They are kept for all texts: pooled 20,000 times, some thousand of them took gigabytes."""

@@ -16,7 +16,13 @@ from lewis_hub.evaluate import harness
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.harness import Benchmarks, affordable_batch, evaluate_model, logits_bytes
+from lewis_hub.evaluate.harness import (
+    Benchmarks,
+    affordable_batch,
+    evaluate_model,
+    logits_bytes,
+    tokenisable_batch,
+)
 from lewis_hub.evaluate.items import first_items
 from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
 from lewis_hub.evaluate.scores import Answers, ModelResult
@@ -134,6 +140,11 @@ def test_the_batch_shrinks_with_the_text_and_the_vocabulary():
     assert affordable_batch(n_tokens=500, n_vocabulary=50_000, memory_bytes=2_000_000_000) == 10
     assert affordable_batch(500, 50_000, 2_000_000_000, n_beams=5) == 2
     assert affordable_batch(n_tokens=8_000, n_vocabulary=256_000, memory_bytes=2_000_000_000) == 1
+
+
+def test_a_batch_of_long_texts_is_small_for_the_tokenizer():
+    """128 texts of 5 million letters would take 190 GB, whatever a model's context."""
+    assert [tokenisable_batch(n) for n in (0, 10_000, 100_000, 5_000_000)] == [128, 128, 66, 1]
 
 
 def test_the_memory_of_logits_is_bounded_by_the_configuration():

@@ -1,0 +1,139 @@
+"""Long texts in the data of a task: 3 rows in 6 kB of parquet took 5 and 7 GB to score."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate import text_limits
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.evaluate.text_limits import HeldTexts
+
+LL = "output_type: multiple_choice\ndoc_to_choice: [a, b]\ndoc_to_target: 0"
+GENERATED = "output_type: generate_until\ndoc_to_target: a"
+TOO_MANY = (
+    "own: its texts, and those of the tasks before it, may take more than 0.1 GB while they are "
+    "scored.\nScore fewer or smaller tasks in a run, or use a machine with more memory."
+)
+TOO_LONG = (
+    "own: a text has 6,000,000 letters, the limit is 5,000,000.\nChoose a task with shorter texts."
+)
+
+
+@pytest.fixture
+def selection(tmp_path):
+    """Make the selection of a task of lm-eval on rows with these texts."""
+
+    def select(texts, kind=LL, shown="", text="{{question}}"):
+        (tmp_path / "data").mkdir()
+        for split in ("train", "test"):
+            table = pa.table({"question": texts if split == "test" else [shown]})
+            pq.write_table(table, tmp_path / f"data/{split}.parquet", compression="zstd")
+        (tmp_path / "own.yaml").write_text(
+            f"task: own\ndataset_path: {tmp_path / 'data'}\ntest_split: test\n"
+            f"training_split: train\ndoc_to_text: '{text}'\n{kind}\n"
+            f"metric_list: [{{metric: acc}}]\nnum_fewshot: {int(bool(shown))}\n"
+        )
+        return TaskSelection(("own",), include=tmp_path)
+
+    return select
+
+
+def refusal(prepare):
+    with pytest.raises(EvaluationError) as refused:
+        prepare()
+    return str(refused.value)
+
+
+def test_a_very_long_text_is_refused_where_the_rows_are_read(selection):
+    selected = selection(["a", "ab" * 3_000_000])
+
+    assert refusal(lambda: load_tasks(selected, {})) == TOO_LONG
+
+
+@pytest.mark.parametrize("shown", ["ab" * 3_000_000, ""])
+def test_a_very_long_prompt_is_refused(shown, selection):
+    """Its letters come from an example, or from the template."""
+    text = "{{question}}" if shown else "{% for _ in range(60) %}{{question * 1000}}{% endfor %}"
+    loaded = load_tasks(selection(["a" * 100], shown=shown, text=text), {})
+
+    message = refusal(lambda: with_prompts(loaded))
+
+    assert message.startswith("own: a text has 6,000,")
+    assert message.endswith(" letters, the limit is 5,000,000.\nChoose a task with shorter texts.")
+
+
+def test_very_many_texts_are_refused(selection, monkeypatch):
+    """Each of 20 rows makes two requests, whose tokens are held."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    loaded = load_tasks(selection(["ab" * 50_000] * 20), {})
+
+    assert refusal(lambda: with_prompts(loaded)) == TOO_MANY
+    assert with_prompts(loaded, limit=10).n_requests == 20
+
+
+def test_of_texts_that_a_model_continues_only_servers_hold_all_tokens(selection, monkeypatch):
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    loaded = load_tasks(selection(["ab" * 50_000] * 40, kind=GENERATED), {})
+
+    assert with_prompts(loaded).n_requests == 40
+    served = EvaluationSettings(backend="local-completions")
+    assert refusal(lambda: with_prompts(loaded, settings=served)) == TOO_MANY
+
+
+def test_rows_without_letters_count(selection, monkeypatch):
+    """20 million empty rows fit into a few kB."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    selected = selection([""] * 66_667)
+
+    assert refusal(lambda: load_tasks(selected, {})) == TOO_MANY
+
+
+def test_texts_are_counted_in_lists_and_in_tables():
+    held = HeldTexts()
+
+    held.add_texts("own", {"a": ["bc", {"d": "efg"}], "h": 5})
+    held.add_rows("own", [{"text": "abc"}, {"text": None}])
+    held.add_rows("own", Dataset.from_dict({"text": ["abc"]}))  # too small for a long text
+
+    assert held.n_bytes == 4 * 5 + 2 * 1500 + 4 * 3 + 1500
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+@pytest.mark.parametrize("kind", ["STS", "Retrieval"])
+def test_a_very_long_text_is_refused_before_it_is_embedded(kind, tmp_path):
+    data = tmp_path / "data"
+    long = ["a", "ab" * 3_000_000]
+    if kind == "STS":
+        tables = {"test": {"sentence1": long, "sentence2": ["b"] * 2, "score": [0.0, 1.0]}}
+    else:
+        ids = ["1", "2"]
+        tables = {
+            "corpus/test": {"_id": ids, "title": ["", ""], "text": long},
+            "queries/test": {"_id": ids, "text": ["a", "b"]},
+            "qrels/test": {"query-id": ids, "corpus-id": ids, "score": [1, 1]},
+        }
+    for name, columns in tables.items():
+        file = data / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), file)
+    if kind == "Retrieval":
+        names = ("corpus", "queries", "qrels")
+        parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
+        (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    score = {"STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}[kind]
+    (tmp_path / "own.yaml").write_text(
+        f"name: own\ntype: {kind}\ndataset: {{path: {data}}}\neval_splits: [test]\n"
+        f"main_score: {score}\n"
+    )
+    selected = TaskSelection(("own",), include=tmp_path, library="mteb")
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_LONG
