@@ -29,7 +29,7 @@ test-all: .venv/dev test .venv/ray .venv/space .venv/mergekit/bin/mergekit-yaml
 # The long form of tests/hardening: hours. LEWIS_HUB_SEED draws other cases.
 test-hardening: export LEWIS_HUB_LONG ?= 100
 test-hardening: .venv/dev
-	$(BIN)/pytest tests/hardening --numprocesses auto
+	$(BIN)/pytest tests/hardening -m '' --numprocesses auto
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -115,6 +115,7 @@ def test_json_of_more_values_than_any_model_has_is_refused():
         read_json(b"[" + b"[]," * 4_000_000 + b"1]", max_bytes=MAX_TABLE_BYTES)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_largest_models_are_within_the_limits():
     vocabulary = {f"token of some length {i}": i for i in range(262_144)}
     merges = [[f"left{i}", f"right{i}"] for i in range(514_000)]

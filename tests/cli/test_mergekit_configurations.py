@@ -210,7 +210,10 @@ def test_the_output_is_named_once(models, monkeypatch):
     assert "OUT and --output both name the folder for the merged model: give one." in run.output
 
 
-@pytest.mark.parametrize("name", ["several documents", "adapters on several bases"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("several documents", marks=pytest.mark.slow), "adapters on several bases"],
+)
 def test_a_merge_in_several_steps_is_repeated_from_its_own_recipe(
     models, monkeypatch, tmp_path, name
 ):

@@ -148,12 +148,12 @@ def test_a_model_whose_head_is_for_very_many_labels_is_not_built(tmp_path):
     """Its configuration was compared with the files as that of a model without a head."""
     embedder(tmp_path, 1)
     config = json.loads((tmp_path / "config.json").read_text())
-    large = {"hidden_size": 512, "num_labels": 10**6}
+    large = {"hidden_size": 4096, "num_labels": 125_000}
     (tmp_path / "config.json").write_text(json.dumps(config | large))
     stated = {"transformer_task": "sequence-classification"}
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps(stated))
 
-    told = r"its config.json describes a model of 2,0\d\d,\d{3},\d{3} bytes, but its weights have"
+    told = r"its config.json describes a model of 1,1\d\d,\d{3},\d{3} bytes, but its weights have"
     with pytest.raises(SourceError, match=f"{tmp_path}: {told}"):
         load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
 

@@ -295,7 +295,9 @@ def merge_in(place, name, title, calls=None, ends=None):
     return lewis_hub.merge_models(recipe, place / name, progress=progress).output
 
 
-@pytest.mark.parametrize("title", [*METHODS][1:])
+@pytest.mark.parametrize(
+    "title", [pytest.param("Calibrating", marks=pytest.mark.slow), "Gathering statistics"]
+)
 def test_a_rerun_measures_again_if_weights_were_changed_and_restored(place, title):
     weights = place / "expert" / "model.safetensors"
     clean = weight_bytes(merge_in(place, "clean", title))

@@ -75,7 +75,9 @@ def model(folder):
     return {path: None if path in TOLD else content for path, content in below(folder).items()}
 
 
-@pytest.mark.parametrize("recipe", [REGMEAN, ALIGNED], ids=["regmean", "aligned and exported"])
+@pytest.mark.parametrize(
+    "recipe", [REGMEAN, pytest.param(ALIGNED, marks=pytest.mark.slow)], ids=["regmean", "aligned"]
+)
 def test_a_merge_ends_in_the_same_bytes(tmp_path, environment, recipe):
     work = tmp_path / "work"
     work.mkdir()

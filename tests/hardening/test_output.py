@@ -148,7 +148,8 @@ models: [{model: MORE}, {model: zoo/expert-cipher}]
 merge_method: dare_ties
 dtype: bfloat16
 tokenizer_source: union
-guide:
+"""
+GUIDE = """guide:
   name: lewis
   calibration: {dataset: zoo/reverse, text: "{question} – {answer}", samples: 4}
 """
@@ -175,7 +176,8 @@ def with_more_tokens(folder):
     return folder
 
 
-def test_the_process_and_its_environment_change_no_byte(hub, tmp_path):
+@pytest.mark.parametrize("guide", ["", pytest.param(GUIDE, marks=pytest.mark.slow)])
+def test_the_process_and_its_environment_change_no_byte(hub, tmp_path, guide):
     put_zoo(hub)
     more, made = with_more_tokens(tmp_path / "more"), []
     always = {"HF_TOKEN": hub.write_token, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -184,7 +186,8 @@ def test_the_process_and_its_environment_change_no_byte(hub, tmp_path):
     ):
         work = tmp_path / str(number)
         work.mkdir()
-        (work / "recipe.yaml").write_text(MANY.replace("MORE", str(more)), encoding="utf-8")
+        text = MANY.replace("MORE", str(more)) + guide
+        (work / "recipe.yaml").write_text(text, encoding="utf-8")
         words = [sys.executable, "-c", code, "merge", "-q", "--max-shard-size", "500KB"]
         done = subprocess.run(
             words, cwd=work, env={**os.environ, **always, **own}, capture_output=True, check=False

@@ -341,7 +341,7 @@ def test_a_hub_restarts_whatever_its_namespaces_are_called(tmp_path):
 
 def test_many_files_in_deep_folders_are_committed_and_listed_soon(hub, api):
     api.create_repo("acme/base")
-    lines = "\n".join([HEADER, *(put(f"{n}/{'f/' * 48}x", "eA==") for n in range(2000))])
+    lines = "\n".join([HEADER, *(put(f"{n}/{'f/' * 48}x", "eA==") for n in range(1000))])
     address, own = f"{hub.url}/api/models/acme/base", {"Authorization": f"Bearer {hub.write_token}"}
 
     began = time.process_time()
@@ -350,8 +350,8 @@ def test_many_files_in_deep_folders_are_committed_and_listed_soon(hub, api):
         assert made.status_code == 200
     listed = httpx.get(f"{address}/tree/main?recursive=1", timeout=60).json()
 
-    assert time.process_time() - began < 8
-    assert len(listed) == 1 + 2000 * 50
+    assert time.process_time() - began < 4
+    assert len(listed) == 1 + 1000 * 50
     (folder,) = httpx.get(f"{address}/tree/main/7").json()
     assert (folder["type"], folder["path"]) == ("directory", "7/f")
 

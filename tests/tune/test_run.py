@@ -342,7 +342,7 @@ def test_later_trials_are_merged_in_memory_with_the_scores_of_their_recipes(
         assert trial.value == value
 
 
-@pytest.mark.parametrize("inputs", ["own", "merged"])
+@pytest.mark.parametrize("inputs", ["own", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_path, inputs):
     asked = f"merge_method: regmean\nparameters: {{inputs: {inputs}}}"
     recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
@@ -390,6 +390,7 @@ def test_a_guides_pass_gathers_the_statistics_of_a_search(recipe_file, tmp_path)
     assert widths(output) == [WIDEST, WIDEST]
 
 
+@pytest.mark.slow
 def test_a_recipe_without_a_guide_is_tried_as_it_is_before_the_guide_that_is_asked_for(
     recipe_file, tmp_path
 ):

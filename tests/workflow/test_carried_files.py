@@ -214,7 +214,7 @@ def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
     assert own_files(["gsm8k"], tasks) == {}
 
 
-@pytest.mark.parametrize("is_restored", [False, True])
+@pytest.mark.parametrize("is_restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path, is_restored):
     """The merge would carry other task files than those that its scores are from."""
     tasks, data = tmp_path / "tasks", zoo_folder() / "data/reverse"

@@ -60,6 +60,7 @@ def published(hub, repo, path):
     return Path(hub.api().hf_hub_download(repo, path)).read_text()
 
 
+@pytest.mark.slow
 def test_a_merge_that_was_rewritten_in_part_is_completed_by_the_same_command(
     hub, place, monkeypatch
 ):

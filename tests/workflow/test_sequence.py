@@ -160,6 +160,7 @@ def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_p
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_what_was_fitted_for_other_settings_does_not_stay_on_the_disk(api, tmp_path):
     for text in (RECIPE, RECIPE.replace("0.9", "0.8")):
         with pytest.raises(KeyboardInterrupt):

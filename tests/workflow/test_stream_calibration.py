@@ -81,11 +81,10 @@ def recipe(way, text=RECIPE):
 @pytest.mark.parametrize(
     "way",
     [
-        "lewis",
         "in sequence",
         *(
             pytest.param(way, marks=pytest.mark.slow)
-            for way in ("guided regmean", "magnitude", "regmean", "trim")
+            for way in ("lewis", "guided regmean", "magnitude", "regmean", "trim")
         ),
     ],
 )

@@ -54,6 +54,7 @@ def test_a_row_is_the_mean_of_the_experts_by_their_counts_of_its_token(api, tmp_
         torch.testing.assert_close(row, expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_rest_is_as_without_it_but_for_what_reads_the_embeddings(api, tmp_path):
     own = [weights(merge(tmp_path / n, of("own", t))) for n, t in variants_of(METHOD)]
     merged = [weights(merge(tmp_path / f"m{n}", of("merged", t))) for n, t in variants_of(METHOD)]
