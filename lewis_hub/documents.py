@@ -42,15 +42,17 @@ class DocumentError(ValueError):
         return self.details or self.problem
 
 
-def read_json(text: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(
+    text: str | bytes, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_JSON_VALUES
+) -> Any:
     """Read a JSON document.
 
     Raises:
         ValueError: it is not JSON, or it is too large or too deep.
     """
     _require_size(text, max_bytes)
-    if (n_values := count_values(text)) > MAX_JSON_VALUES:
-        raise DocumentError(f"it has {n_values:,} values, the limit is {MAX_JSON_VALUES:,}")
+    if (n_values := count_values(text)) > max_values:
+        raise DocumentError(f"it has {n_values:,} values, the limit is {max_values:,}")
     try:
         document = json.loads(text)
     except RecursionError:

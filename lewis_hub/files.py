@@ -45,6 +45,22 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
     return found
 
 
+def part_of(folder: Path, path: Path) -> Path | None:
+    """Where a path is in a folder, as both are written, else by what they lead to."""
+    around, written = (Path(os.path.abspath(one)) for one in (folder, path))  # noqa: PTH100
+    if written.is_relative_to(around):
+        return written.relative_to(around)
+    root, target = folder.resolve(), path.resolve()
+    return target.relative_to(root) if target.is_relative_to(root) else None
+
+
+def require_no_link_out(folder: Path, path: Path, error: type[LocatedError]) -> None:
+    """Refuse a path that is written as one in the folder, as `require_inside` does."""
+    around, written = (Path(os.path.abspath(one)) for one in (folder, path))  # noqa: PTH100
+    if os.path.lexists(written) and written.is_relative_to(around):
+        require_inside(around, written, error)
+
+
 def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """Refuse a path in a folder that is not a file of this folder.
 

@@ -5,8 +5,9 @@ import time
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from lewis_hub.checkpoint.lora import read_config
+from lewis_hub.checkpoint.lora import AdapterConfig, read_config
 from lewis_hub.documents import (
     MAX_JSON_VALUES,
     MAX_TABLE_BYTES,
@@ -16,12 +17,15 @@ from lewis_hub.documents import (
     read_json,
     read_yaml,
 )
-from lewis_hub.errors import AdapterError, EvaluationError, RecipeError
+from lewis_hub.errors import AdapterError, EvaluationError, OutputError, RecipeError
+from lewis_hub.evaluate.scores import Answers, MetricResult, TaskResult, TaskScores
 from lewis_hub.evaluate.tasks import read_file
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.localhub.commits import Uploads
 from lewis_hub.localhub.repositories import _card_metadata
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.report.lock import Lock, LockedData
 
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
@@ -113,6 +117,39 @@ def test_json_that_is_too_large_is_refused():
 def test_json_of_more_values_than_any_model_has_is_refused():
     with pytest.raises(DocumentError, match="it has 8,000,001 values, the limit is 4,000,000"):
         read_json(b"[" + b"[]," * 4_000_000 + b"1]", max_bytes=MAX_TABLE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "key"),
+    [
+        (Lock, "inputs"),
+        (Lock, "calibration"),
+        (LockedData, "rows"),
+        (AdapterConfig, "modules_to_save"),
+        (MetricResult, "values"),
+        (Answers, "given"),
+        (TaskResult, "documents"),
+        (TaskResult, "prompts"),
+        (TaskScores, "paired"),
+        (Uploads, "files"),
+    ],
+)
+def test_of_a_list_only_the_first_wrong_item_is_told(shape, key):
+    """An error of each takes kilobytes: a lock of 3.9 MB took 5.7 GB."""
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(shape).validate_python({key: [{}] * 1000})
+
+    of_items = [one for one in refused.value.errors() if len(one["loc"]) > 1]
+    assert {one["loc"][:2] for one in of_items} == {(key, 0)}
+
+
+def test_a_lock_and_an_adapter_have_no_more_values_than_any_honest_one():
+    lock = json.dumps({"inputs": [{}] * 800_001}, separators=(",", ":"))
+    with pytest.raises(OutputError, match="it has 1,600,004 values, the limit is 1,600,000"):
+        Lock.from_json(lock)
+    adapter = json.dumps({"rank_pattern": {f"m{i}": 8 for i in range(500_000)}}).encode()
+    with pytest.raises(AdapterError, match="it is not a JSON object"):
+        read_config("an adapter", adapter)
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from lewis_hub.documents import MAX_JSON_VALUES, count_values
+from lewis_hub.documents import count_values
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 
 VERSION = 1
-MAX_SOURCES = 1000  # of a profile: two profiles are compared source by source, with a plot each
+MAX_SOURCES = 1000  # of a profile
+MAX_VALUES = 3_000_000  # pydantic takes half a kB to tell what is wrong with each
 Document = TypeVar("Document")
 
 
@@ -28,8 +29,8 @@ def write_document(document: Mapping[str, Any]) -> str:
 
 def read_document(text: str, file: str, kind: type[Document]) -> Document:
     """Parse a document, or refuse its JSON, size, version or fields with a ProfileError."""
-    if (n_values := count_values(text)) > MAX_JSON_VALUES:
-        problem = f"it has {n_values:,} values, the limit is {MAX_JSON_VALUES:,}"
+    if (n_values := count_values(text)) > MAX_VALUES:
+        problem = f"it has {n_values:,} values, the limit is {MAX_VALUES:,}"
         raise broken_document(file, problem)
     try:
         version = TypeAdapter(_Versioned).validate_json(text, strict=True).version

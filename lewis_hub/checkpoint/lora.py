@@ -59,6 +59,7 @@ PLAIN_NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
 MAX_EXPRESSIONS = 256
 DOT = re.compile(r"\.")
 MAX_EXPRESSION_BYTES = 256 << 10  # of memory for each
+MAX_VALUES = 1_000_000  # of its configuration: pydantic takes a kB to tell what is wrong with each
 MAX_STEPS = 50_000  # of all; each letter of a module's name may take all of them
 Value = TypeVar("Value", int, float)
 UpdateParts = Mapping[str, TensorHeader]  # such as `lora_A` -> its tensor
@@ -79,7 +80,7 @@ class AdapterConfig(BaseModel):
     use_dora: bool = False
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: tuple[str, ...] = Field((), strict=False)
+    modules_to_save: tuple[str, ...] = Field((), strict=False, fail_fast=True)
     init_lora_weights: bool | str = True
     ensure_weight_tying: bool = False
 
@@ -169,7 +170,11 @@ def _compiled(pattern: str) -> re2._Regexp:
 def read_config(where: str, text: bytes) -> AdapterConfig:
     """Read an `adapter_config.json`, or refuse it with an AdapterError that names it `where`."""
     try:
-        settings = {k: value for k, value in read_json(text).items() if value is not None}
+        settings = {
+            k: value
+            for k, value in read_json(text, max_values=MAX_VALUES).items()
+            if value is not None
+        }
     except (ValueError, AttributeError):
         raise AdapterError(where, "it is not a JSON object", DAMAGED) from None
     kind = settings.get("peft_type", "LORA")

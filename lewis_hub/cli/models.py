@@ -335,7 +335,7 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     compared. If each profile has one source, these two are compared.
     """
     from lewis_hub.files import require_no_links_among, require_writable
-    from lewis_hub.report.plots import draw_comparisons
+    from lewis_hub.report.plots import MAX_MAPS, draw_comparisons
 
     require_no_links_among(output)
     require_writable(output)
@@ -351,6 +351,8 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     shown: list[TextTable | str] = []
     for pair in compared:
         shown += [_comparison_table(pair), *pair.sentences]
+    if len(compared) > MAX_MAPS:
+        shown.append(f"Only the first {MAX_MAPS} of {len(compared):,} comparisons are drawn.")
     terminal.finish(document, *shown, f"Wrote to {output}: {', '.join(plots)}" if plots else "")
 
 

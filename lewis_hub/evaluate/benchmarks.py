@@ -31,6 +31,7 @@ from lewis_hub.evaluate.tasks import (
     LocatedTasks,
     TaskFile,
     TaskSelection,
+    bundled_folder,
     locate_tasks,
     read_folder,
 )
@@ -40,7 +41,13 @@ from lewis_hub.evaluate.text_limits import (
     HeldTexts,
     counting_requests,
 )
-from lewis_hub.files import is_hidden, raise_if_of_the_disk, visible_files
+from lewis_hub.files import (
+    is_hidden,
+    part_of,
+    raise_if_of_the_disk,
+    require_no_link_out,
+    visible_files,
+)
 from lewis_hub.hub.cached_rows import computed_anew
 from lewis_hub.hub.dataset_cards import CARDS, ELSEWHERE
 from lewis_hub.hub.resolve import DATA_SUFFIXES, resolve_dataset
@@ -90,8 +97,12 @@ def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
     """The files in a folder of own task files that tasks, groups or tags use, by path in it.
 
     These are the files of the tasks and groups, and what they name: included files, Python with
-    the Python that it imports, and data. Other files of the folder, hidden files and files
+    the Python that it imports, and data. Other files of the folder, hidden files and data
     elsewhere are left out.
+
+    Raises:
+        EvaluationError: as `locate_tasks`; or a task uses a link out of the folder, or includes or
+            imports a file outside of it, which nothing would compare or copy.
     """
     own = read_folder(folder)
     known = own.keys() | {tag for file in own.values() for tag in file.tags}
@@ -99,31 +110,50 @@ def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
     if not asked:
         return {}
     located = locate_tasks(TaskSelection(asked, folder, allow_code=True))
-    root = folder.resolve()
-    used = {file for data in task_data(located) for file in _data_files(data, root)}
+    used = {file for data in task_data(located) for file in _data_files(data, folder)}
     for file in located.files:
-        used |= {file.path, *file.included, *_python(file, folder)}
-    files = sorted(path for used_one in used if (path := used_one.resolve()).is_file())
-    inside = {path.relative_to(root): path for path in files if path.is_relative_to(root)}
-    return {part.as_posix(): path for part, path in inside.items() if not is_hidden(part)}
+        if file.path.is_relative_to(folder):
+            used |= _beside(file, folder)
+    inside = {part: path for path in used if path.is_file() and (part := part_of(folder, path))}
+    kept = sorted(part for part in inside if not is_hidden(part))
+    return {part.as_posix(): inside[part].resolve() for part in kept}
 
 
-def _data_files(data: TaskData, root: Path) -> Iterable[Path]:
+def _beside(file: TaskFile, folder: Path) -> set[Path]:
+    """The files that an own task needs beside its data; those of lm-eval are left out."""
+    used = {file.path, *file.included, *_python(file, folder)}
+    own = {path for path in used if not path.is_relative_to(bundled_folder())}
+    for path in sorted(own):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            problem = f"uses {path}, which is outside of {folder} or a link to outside of it."
+            raise EvaluationError(str(file.path), problem, "Put the file itself into the folder.")
+    return own
+
+
+def _data_files(data: TaskData, folder: Path) -> Iterable[Path]:
     within = data.repo or (None if data.files else data.data_dir)
     if within is not None:
-        return tables_beside(within, root)
+        return tables_beside(within, folder)
     names = [str(Path(data.data_dir or "") / file) for file in data.files]
-    return [Path(file) for name in names for file in (name, *_matching(name))]
+    files = [Path(file) for name in names for file in (name, *_matching(name))]
+    for file in files:
+        require_no_link_out(folder, file, EvaluationError)
+    return files
 
 
 def _matching(name: str) -> list[str]:
     return glob(name, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
 
 
-def tables_beside(dataset: str, root: Path) -> list[Path]:
-    """The files of a dataset that is a folder in a folder of own task files; none of others."""
+def tables_beside(dataset: str, around: Path) -> list[Path]:
+    """The files of a dataset that is a folder in a folder of own task files; none of others.
+
+    Raises:
+        EvaluationError: it is a link out of that folder.
+    """
+    require_no_link_out(around, Path(dataset), EvaluationError)
     folder = Path(dataset).resolve()
-    if not folder.is_dir() or root not in folder.parents:
+    if not folder.is_dir() or around.resolve() not in folder.parents:
         return []
     files = visible_files(folder, SourceError)
     tables = [file for file in files if file.suffix in DATA_SUFFIXES or file.name in CARDS]
@@ -407,7 +437,9 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
         files = {file.name: file for file in located.files} if located else {}
         dataset = files[name].config.get("dataset_path") if name in files else None
         data = f"its data `{dataset}`" if dataset else "its data"
-        problem = f"{data} cannot be loaded: {str(error).partition(chr(10))[0]}"
+        is_general = type(error).__name__ == "DatasetGenerationError"  # its cause says what it was
+        line = str((is_general and error.__cause__) or error).partition("\n")[0]
+        problem = f"{data} cannot be loaded: {line}"
         raise EvaluationError(name, problem, CHECK_DATA) from error
     except ImportError as error:
         remedy = "Install what the task needs, or choose another task."

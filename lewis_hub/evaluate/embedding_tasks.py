@@ -61,7 +61,7 @@ def own_task_files(names: tuple[str, ...], folder: Path) -> dict[str, Path]:
     for _, document in named:
         dataset = document.get("dataset")
         place = dataset.get("path") if isinstance(dataset, Mapping) else None
-        for path in tables_beside(place, root) if isinstance(place, str) else ():
+        for path in tables_beside(place, folder) if isinstance(place, str) else ():
             found[path.relative_to(root).as_posix()] = path
     return found
 

@@ -27,8 +27,9 @@ from lewis_hub.errors import EvaluationError, LewisHubError, NoLikelihoodError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
-from lewis_hub.evaluate.text_limits import TOKENIZER_BYTES
+from lewis_hub.evaluate.text_limits import FEWER, MAX_BYTES, TOKENIZER_BYTES
 from lewis_hub.hub.rows import library
+from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.methods.numerics import torch_threads
 from lewis_hub.recipe.backend import ADDRESS
 from lewis_hub.tokenizer import panics_as_errors
@@ -147,8 +148,19 @@ def evaluate_loaded(
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        with threads_for(lm.model) if settings.backend == "hf" else nullcontext():
+        threads = threads_for(lm.model) if settings.backend == "hf" else nullcontext()
+        with threads, _limited_growth(benchmarks):
             return _result(_run(lm, benchmarks, settings), benchmarks, settings)
+
+
+@contextmanager
+def _limited_growth(benchmarks: Benchmarks) -> Iterator[None]:
+    """Refuse texts that take far more memory than their letters tell: each may be a token."""
+    try:
+        with limited(math.inf, "the requests", max_bytes=MAX_BYTES):
+            yield
+    except TooMuchError as error:
+        raise EvaluationError(", ".join(benchmarks.tasks), str(error), FEWER) from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
@@ -41,7 +41,7 @@ class MetricResult:
     """
 
     value: Value  # as lm-eval aggregates it
-    values: tuple[float | None, ...] | None
+    values: Annotated[tuple[float | None, ...], Field(fail_fast=True)] | None
     higher_is_better: bool | None = None  # None where the task does not say
 
     @property
@@ -63,8 +63,10 @@ class Answers:
     extracts, or the choice by another measure. None in it stands for the whole answer.
     """
 
-    given: tuple[str | None, ...]
-    judged: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    given: Annotated[tuple[str | None, ...], Field(fail_fast=True)]
+    judged: Mapping[str, Annotated[tuple[str | None, ...], Field(fail_fast=True)]] = field(
+        default_factory=dict
+    )
 
     def by(self, metric: str) -> tuple[str | None, ...]:
         """The texts that a metric judges."""
@@ -78,8 +80,8 @@ class TaskResult:
     """One model on one task: digests of the items and of their prompts, and its metrics."""
 
     version: str
-    documents: tuple[str, ...]
-    prompts: tuple[str, ...]
+    documents: Annotated[tuple[str, ...], Field(fail_fast=True)]
+    prompts: Annotated[tuple[str, ...], Field(fail_fast=True)]
     metrics: Mapping[str, MetricResult]
     answers: Answers | None = None  # None: not recorded, or the task has none in words
 
@@ -198,7 +200,7 @@ class TaskScores:
     n: int
     version: str
     models: Mapping[str, Mapping[str, MetricScore]]
-    paired: tuple[PairedTest, ...]
+    paired: Annotated[tuple[PairedTest, ...], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)

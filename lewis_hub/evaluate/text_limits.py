@@ -1,26 +1,30 @@
 """Limits of the texts that models are scored on: a file of a few kB can hold texts of any length.
 
 lm-eval holds the tokens of all requests of a run, and mteb the vectors of all texts. They may take
-what large honest benchmarks take: the 56,000 requests of MMLU have 170 million letters.
+what large honest benchmarks take: the 56,000 requests of MMLU with examples have 170 million
+letters, and those of a leaderboard twice as many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.documents import leaves
 from lewis_hub.errors import EvaluationError
+from lewis_hub.hub.rows import VALUE_BYTES
 from lewis_hub.system import memory_bytes
 
 MAX_LETTERS = 5_000_000  # of a text: a million tokens, more than known benchmarks have
 TOKENIZER_BYTES = 300  # for each letter, while a text is tokenised
+FEWER = "Score fewer or smaller tasks in a run, or use a machine with more memory."
 MAX_BYTES = max(8_000_000_000, (memory_bytes() or 0) // 2)  # of all that is held together
-ITEM_BYTES = 1500  # of a row with its request, or its vector, beside its letters
+ITEM_BYTES = 1500  # of a row, or a request, or a vector, beside its letters
+MAX_CHOICES = 10_000  # of an item: each is a request
 TEXT_BYTES = 4  # of a letter, which is in the row, its prompt and its log
-TOKEN_BYTES = 40  # of a letter whose token is held, too, if each is a token
+TOKEN_BYTES = 12  # of a letter whose token is held, too: one of four letters takes 36 bytes
 
 
 @dataclass
@@ -35,11 +39,17 @@ class HeldTexts:
         Raises:
             EvaluationError: a text is very long, or they are too many.
         """
-        self._add(task, len(rows) * ITEM_BYTES)
+        n_columns = len(getattr(rows, "column_names", ()))
+        self._add(task, len(rows) * (ITEM_BYTES + VALUE_BYTES * n_columns))
         table = getattr(rows, "data", None)  # of `datasets`
         if table is None or table.nbytes > MAX_LETTERS:  # else no text of it is too long
             for row in rows:
                 self.add_texts(task, row)
+
+    def add_request(self, task: str, request: Any, per_letter: int) -> None:
+        """Count a request of lm-eval; raises as `add_rows`."""
+        self._add(task, ITEM_BYTES)
+        self.add_texts(task, list(request.args), per_letter)
 
     def add_texts(self, task: str, values: Any, per_letter: int = TEXT_BYTES) -> None:
         """Count the letters of all texts in nested values; `per_letter` is in bytes.
@@ -59,23 +69,36 @@ class HeldTexts:
         if self.n_bytes > MAX_BYTES:
             problem = "its texts, and those of the tasks before it, may take more than "
             problem += f"{MAX_BYTES / 1e9:.1f} GB while they are scored."
-            remedy = "Score fewer or smaller tasks in a run, or use a machine with more memory."
-            raise EvaluationError(task, problem, remedy)
+            raise EvaluationError(task, problem, FEWER)
 
 
 @contextmanager
 def counting_requests(name: str, task: Any, held: HeldTexts, per_letter: int) -> Iterator[None]:
-    """Count the letters of the requests that a task of lm-eval builds inside of the block."""
-    construct = task.construct_requests
+    """Count the requests that a task of lm-eval builds inside of the block, and their letters.
+
+    An EvaluationError is raised where they are too many.
+    """
+    construct, choose = task.construct_requests, getattr(task, "doc_to_choice", None)
 
     def construct_counted(*args: Any, **options: Any) -> Any:
         requests = construct(*args, **options)
         for request in requests if isinstance(requests, list) else [requests]:
-            held.add_texts(name, list(request.args), per_letter)
+            held.add_request(name, request, per_letter)
         return requests
 
+    def choose_few(*args: Any, **options: Any) -> Any:
+        found = choose(*args, **options)  # type: ignore[misc]
+        if isinstance(found, Sized) and len(found) > MAX_CHOICES:
+            problem = f"an item has {len(found):,} choices, the limit is {MAX_CHOICES:,}."
+            raise EvaluationError(name, problem, "Choose a task with fewer choices.")
+        return found
+
     task.construct_requests = construct_counted
+    if choose:
+        task.doc_to_choice = choose_few
     try:
         yield
-    finally:
-        del task.construct_requests  # of the instance; its class has the method
+    finally:  # of the instance; its class has the methods
+        del task.construct_requests
+        if choose:
+            del task.doc_to_choice

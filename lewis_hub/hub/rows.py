@@ -56,6 +56,8 @@ ROWS_AT_ONCE = 1000
 MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to read tables
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
+CELL_BYTES = 16  # of a value in a row: in a table it may have no byte
+VALUE_BYTES = 100  # of a value in a list or a mapping of a row, in Python
 MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 MAX_DEPTH = 1000  # of JSON
@@ -289,12 +291,34 @@ def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[A
         left = max(MAX_SMALL_BYTES, MAX_EXPANSION * stored)
         tables = generate(self, **options)
         while found := _next(tables):
-            left -= found[1].nbytes
+            left -= found[1].nbytes + CELL_BYTES * found[1].num_rows * found[1].num_columns
+            left -= VALUE_BYTES * n_inner_values(found[1], left // VALUE_BYTES)
             if left < 0:
                 raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
             yield found
 
     return generate_some
+
+
+def n_inner_values(table: Any, limit: int) -> int:
+    """The number of values in lists and mappings of a table, counted until there are `limit`."""
+    n, left = 0, [chunk for column in table.columns for chunk in column.chunks]
+    while left and n <= limit:
+        array = left.pop()
+        if hasattr(array, "storage"):  # of a type of `datasets`
+            left.append(array.storage)
+        elif hasattr(array, "dictionary"):
+            left.append(array.dictionary)
+        elif hasattr(array, "field"):  # of a struct
+            n += len(array) * array.type.num_fields
+            left += array.flatten()
+        elif hasattr(array, "value_lengths") and not hasattr(
+            array, "keys"
+        ):  # of a map, unsupported
+            n += array.value_lengths().sum().as_py() or 0
+            if n <= limit:
+                left.append(array.flatten())
+    return n
 
 
 def _next(tables: Iterator[Any]) -> Any:

@@ -44,7 +44,7 @@ class Upload:
 class Uploads:
     """The body of a preupload."""
 
-    files: list[Upload]
+    files: Annotated[list[Upload], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)

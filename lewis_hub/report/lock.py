@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from lewis_hub.documents import read_json
@@ -38,6 +38,9 @@ BUILDER = "https://pypi.org/project/lewis-hub/"
 BUILD_TYPE = f"{BUILDER}#merge-v1"
 GIT_SHA_DIGITS = 40
 MAX_CHARACTERS = 100_000_000  # of the values of a lock and the names around each
+MAX_VALUES = (
+    1_600_000  # of one of 250,000 files: pydantic takes a kB to tell what is wrong with each
+)
 
 UNREAD_NAMES = frozenset({"README.md", "mergekit_config.yml"})
 UNREAD_SUFFIXES = frozenset(
@@ -78,7 +81,8 @@ class LockedData:
     files: Mapping[str, str]
     config: str | None
     split: str
-    rows: tuple[int, ...] | None  # measured, in the order of the data; None before they are drawn
+    # measured, in the order of the data; None before they are drawn
+    rows: Annotated[tuple[int, ...], Field(fail_fast=True)] | None
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -93,8 +97,10 @@ class OutputFile:
 class Lock:
     """The inputs, settings and outputs of a merge."""
 
-    inputs: tuple[LockedInput, ...]  # the base, then the experts in the recipe's order
-    calibration: tuple[LockedData, ...]  # of each expert; empty if nothing is measured
+    # the base, then the experts in the recipe's order
+    inputs: Annotated[tuple[LockedInput, ...], Field(fail_fast=True)]
+    # of each expert; empty if nothing is measured
+    calibration: Annotated[tuple[LockedData, ...], Field(fail_fast=True)]
     recipe: Mapping[str, Any]  # as run, with pinned revisions, as plain JSON
     method: str
     method_version: int  # increased when results for the same inputs change
@@ -144,7 +150,7 @@ class Lock:
             OutputError: the text has another version, is no such document, or was changed.
         """
         try:
-            document = read_json(text)
+            document = read_json(text, max_values=MAX_VALUES)
             if document["version"] != VERSION:
                 problem = f"it has version {document['version']}, expected {VERSION}."
                 raise OutputError(file, problem, "Use the version of lewis-hub that wrote it.")

@@ -36,6 +36,7 @@ Value = float | bool | str
 DPI = 144
 MAX_NUMBERED_BLOCKS = 16  # with more, a cell is too narrow for its number
 MAX_LABEL = 48  # characters of a component; names in files may have a thousand
+MAX_MAPS = 50  # of comparisons: two take a second
 MAX_NUMBERS = 100  # each takes about a kilobyte of the file
 HIGHLIGHT = "#d1495b"  # not a colour of the scale
 WORDS = {  # measure -> its name on a map
@@ -101,11 +102,14 @@ class SearchPlot:
 
 
 def draw_comparisons(compared: Sequence[ProfileComparison], folder: Path) -> tuple[str, ...]:
-    """Draw a map of each comparison, light and dark, into a folder; returns the file names."""
+    """Draw a map of each comparison, light and dark, into a folder; returns the file names.
+
+    Of more than MAX_MAPS only the first are drawn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     slugs = unique_slugs([comparison.after for comparison in compared])
-    for comparison, slug in zip(compared, slugs, strict=True):
+    for comparison, slug in [*zip(compared, slugs, strict=True)][:MAX_MAPS]:
         before = {row.module: row.before for row in comparison.rows}
         after = {row.module: row.after for row in comparison.rows}
         a, b = short_name(comparison.before), short_name(comparison.after)

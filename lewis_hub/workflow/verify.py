@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.reader import Reader, TensorReader, local_header, read_tensor
 from lewis_hub.display import Progress, to_html
-from lewis_hub.documents import DocumentError, read_yaml
+from lewis_hub.documents import DocumentError, read_json, read_yaml
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import is_hidden, sha256_of
@@ -48,6 +48,8 @@ TEXTS = f"lewis/{GENERATED}"
 UNSIGNED = ("README.md", difference.FILE, SIGNATURE)
 # model-signing's message, inside the repr of a list, where quotes may be escaped
 MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
+MAX_SIGNATURE_VALUES = 10_000  # of model.sig, where the names of all files are one text
+LONGEST_REASON = 500  # characters
 MAKE = (
     "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
     " `openssl ec -in key.pem -pubout -out key.pub`."
@@ -89,6 +91,10 @@ def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -
         check = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise _unusable(public_key, "public", error) from error
+    try:
+        read_json(signature, max_values=MAX_SIGNATURE_VALUES)
+    except ValueError as error:
+        return f"it is no signature: {error}"
     check.set_hashing_config(_known(found)).set_ignore_unsigned_files(True)
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / SIGNATURE
@@ -100,7 +106,9 @@ def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             files = dict.fromkeys(MISMATCHED.findall(message))
-            return f"it was made of other files: {', '.join(files)}" if files else message
+            if files:
+                return f"it was made of other files: {', '.join(files)}"
+            return message if len(message) <= LONGEST_REASON else f"{message[:LONGEST_REASON]}..."
     return None
 
 

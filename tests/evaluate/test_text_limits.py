@@ -9,19 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate import text_limits
+from lewis_hub.evaluate import harness, text_limits
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks
+from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.evaluate.text_limits import HeldTexts
+from lewis_hub.evaluate.text_limits import FEWER, HeldTexts
 
 LL = "output_type: multiple_choice\ndoc_to_choice: [a, b]\ndoc_to_target: 0"
 GENERATED = "output_type: generate_until\ndoc_to_target: a"
 TOO_MANY = (
     "own: its texts, and those of the tasks before it, may take more than 0.1 GB while they are "
-    "scored.\nScore fewer or smaller tasks in a run, or use a machine with more memory."
+    f"scored.\n{FEWER}"
 )
 TOO_LONG = (
     "own: a text has 6,000,000 letters, the limit is 5,000,000.\nChoose a task with shorter texts."
@@ -72,27 +74,51 @@ def test_a_very_long_prompt_is_refused(shown, selection):
 
 
 def test_very_many_texts_are_refused(selection, monkeypatch):
-    """Each of 20 rows makes two requests, whose tokens are held."""
+    """Each of 45 rows makes two requests, whose tokens are held."""
     monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
-    loaded = load_tasks(selection(["ab" * 50_000] * 20), {})
+    loaded = load_tasks(selection(["ab" * 50_000] * 45), {})
 
     assert refusal(lambda: with_prompts(loaded)) == TOO_MANY
-    assert with_prompts(loaded, limit=10).n_requests == 20
+    assert with_prompts(loaded, limit=20).n_requests == 40
 
 
 def test_of_texts_that_a_model_continues_only_servers_hold_all_tokens(selection, monkeypatch):
     monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
-    loaded = load_tasks(selection(["ab" * 50_000] * 40, kind=GENERATED), {})
+    loaded = load_tasks(selection(["ab" * 50_000] * 80, kind=GENERATED), {})
 
-    assert with_prompts(loaded).n_requests == 40
+    assert with_prompts(loaded).n_requests == 80
     served = EvaluationSettings(backend="local-completions")
     assert refusal(lambda: with_prompts(loaded, settings=served)) == TOO_MANY
+
+
+@pytest.mark.parametrize("choices", [[["a", "b"], ["a"] * 10_001], ["ab", "a" * 10_001]])
+def test_an_item_of_very_many_choices_is_refused(choices, selection):
+    """Each is a request: 3 million, in 832 bytes, were built for minutes."""
+    listed = LL.replace("[a, b]", "question")
+    loaded = load_tasks(selection(choices, listed, shown=choices[0], text="b"), {})
+
+    assert refusal(lambda: with_prompts(loaded)) == (
+        "own: an item has 10,001 choices, the limit is 10,000.\nChoose a task with fewer choices."
+    )
+
+
+def test_texts_whose_every_letter_is_a_token_may_not_fill_the_memory(selection, monkeypatch):
+    benchmarks = with_prompts(load_tasks(selection(["7x" * 200_000] * 20), {}))
+    monkeypatch.setattr(harness, "MAX_BYTES", 100_000_000)
+
+    message = refusal(
+        lambda: evaluate_model(
+            zoo_folder() / "base", benchmarks, EvaluationSettings(), lambda _: None
+        )
+    )
+
+    assert message == f"own: it takes more than 0.1 GB for the requests.\n{FEWER}"
 
 
 def test_rows_without_letters_count(selection, monkeypatch):
     """20 million empty rows fit into a few kB."""
     monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
-    selected = selection([""] * 66_667)
+    selected = selection([""] * 62_501)
 
     assert refusal(lambda: load_tasks(selected, {})) == TOO_MANY
 
@@ -104,7 +130,7 @@ def test_texts_are_counted_in_lists_and_in_tables():
     held.add_rows("own", [{"text": "abc"}, {"text": None}])
     held.add_rows("own", Dataset.from_dict({"text": ["abc"]}))  # too small for a long text
 
-    assert held.n_bytes == 4 * 5 + 2 * 1500 + 4 * 3 + 1500
+    assert held.n_bytes == 4 * 5 + 2 * 1500 + 4 * 3 + 1500 + 100
 
 
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")

@@ -214,6 +214,70 @@ def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
     assert own_files(["gsm8k"], tasks) == {}
 
 
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ("doc_to_text: !function h.f", "h.py"),
+        ("doc_to_text: !function k.f", "h.py"),
+        ("include: ../common/b.yaml", "../common/b.yaml"),
+        ("include: template", "../common/b.yaml"),
+    ],
+)
+def test_task_files_that_lead_out_of_their_folder_are_refused(written, named, tmp_path):
+    """An edit of them changed no digest: the same command said that nothing changed."""
+    tasks, common = tmp_path / "tasks", tmp_path / "common"
+    for folder in (tasks, common):
+        folder.mkdir()
+    (common / "h.py").write_text("def f(doc): return 'a'\n")
+    (common / "b.yaml").write_text("doc_to_target: a\n")
+    (tasks / "h.py").symlink_to("../common/h.py")
+    (tasks / "template").symlink_to("../common/b.yaml")
+    (tasks / "k.py").write_text("from h import f\n")
+    mine = TASK.format(name="mine").replace("doc_to_text: a", written)
+    (tasks / "mine.yaml").write_text(mine)
+
+    with pytest.raises(EvaluationError) as refused:
+        scoring(tmp_path, "tasks")
+
+    place = (common if "common" in named else tasks) / Path(named).name
+    assert str(refused.value) == (
+        f"{tasks}/mine.yaml: uses {place}, which is outside of {tasks} or a link to outside of it."
+        "\nPut the file itself into the folder."
+    )
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_data_of_a_task_that_are_a_link_out_of_its_folder_are_refused(is_folder, tmp_path):
+    tasks, rows = tmp_path / "tasks", tmp_path / "data" / "rows.jsonl"
+    for folder in (tasks, rows.parent):
+        folder.mkdir()
+    rows.write_text('{"question": "a", "answer": "b"}\n')
+    (tasks / "own").symlink_to(rows.parent if is_folder else rows)
+    mine = TASK.format(name="mine")
+    named = f"json\ndataset_kwargs: {{data_files: {tasks}/own}}"
+    mine = mine.replace("zoo/reverse", f"{tasks}/own" if is_folder else named)
+    (tasks / "mine.yaml").write_text(mine)
+
+    with pytest.raises(EvaluationError) as refused:
+        scoring(tmp_path, "tasks")
+
+    assert str(refused.value) == (
+        f"{tasks}: `own` is a link to outside of the folder, or to nothing.\n"
+        "Put the file itself in its place."
+    )
+
+
+def test_a_link_inside_of_the_folder_of_task_files_is_copied_under_its_own_name(tmp_path):
+    """Only its target was, so that the Python that was imported was missing."""
+    tasks = tmp_path / "tasks"
+    (tasks / "lib").mkdir(parents=True)
+    (tasks / "lib" / "real.py").write_text("def f(doc): return 'a'\n")
+    (tasks / "h.py").symlink_to("lib/real.py")
+    (tasks / "mine.yaml").write_text(TASK.format(name="mine").replace(": a", ": !function h.f"))
+
+    assert sorted(scoring(tmp_path, "tasks").task_files) == ["tasks/h.py", "tasks/mine.yaml"]
+
+
 @pytest.mark.parametrize("is_restored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_task_files_that_are_edited_while_they_are_scored_are_refused(tmp_path, is_restored):
     """The merge would carry other task files than those that its scores are from."""

@@ -144,6 +144,24 @@ def test_what_is_no_signature_does_not_hold(merged, keys, content):
     assert told["problems"][0].startswith("model.sig: ")
 
 
+def test_a_signature_of_very_many_values_is_not_read(merged, keys):
+    """900 kB took 2 GB and 34 s, and wrote 281 MB."""
+    entries = {"verificationMaterial": {"tlogEntries": [{}] * 20_000}}
+    (merged / "model.sig").write_text(json.dumps(entries, separators=(",", ":")))
+
+    code, told = run("verify", merged, "--public-key", keys[1])
+
+    assert code == 1
+    assert told["problems"] == [
+        "model.sig: it is no signature: it has 40,004 values, the limit is 10,000."
+    ]
+    entries["verificationMaterial"]["tlogEntries"] = [{}] * 1000
+    (merged / "model.sig").write_text(json.dumps(entries))
+    (problem,) = run("verify", merged, "--public-key", keys[1])[1]["problems"]
+    assert problem.endswith("...")
+    assert len(problem) < 600
+
+
 def test_a_published_merge_is_verified_with_its_signature_and_without_its_weights(
     hub, merged, keys, monkeypatch
 ):
