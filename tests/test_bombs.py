@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.lora import AdapterConfig, read_config
 from lewis_hub.documents import (
     MAX_JSON_VALUES,
@@ -18,10 +19,13 @@ from lewis_hub.documents import (
     read_yaml,
 )
 from lewis_hub.errors import AdapterError, EvaluationError, OutputError, RecipeError
+from lewis_hub.evaluate.samples import TaskSamples
 from lewis_hub.evaluate.scores import Answers, MetricResult, TaskResult, TaskScores
 from lewis_hub.evaluate.tasks import read_file
+from lewis_hub.hub import jobs, target
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.target import Account
 from lewis_hub.localhub.commits import Uploads
 from lewis_hub.localhub.repositories import _card_metadata
 from lewis_hub.recipe.read import parse_recipe
@@ -132,6 +136,12 @@ def test_json_of_more_values_than_any_model_has_is_refused():
         (TaskResult, "prompts"),
         (TaskScores, "paired"),
         (Uploads, "files"),
+        (ImportanceProfile, "sources"),
+        (Account, "orgs"),
+        (target._PullRequests, "discussions"),
+        (target._Scopes, "scoped"),
+        (jobs._Schedule, "command"),
+        (TaskSamples, "questions"),
     ],
 )
 def test_of_a_list_only_the_first_wrong_item_is_told(shape, key):
@@ -141,6 +151,13 @@ def test_of_a_list_only_the_first_wrong_item_is_told(shape, key):
 
     of_items = [one for one in refused.value.errors() if len(one["loc"]) > 1]
     assert {one["loc"][:2] for one in of_items} == {(key, 0)}
+
+
+def test_of_schedules_only_the_first_wrong_one_is_told():
+    with pytest.raises(ValidationError) as refused:
+        jobs.SCHEDULES.validate_python([{}] * 1000)
+
+    assert {one["loc"][0] for one in refused.value.errors()} == {0}
 
 
 def test_a_lock_and_an_adapter_have_no_more_values_than_any_honest_one():

@@ -93,7 +93,7 @@ class ImportanceProfile:
 
     guide: str
     calibration: Mapping[str, Any]  # the guide's; each source has its own facts
-    sources: Annotated[tuple[SourceImportance, ...], Field(max_length=MAX_SOURCES)]
+    sources: Annotated[tuple[SourceImportance, ...], Field(max_length=MAX_SOURCES, fail_fast=True)]
 
     def base_of(self, expert: SourceImportance) -> SourceImportance:
         """The base on the calibration set of `expert`, or a ProfileError."""

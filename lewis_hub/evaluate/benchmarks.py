@@ -122,7 +122,8 @@ def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
 def _beside(file: TaskFile, folder: Path) -> set[Path]:
     """The files that an own task needs beside its data; those of lm-eval are left out."""
     used = {file.path, *file.included, *_python(file, folder)}
-    own = {path for path in used if not path.is_relative_to(bundled_folder())}
+    bundled = {bundled_folder(), bundled_folder().resolve()}
+    own = {path for path in used if not any(map(path.is_relative_to, bundled))}
     for path in sorted(own):
         if not path.resolve().is_relative_to(folder.resolve()):
             problem = f"uses {path}, which is outside of {folder} or a link to outside of it."
@@ -146,18 +147,20 @@ def _matching(name: str) -> list[str]:
 
 
 def tables_beside(dataset: str, around: Path) -> list[Path]:
-    """The files of a dataset that is a folder in a folder of own task files; none of others.
+    """The files of a dataset that is a folder of own task files, or in it; none of others.
+
+    Of the folder of task files itself these are tables only.
 
     Raises:
         EvaluationError: it is a link out of that folder.
     """
     require_no_link_out(around, Path(dataset), EvaluationError)
     folder = Path(dataset).resolve()
-    if not folder.is_dir() or around.resolve() not in folder.parents:
+    if not folder.is_dir() or not folder.is_relative_to(around.resolve()):
         return []
     files = visible_files(folder, SourceError)
     tables = [file for file in files if file.suffix in DATA_SUFFIXES or file.name in CARDS]
-    return tables or files
+    return tables or (files if folder != around.resolve() else [])
 
 
 def _python(file: TaskFile, folder: Path | None) -> list[Path]:

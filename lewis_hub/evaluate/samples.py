@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from lewis_hub.evaluate.answers import shortened
 from lewis_hub.evaluate.scores import (
@@ -34,7 +34,9 @@ MAX_QUESTION = 2000  # characters of a question or an expected answer that are k
 MAX_BYTES = 2_000_000  # of all texts together, in UTF-8
 IN_TASKS = "Its items are those of its tasks."
 
-Texts = tuple[str | None, ...]  # one per item; None where there is none, or where it was cut
+Texts = Annotated[
+    tuple[str | None, ...], Field(fail_fast=True)
+]  # one per item; None where there is none, or where it was cut
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SampledMetric:
 
     higher_is_better: bool
     against: str | None  # the model that the merge is compared with: its best expert
-    values: Mapping[str, tuple[float | None, ...]]  # by model
+    values: Mapping[str, Annotated[tuple[float | None, ...], Field(fail_fast=True)]]  # by model
     judged: Mapping[str, Texts] = field(default_factory=dict)  # by model; None: the whole answer
     same: Mapping[str, str] = field(default_factory=dict)  # by model: "1" for the merge's answer
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from lewis_hub.documents import leaves
 from lewis_hub.errors import EvaluationError
-from lewis_hub.hub.rows import VALUE_BYTES
 from lewis_hub.system import memory_bytes
 
 MAX_LETTERS = 5_000_000  # of a text: a million tokens, more than known benchmarks have
@@ -22,6 +21,7 @@ TOKENIZER_BYTES = 300  # for each letter, while a text is tokenised
 FEWER = "Score fewer or smaller tasks in a run, or use a machine with more memory."
 MAX_BYTES = max(8_000_000_000, (memory_bytes() or 0) // 2)  # of all that is held together
 ITEM_BYTES = 1500  # of a row, or a request, or a vector, beside its letters
+COLUMN_BYTES = 100  # of each value of a row
 MAX_CHOICES = 10_000  # of an item: each is a request
 TEXT_BYTES = 4  # of a letter, which is in the row, its prompt and its log
 TOKEN_BYTES = 12  # of a letter whose token is held, too: one of four letters takes 36 bytes
@@ -40,7 +40,7 @@ class HeldTexts:
             EvaluationError: a text is very long, or they are too many.
         """
         n_columns = len(getattr(rows, "column_names", ()))
-        self._add(task, len(rows) * (ITEM_BYTES + VALUE_BYTES * n_columns))
+        self._add(task, len(rows) * (ITEM_BYTES + COLUMN_BYTES * n_columns))
         table = getattr(rows, "data", None)  # of `datasets`
         if table is None or table.nbytes > MAX_LETTERS:  # else no text of it is too long
             for row in rows:

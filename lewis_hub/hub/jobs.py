@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx2
 from huggingface_hub import Volume
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from lewis_hub.display import without_credentials
 from lewis_hub.hub.failures import (
@@ -48,11 +48,12 @@ EXIT_CODE = re.compile(r"exit code:? (\d{1,3})\b")
 class _Schedule:
     id: str
     schedule: str | None
-    command: list[str]
+    command: Annotated[list[str], Field(fail_fast=True)]
     flavor: str | None
 
 
-SCHEDULES, MESSAGE = TypeAdapter(list[_Schedule]), TypeAdapter(str | None)
+SCHEDULES = TypeAdapter(Annotated[list[_Schedule], Field(fail_fast=True)])
+MESSAGE = TypeAdapter(str | None)
 
 
 @dataclass(frozen=True)

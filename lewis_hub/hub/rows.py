@@ -57,7 +57,11 @@ MAX_MEMORY_BYTES = max(4 << 30, (memory_bytes() or 0) // 2)  # that it takes to 
 MAX_EXPANSION = 200  # bytes of rows for a byte of their files
 MAX_SMALL_BYTES = 1 << 30  # of rows, whatever the size of their files
 CELL_BYTES = 16  # of a value in a row: in a table it may have no byte
-VALUE_BYTES = 100  # of a value in a list or a mapping of a row, in Python
+VALUE_BYTES = 32  # of a value in a list, a mapping or JSON of a row, in Python
+EMPTY_BYTES = 100  # of one that has no byte in a table
+EMPTY = ("null", "bool")
+TEXTS = ("string", "large_string")
+JSON_MARKS = (",", ":", "[", "{")  # as `documents.count_values` counts them
 MAX_ARRAY = 100_000  # values of a row that has a shape
 MAX_TABLE_S = 300  # of one table: 10 MB of lines, or a whole list of JSON
 MAX_DEPTH = 1000  # of JSON
@@ -292,7 +296,7 @@ def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[A
         tables = generate(self, **options)
         while found := _next(tables):
             left -= found[1].nbytes + CELL_BYTES * found[1].num_rows * found[1].num_columns
-            left -= VALUE_BYTES * n_inner_values(found[1], left // VALUE_BYTES)
+            left -= inner_bytes(found[1], left)
             if left < 0:
                 raise ValueError(f"its rows have over {MAX_EXPANSION} times the bytes of the file")
             yield found
@@ -300,25 +304,33 @@ def _limited(generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[A
     return generate_some
 
 
-def n_inner_values(table: Any, limit: int) -> int:
-    """The number of values in lists and mappings of a table, counted until there are `limit`."""
-    n, left = 0, [chunk for column in table.columns for chunk in column.chunks]
-    while left and n <= limit:
+def inner_bytes(table: Any, limit: int) -> int:
+    """What values in lists, mappings and JSON of a table take in Python, counted until `limit`.
+
+    JSON is a text in a table, which a card may declare so, too: each text is taken for it.
+    """
+    count: Any = import_module("pyarrow.compute").count_substring
+    n_bytes, left = 0, [chunk for column in table.columns for chunk in column.chunks]
+    while left and n_bytes <= limit:
         array = left.pop()
         if hasattr(array, "storage"):  # of a type of `datasets`
             left.append(array.storage)
         elif hasattr(array, "dictionary"):
             left.append(array.dictionary)
         elif hasattr(array, "field"):  # of a struct
-            n += len(array) * array.type.num_fields
+            n_bytes += VALUE_BYTES * len(array) * array.type.num_fields
             left += array.flatten()
-        elif hasattr(array, "value_lengths") and not hasattr(
-            array, "keys"
-        ):  # of a map, unsupported
-            n += array.value_lengths().sum().as_py() or 0
-            if n <= limit:
+        elif hasattr(array, "keys"):  # of a map, which `datasets` refuses
+            continue
+        elif hasattr(array, "value_lengths"):
+            per_value = EMPTY_BYTES if str(array.type.value_type) in EMPTY else VALUE_BYTES
+            n_bytes += per_value * (array.value_lengths().sum().as_py() or 0)
+            if n_bytes <= limit:
                 left.append(array.flatten())
-    return n
+        elif str(array.type) in TEXTS:
+            counts = (count(array, mark).sum().as_py() or 0 for mark in JSON_MARKS)
+            n_bytes += VALUE_BYTES * sum(counts)
+    return n_bytes
 
 
 def _next(tables: Iterator[Any]) -> Any:

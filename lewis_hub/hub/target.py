@@ -59,7 +59,7 @@ class _PullRequest:
 class _PullRequests:
     """A page of the list of pull requests."""
 
-    discussions: list[_PullRequest]
+    discussions: Annotated[list[_PullRequest], Field(fail_fast=True)]
     start: int
     count: int  # on all pages
 
@@ -67,12 +67,12 @@ class _PullRequests:
 @dataclass(frozen=True)
 class _Scope:
     entity: _Named
-    permissions: list[str]
+    permissions: Annotated[list[str], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
 class _Scopes:
-    scoped: list[_Scope]
+    scoped: Annotated[list[_Scope], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Account:
     """Who signs in by a token."""
 
     name: str
-    orgs: list[_Named] = field(default_factory=list)
+    orgs: Annotated[list[_Named], Field(fail_fast=True)] = field(default_factory=list)
     auth: _Auth = field(default_factory=_Auth)
 
     @property

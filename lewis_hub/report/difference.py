@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from lewis_hub.documents import read_json
@@ -173,7 +173,8 @@ def from_json(text: str, file: str = FILE) -> tuple[ChangelogEntry, ...]:
     try:
         document = read_json(text)
         if document["version"] == VERSION:
-            return TypeAdapter(tuple[ChangelogEntry, ...]).validate_python(document["entries"])
+            entries = Annotated[tuple[ChangelogEntry, ...], Field(fail_fast=True)]
+            return TypeAdapter(entries).validate_python(document["entries"])
         problem = f"it has version {document['version']}, this program reads version {VERSION}."
     except (ValueError, TypeError, KeyError):
         problem = "it is not a changelog of merges."

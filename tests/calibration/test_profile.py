@@ -119,7 +119,7 @@ def test_a_profile_reads_back_equal():
 )
 def test_a_profile_of_others_has_limits(profile, says, monkeypatch):
     if "limit" in says:
-        monkeypatch.setattr("lewis_hub.calibration.profile.MAX_JSON_VALUES", 50)
+        monkeypatch.setattr("lewis_hub.calibration.profile.MAX_VALUES", 50)
 
     with pytest.raises(ProfileError, match=says):
         ImportanceProfile.from_json(profile.to_json())

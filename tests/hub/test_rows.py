@@ -365,20 +365,46 @@ def test_lists_of_values_without_a_byte_are_read_up_to_a_limit(tmp_path, api, ki
     assert len(load_rows(api, resolve_dataset(api, str(tmp_path)), None, "train")) == 1
 
 
-def test_values_are_counted_in_lists_of_any_kind_and_depth():
-    table = pa.table(
-        {
-            "lists": [[[1, 2], [3]], [[4]]],  # 3 lists of 4 numbers
-            "nulls": pa.array([[None] * 10, None], pa.list_(pa.null())),
-            "fixed": pa.array([[1, 2], None], pa.list_(pa.int8(), 2)),
-            "large": pa.array([[1], [2]], pa.large_list(pa.int8())),
-            "inside": [{"x": [1, 2]}, {"x": None}],
-            "text": ["a", "b"],
-        }
+def test_values_are_counted_in_lists_mappings_and_json():
+    columns = {  # name -> a column, and the bytes of its values
+        "lists": (pa.array([[[1, 2], [3]], [[4]]]), 32 * (3 + 4)),
+        "nulls": (pa.array([[None] * 10, None], pa.list_(pa.null())), 100 * 10),
+        "fixed": (pa.array([[1, 2], None], pa.list_(pa.int8(), 2)), 32 * 2),
+        "truth values": (pa.array([[True], [False, True]], pa.large_list(pa.bool_())), 100 * 3),
+        "mappings": (pa.array([{"x": [1, 2]}, {"x": None}]), 32 * (2 + 2)),
+        "text": (pa.array(["[[], [], {}]", None]), 32 * (3 + 2 + 1)),
+        "json": (pa.array(["[1, 2]"], pa.json_()), 32 * 2),
+        "words": (pa.array(["a", "b"]), 0),
+    }
+
+    for column, n_bytes in columns.values():
+        assert rows.inner_bytes(pa.table({"x": column}), 10_000) == n_bytes
+    assert (
+        0
+        < rows.inner_bytes(pa.table({"x": columns["nulls"][0], "y": columns["nulls"][0]}), 5)
+        < 2000
     )
 
-    assert rows.n_inner_values(table, 1000) == 7 + 10 + 2 + 2 + (2 + 2)
-    assert 7 < rows.n_inner_values(table, 7) < 25
+
+@pytest.mark.parametrize("kind", [pa.json_(), pa.string()])
+def test_json_in_a_column_is_read_up_to_a_limit(tmp_path, api, kind):
+    """Empty lists in 6 kB became 6 GB where they were scored."""
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info: {features: [{name: x, dtype: json}]}\n---\n"
+    )
+    column = pa.array(["[" + "[]," * 18_000_000 + "[]]"]).cast(kind)
+    pq.write_table(pa.table({"x": column}), tmp_path / "rows.parquet", compression="zstd")
+
+    assert "its rows have over 200 times the bytes of the file" in message(api, tmp_path)
+
+
+def test_padded_tokens_are_read(tmp_path, api):
+    tokens = [[*range(i % 50), *[0] * (128 - i % 50)] for i in range(50)]
+    mask = [[int(token > 0) for token in one] for one in tokens]
+    table = pa.table({"input_ids": tokens * 1000, "attention_mask": mask * 1000})
+    pq.write_table(table, tmp_path / "rows.parquet")
+
+    assert len(load_rows(api, resolve_dataset(api, str(tmp_path)), None, "train")) == 50_000
 
 
 def test_rows_of_very_many_empty_columns_are_read_up_to_a_limit(tmp_path, api, monkeypatch):

@@ -267,6 +267,20 @@ def test_data_of_a_task_that_are_a_link_out_of_its_folder_are_refused(is_folder,
     )
 
 
+def test_rows_in_the_folder_of_task_files_itself_are_copied(tmp_path):
+    """They were in no digest: after an edit the old score was told, and that nothing changed."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(TASK.format(name="mine").replace("zoo/reverse", str(tasks)))
+    (tasks / "notes.txt.bak").write_text("SECRET")
+    assert sorted(scoring(tmp_path, "tasks").task_files) == ["tasks/mine.yaml"]
+
+    (tasks / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+
+    found = sorted(scoring(tmp_path, "tasks").task_files)
+    assert found == ["tasks/mine.yaml", "tasks/test.jsonl"]
+
+
 def test_a_link_inside_of_the_folder_of_task_files_is_copied_under_its_own_name(tmp_path):
     """Only its target was, so that the Python that was imported was missing."""
     tasks = tmp_path / "tasks"
