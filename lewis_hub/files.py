@@ -47,18 +47,25 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
 
 def part_of(folder: Path, path: Path) -> Path | None:
     """Where a path is in a folder, as both are written, else by what they lead to."""
-    around, written = (Path(os.path.abspath(one)) for one in (folder, path))  # noqa: PTH100
-    if written.is_relative_to(around):
-        return written.relative_to(around)
+    if (part := _written_part(folder, path)) is not None:
+        return part
     root, target = folder.resolve(), path.resolve()
     return target.relative_to(root) if target.is_relative_to(root) else None
 
 
+def _written_part(folder: Path, path: Path) -> Path | None:
+    around, written = map(_absolute, (folder, path))
+    return written.relative_to(around) if written.is_relative_to(around) else None
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - a Path follows links, or keeps `..`
+
+
 def require_no_link_out(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """Refuse a path that is written as one in the folder, as `require_inside` does."""
-    around, written = (Path(os.path.abspath(one)) for one in (folder, path))  # noqa: PTH100
-    if os.path.lexists(written) and written.is_relative_to(around):
-        require_inside(around, written, error)
+    if _written_part(folder, path) is not None and os.path.lexists(_absolute(path)):
+        require_inside(_absolute(folder), _absolute(path), error)
 
 
 def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:

@@ -170,11 +170,8 @@ def _compiled(pattern: str) -> re2._Regexp:
 def read_config(where: str, text: bytes) -> AdapterConfig:
     """Read an `adapter_config.json`, or refuse it with an AdapterError that names it `where`."""
     try:
-        settings = {
-            k: value
-            for k, value in read_json(text, max_values=MAX_VALUES).items()
-            if value is not None
-        }
+        stated = read_json(text, max_values=MAX_VALUES).items()
+        settings = {key: value for key, value in stated if value is not None}
     except (ValueError, AttributeError):
         raise AdapterError(where, "it is not a JSON object", DAMAGED) from None
     kind = settings.get("peft_type", "LORA")

@@ -38,9 +38,8 @@ BUILDER = "https://pypi.org/project/lewis-hub/"
 BUILD_TYPE = f"{BUILDER}#merge-v1"
 GIT_SHA_DIGITS = 40
 MAX_CHARACTERS = 100_000_000  # of the values of a lock and the names around each
-MAX_VALUES = (
-    1_600_000  # of one of 250,000 files: pydantic takes a kB to tell what is wrong with each
-)
+# of a lock of 250,000 files; pydantic takes a kB to tell what is wrong with each
+MAX_VALUES = 1_600_000
 
 UNREAD_NAMES = frozenset({"README.md", "mergekit_config.yml"})
 UNREAD_SUFFIXES = frozenset(

@@ -221,7 +221,6 @@ def test_random_routers_follow_the_seed_and_need_no_prompts(tmp_path):
     assert "The router weights are random: train the model" in (made[0] / "README.md").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # it is scored, locked and made again
 def test_a_mixture_on_the_hub_is_checked_described_scored_locked_and_verified(api, tmp_path):
     scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 3}}\n"
