@@ -51,15 +51,14 @@ def read_json(
         ValueError: it is not JSON, or it is too large or too deep.
     """
     _require_size(text, max_bytes)
-    if (n_values := count_values(text)) > max_values:
-        raise DocumentError(f"it has {n_values:,} values, the limit is {max_values:,}")
+    require_few_values(text, max_values)
     try:
         document = json.loads(text)
     except RecursionError:
         raise _too_deep() from None
     level = [document]
     for _ in range(MAX_DEPTH):
-        level = [item for value in level for item in _items(value) if isinstance(item, dict | list)]
+        level = _collections_in(level)
         if not level:
             return document
     raise _too_deep()
@@ -70,6 +69,33 @@ def count_values(text: str | bytes) -> int:
     if isinstance(text, str):
         return sum(map(text.count, ",:[{"))
     return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
+def require_few_values(text: str | bytes, max_values: int) -> None:
+    """Refuse a JSON text with more values, before it is parsed.
+
+    Raises:
+        DocumentError: it has more.
+    """
+    if (n_values := count_values(text)) > max_values:
+        raise DocumentError(f"it has {n_values:,} values, the limit is {max_values:,}")
+
+
+def require_few_keys(document: Any, max_keys: int) -> None:
+    """Refuse a parsed JSON document whose objects have more keys, all together.
+
+    pydantic takes some kB to tell what is wrong with the value of each. It stops at the first wrong
+    item of a list that has `fail_fast`, but has no such option for objects.
+
+    Raises:
+        DocumentError: they have more.
+    """
+    n_keys, level = 0, [document]
+    while level:
+        n_keys += sum(len(value) for value in level if isinstance(value, dict))
+        if n_keys > max_keys:
+            raise DocumentError(f"it has more than {max_keys:,} keys")
+        level = _collections_in(level)
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -212,6 +238,10 @@ def _weight(event: yaml.ScalarEvent, line: int | None) -> int:
 
 def _too_deep(line: int | None = None) -> DocumentError:
     return DocumentError(f"its values are in each other more than {MAX_DEPTH} deep", line)
+
+
+def _collections_in(values: Iterable[Any]) -> list[Any]:
+    return [item for value in values for item in _items(value) if isinstance(item, dict | list)]
 
 
 def _items(value: Any) -> Iterable[Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from lewis_hub.documents import count_values
+from lewis_hub.documents import DocumentError, require_few_values
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 
@@ -29,16 +29,16 @@ def write_document(document: Mapping[str, Any]) -> str:
 
 def read_document(text: str, file: str, kind: type[Document]) -> Document:
     """Parse a document, or refuse its JSON, size, version or fields with a ProfileError."""
-    if (n_values := count_values(text)) > MAX_VALUES:
-        problem = f"it has {n_values:,} values, the limit is {MAX_VALUES:,}"
-        raise broken_document(file, problem)
     try:
+        require_few_values(text, MAX_VALUES)
         version = TypeAdapter(_Versioned).validate_json(text, strict=True).version
         if version != VERSION:
             problem = f"it has version {version}, this program reads version {VERSION}"
             remedy = "Upgrade lewis-hub, or delete the file to measure again."
             raise ProfileError(file, problem, remedy)
         return TypeAdapter(kind).validate_json(text, strict=True)
+    except DocumentError as error:
+        raise broken_document(file, str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = f"`{'.'.join(map(str, first['loc']))}`: " if first["loc"] else ""

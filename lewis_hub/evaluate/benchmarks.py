@@ -39,6 +39,7 @@ from lewis_hub.evaluate.text_limits import (
     TEXT_BYTES,
     TOKEN_BYTES,
     HeldTexts,
+    counting_examples,
     counting_requests,
 )
 from lewis_hub.files import (
@@ -286,8 +287,9 @@ def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
     """
     located = locate_tasks(selection)
     with prepared(selection, commits):
-        tasks, groups = build(located)
         held = HeldTexts()
+        with counting_examples(held):
+            tasks, groups = build(located)
         for name, task in tasks.items():
             with errors_named(name):
                 rows = getattr(task, "task_docs", None)  # that lm-eval read to build the task

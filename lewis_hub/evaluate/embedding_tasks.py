@@ -39,6 +39,7 @@ KINDS = {  # types of own tasks -> class of mteb
 }
 NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
+MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
 CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
 CHECK_DATA = "Check `dataset` and the columns of its data, your network, and `hf auth login`."
 
@@ -175,6 +176,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                 task.load_data()
                 for rows in _tables(task):
                     held.add_rows(name, rows)
+                _require_few_labels(task)
         except LewisHubError:
             raise
         except Exception as error:  # of any class: from mteb's Python and the columns of the data
@@ -215,11 +217,23 @@ def _subsets(task: Any, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _tables(task: Any) -> Iterator[Any]:
-    """The tables that a task scores: of its splits, and of a retrieval task queries and corpus."""
-    for split in task.eval_splits:
+    """The tables that a task reads: of its splits, and of a retrieval task queries and corpus."""
+    trained_on = getattr(task, "train_split", None)  # of a classifier
+    for split in dict.fromkeys([*task.eval_splits, *([trained_on] if trained_on else [])]):
         for _, data in _subsets(task, split):
             parts = [data["queries"], data["corpus"]] if isinstance(data, Mapping) else [data]
             yield from parts
+
+
+def _require_few_labels(task: Any) -> None:
+    """Refuse a task whose classifier has very many labels, which scikit-learn takes hours for."""
+    if task.metadata.type != "Classification":
+        return
+    for _, rows in _subsets(task, task.train_split):
+        n_labels = len(rows.unique(task.label_column_name))
+        if n_labels > MAX_LABELS:
+            problem = f"its items have {n_labels:,} labels, the limit is {MAX_LABELS:,}."
+            raise EvaluationError(task.metadata.name, problem, "Choose a task with fewer labels.")
 
 
 def items_of(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -15,11 +15,12 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter, ValidationError
 
 from lewis_hub.display import TextTable, to_html
-from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.documents import MAX_TABLE_BYTES, DocumentError, read_json, require_few_keys
 from lewis_hub.errors import EvaluationError
 
 VERSION = 1  # of `scores.json`
 ITEMS_VERSION = 1
+MAX_KEYS = 100_000  # of the objects of a document: a task and a metric of it have some ten each
 BASE, MERGED, EXPERT = "base", "merged", "expert:"
 TWINS = ("uniform", "task_arithmetic", "by_magnitude")  # labels of the merge without guidance
 
@@ -277,7 +278,10 @@ def read_document(
         problem = f"has version {found}, expected {version}."
         raise EvaluationError(name, problem, "Evaluate again, or use the version that wrote it.")
     try:
+        require_few_keys(document, MAX_KEYS)
         return TypeAdapter(kind).validate_python(document)
+    except DocumentError as error:
+        raise EvaluationError(name, f"is damaged: {error}.", remedy) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

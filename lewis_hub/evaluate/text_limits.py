@@ -73,6 +73,29 @@ class HeldTexts:
 
 
 @contextmanager
+def counting_examples(held: HeldTexts) -> Iterator[None]:
+    """Count the rows that tasks of lm-eval draw examples from, which are listed as a task is built.
+
+    An EvaluationError is raised where they are too many.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    examples = ConfigurableTask.fewshot_docs
+
+    def counted(task: Any) -> Any:
+        rows = examples(task)
+        if isinstance(rows, Sequence) or hasattr(rows, "column_names"):
+            held.add_rows(str(task.config.task), rows)
+        return rows
+
+    ConfigurableTask.fewshot_docs = counted
+    try:
+        yield
+    finally:
+        ConfigurableTask.fewshot_docs = examples
+
+
+@contextmanager
 def counting_requests(name: str, task: Any, held: HeldTexts, per_letter: int) -> Iterator[None]:
     """Count the requests that a task of lm-eval builds inside of the block, and their letters.
 

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lewis_hub.documents import DocumentError, require_few_values
 from lewis_hub.localhub.hub import Grant, Hub
 from lewis_hub.localhub.store import Commit, Repo, Store
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1 << 28  # of a request with a token; large files are sent to the storage
 MAX_UNKNOWN_BODY_BYTES = 1 << 20  # of one without
+MAX_BODY_VALUES = 1_000_000  # of JSON: clients send some thousands, and files of any length as one
 MAX_MESSAGE = 1000  # characters of a header
 OBJECT = TypeAdapter(dict[str, Any])
 
@@ -64,9 +66,12 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, a JSON object."""
         try:
+            require_few_values(self.body, MAX_BODY_VALUES)
             read = json.loads(self.body or b"{}", parse_float=_finite, parse_constant=_finite)
             json.dumps(read, ensure_ascii=False).encode()  # no answer can repeat half a letter
             return OBJECT.validate_python(read)
+        except DocumentError as error:
+            raise refusal(400, f"The body: {error}") from None
         except (ValueError, RecursionError):
             raise refusal(400, "The body must be a JSON object") from None
 
@@ -147,7 +152,10 @@ class Call:
 def parsed(shape: TypeAdapter[T], content: bytes) -> T:
     """JSON of this shape; any other is refused."""
     try:
+        require_few_values(content, MAX_BODY_VALUES)
         return shape.validate_json(content)
+    except DocumentError as error:
+        raise refusal(400, f"The body: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "The body"

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
+from lewis_hub.documents import DocumentError, require_few_values
 from lewis_hub.localhub import files
-from lewis_hub.localhub.call import Call, parsed, refusal
+from lewis_hub.localhub.call import MAX_BODY_VALUES, Call, parsed, refusal
 from lewis_hub.localhub.store import (
     SHA256,
     Commit,
@@ -190,7 +191,10 @@ def _read_changes(call: Call, base: Commit) -> tuple[Value, dict[str, File]]:
 def _lines(body: bytes) -> Iterator[Line]:
     for line in filter(None, map(bytes.strip, body.splitlines())):
         try:
+            require_few_values(line, MAX_BODY_VALUES)
             yield LINE.validate_json(line)
+        except DocumentError as error:
+            raise refusal(400, f"A line of the commit: {error}") from None
         except ValidationError:
             raise refusal(400, "A commit is lines of JSON with a key and a value") from None
 

@@ -23,10 +23,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from pydantic import NonNegativeInt, TypeAdapter
+from pydantic import Field, NonNegativeInt, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
@@ -59,7 +59,7 @@ class LfsObject:
 class LfsObjects:
     """The body of a batch."""
 
-    objects: list[LfsObject]
+    objects: Annotated[list[LfsObject], Field(fail_fast=True)]
 
 
 LFS_OBJECT, LFS_OBJECTS = TypeAdapter(LfsObject), TypeAdapter(LfsObjects)

@@ -42,6 +42,7 @@ UV_WITH_VALUE = ("--with", "--python")
 SPEC = ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")
 
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # as the system takes it
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Volume:
 class Spec:
     """The parts of a request for a Job that decide what runs."""
 
-    command: list[Text] | None = None
-    arguments: list[Text] | None = None
+    command: Texts | None = None
+    arguments: Texts | None = None
     environment: dict[Text, Text] | None = None
     secrets: dict[Text, Text] | None = None
-    volumes: list[Volume] | None = None
+    volumes: Annotated[list[Volume], Field(fail_fast=True)] | None = None
     timeout_s: Annotated[
         float, Field(validation_alias="timeoutSeconds", gt=0, le=MAX_TIMEOUT_S)
     ] = DEFAULT_TIMEOUT_S

@@ -32,6 +32,7 @@ REF_NAME = re.compile(r"(?!refs/|.*\.\.)[\w.+@=-]+(?:/[\w.+@=-]+)*", re.ASCII)  
 TAKEN_NAMESPACES = ("api", "datasets", "lfs", "lfs-upload")  # other addresses begin with them
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # RFC 8693
 PUBLISHER_TOKEN_S = 3600
+MAX_PATHS = 100_000  # of a call
 LFS_SUFFIXES = (
     "arrow bin ckpt gguf gz h5 model npy npz onnx parquet pickle pkl pt pth safetensors tar zip"
 )
@@ -206,7 +207,11 @@ def paths_info(call: Call) -> list[dict[str, Any]]:
     """POST .../paths-info/REVISION: the entries of those paths that exist."""
     files = call.commit(call.seen_repo()).files
     folders = files_below(files)
-    paths = parse_qs(call.body.decode(errors="replace")).get("paths", [])
+    try:
+        asked = parse_qs(call.body.decode(errors="replace"), max_num_fields=MAX_PATHS)
+    except ValueError:
+        raise refusal(400, f"The body: it has more than {MAX_PATHS:,} fields") from None
+    paths = asked.get("paths", [])
     present = (path for path in paths if path in files or path in folders)
     return [_entry(path, files, folders) for path in present]
 

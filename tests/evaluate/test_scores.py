@@ -163,3 +163,15 @@ def test_a_group_that_averages_its_tasks_has_no_items_to_pair():
 def test_a_damaged_result_is_one_message(task):
     with pytest.raises(EvaluationError, match=r"evaluation result: is damaged \("):
         ModelResult.from_json(f'{{"version": 1, "tasks": {{"t": {task}}}}}')
+
+
+def test_an_object_of_very_many_wrong_values_is_refused():
+    """An error of pydantic for each took 5.1 GB for 14.5 MB."""
+    tasks = ",".join(f'"{number}":{{}}' for number in range(100_000))
+
+    with pytest.raises(EvaluationError) as raised:
+        ModelResult.from_json(f'{{"version":1,"tasks":{{{tasks}}}}}')
+
+    assert str(raised.value) == (
+        "evaluation result: is damaged: it has more than 100,000 keys.\nEvaluate again."
+    )

@@ -65,9 +65,9 @@ def test_a_very_long_text_is_refused_where_the_rows_are_read(selection):
 def test_a_very_long_prompt_is_refused(shown, selection):
     """Its letters come from an example, or from the template."""
     text = "{{question}}" if shown else "{% for _ in range(60) %}{{question * 1000}}{% endfor %}"
-    loaded = load_tasks(selection(["a" * 100], shown=shown, text=text), {})
+    selected = selection(["a" * 100], shown=shown, text=text)
 
-    message = refusal(lambda: with_prompts(loaded))
+    message = refusal(lambda: with_prompts(load_tasks(selected, {})))
 
     assert message.startswith("own: a text has 6,000,")
     assert message.endswith(" letters, the limit is 5,000,000.\nChoose a task with shorter texts.")
@@ -121,6 +121,53 @@ def test_rows_without_letters_count(selection, monkeypatch):
     selected = selection([""] * 62_501)
 
     assert refusal(lambda: load_tasks(selected, {})) == TOO_MANY
+
+
+@pytest.mark.parametrize("split", ["training_split: train", "fewshot_split: train"])
+def test_rows_that_examples_are_drawn_from_count_before_they_are_listed(
+    split, selection, tmp_path, monkeypatch
+):
+    """25 million, in 83 kB, were listed for over 107 s, before any was counted."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    selected = selection(["a"])
+    task = tmp_path / "own.yaml"
+    task.write_text(task.read_text().replace("training_split: train", split))
+    table = pa.table({"question": [""] * 62_501})
+    pq.write_table(table, tmp_path / "data/train.parquet")
+
+    assert refusal(lambda: load_tasks(selected, {})) == TOO_MANY
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+@pytest.mark.parametrize(
+    ("n_rows", "n_labels", "message"),
+    [
+        (62_501, 2, TOO_MANY),
+        (
+            2_001,
+            2_001,
+            "own: its items have 2,001 labels, the limit is 2,000.\n"
+            "Choose a task with fewer labels.",
+        ),
+    ],
+)
+def test_rows_and_labels_that_a_classifier_is_trained_on_count(
+    n_rows, n_labels, message, tmp_path, monkeypatch
+):
+    """10,000 labels took scikit-learn 92 s and 2.3 GB, with vectors of 64 numbers."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    (tmp_path / "data").mkdir()
+    for split, n_texts in (("train", n_rows), ("test", 2)):
+        labels = [number % n_labels for number in range(n_texts)]
+        table = pa.table({"text": ["a"] * n_texts, "label": labels})
+        pq.write_table(table, tmp_path / f"data/{split}.parquet")
+    (tmp_path / "own.yaml").write_text(
+        f"name: own\ntype: Classification\ndataset: {{path: {tmp_path / 'data'}}}\n"
+        "eval_splits: [test]\nmain_score: accuracy\n"
+    )
+    selected = TaskSelection(("own",), include=tmp_path, library="mteb")
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == message
 
 
 def test_texts_are_counted_in_lists_and_in_tables():

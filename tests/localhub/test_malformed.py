@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import httpx2
@@ -126,6 +127,41 @@ MALFORMED = {
     "gated by a number": (f"{REPO}/settings", b'{"gated": 5}'),
     "a tag of a list": (f"{REPO}/tag/main", b"[1]"),
 }
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "named"),
+    [
+        ("/api/repos/create", b'{"a":[%s]}', "The body"),
+        (f"{REPO}/preupload/main", b'{"files":[%s]}', "The body"),
+        (f"{LFS}/batch", b'{"objects":[%s]}', "The body"),
+        (
+            f"{REPO}/commit/main",
+            HEADER + b'{"key":"file","value":{"a":[%s]}}',
+            "A line of the commit",
+        ),
+    ],
+)
+def test_json_of_very_many_values_is_refused(hub, push, path, content, named):
+    """256 MiB of empty lists would take tens of gigabytes."""
+    push("acme/base", {"a.txt": b"x"})
+
+    answer = send(hub, "POST", path, content % b",".join([b"{}"] * 500_000))
+
+    assert answer.status_code == 400
+    problem = r"it has 1,000,\d\d\d values, the limit is 1,000,000"
+    assert re.fullmatch(f"{named}: {problem}", answer.json()["error"])
+
+
+def test_a_question_for_very_many_paths_is_refused(hub, push):
+    push("acme/base", {"a.txt": b"x"})
+
+    answer = send(hub, "POST", f"{REPO}/paths-info/main", b"&".join([b"paths=a"] * 100_001))
+
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        "The body: it has more than 100,000 fields",
+    )
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
