@@ -21,7 +21,7 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 test-all: .venv/dev test .venv/ray .venv/space .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto

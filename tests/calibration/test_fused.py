@@ -235,6 +235,7 @@ def test_experts_are_fitted_in_sequence_on_their_own_tokens(models, tmp_path, ki
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_fit_of_experts_that_was_interrupted_comes_out_the_same(models, tmp_path, kind):
     config_class, settings, _ = KINDS[kind]

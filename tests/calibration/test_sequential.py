@@ -324,6 +324,7 @@ def every_other_block_routes(model):
             block.mlp.forward = partial(routed, block.mlp)
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_padding(
     models, tmp_path, monkeypatch
 ):

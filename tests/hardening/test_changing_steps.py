@@ -196,6 +196,7 @@ def test_task_files_that_only_steps_use_are_compared_and_part_of_the_merge(place
     assert again.problems == ()
 
 
+@pytest.mark.slow
 def test_an_output_inside_of_a_folder_of_rows_is_no_change_of_it(place):
     """It was refused at each run, after all steps had been made."""
     rows = place / "rows"

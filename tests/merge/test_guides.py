@@ -105,8 +105,14 @@ def merged(recipe, output):
     return load_file(result.output / "model.safetensors"), DensitySchedule.from_json(text)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    ("guide", "method"),
+    [
+        pytest.param(guide, method, marks=pytest.mark.slow if i and j else ())
+        for i, guide in enumerate(GUIDES)
+        for j, method in enumerate(METHODS)
+    ],
+)
 def test_every_guide_works_with_every_method_that_takes_densities(
     guide, method, calibrated, folder, tmp_path, zoo_class
 ):

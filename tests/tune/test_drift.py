@@ -85,6 +85,7 @@ def test_a_text_that_a_merge_is_fitted_on_in_another_calibration_is_passed_over(
     assert {*tuned.texts[0].tokens.rows} == {*draw_rows(300, 28, recipe.seed)} - {*fitted}
 
 
+@pytest.mark.slow
 def test_drift_is_measured_on_rows_after_those_that_are_fitted_on_and_is_0_for_the_expert(unscored):
     recipe, output = read_recipe(unscored), unscored.parent / "tuning"
     texts = tune_recipe(recipe, by(), output).texts

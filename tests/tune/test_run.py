@@ -209,6 +209,7 @@ def test_an_unknown_task_is_refused_before_calibration_texts_are_drawn(recipe_fi
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_a_search_with_other_calibration_texts_begins_anew(recipe_file):
     task, output = recipe_file.parent / "tasks" / "texts.yaml", recipe_file.parent / "tuning"
     task.write_text((zoo_folder() / "tasks/zoo_cipher.yaml").read_text().replace("zoo_c", "c", 1))
@@ -265,7 +266,11 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
     ("file", "edited"),
     [
         ("helper.py", ("float(", "1 - float(")),
-        ("zoo_reverse.yaml", ("max_gen_toks: 9", "max_gen_toks: 1")),
+        pytest.param(
+            "zoo_reverse.yaml",
+            ("max_gen_toks: 9", "max_gen_toks: 1"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_metric_whose_task_files_changed_is_measured_again(file, edited, recipe_file):
@@ -317,6 +322,7 @@ def widths(output):
     return sorted(json.loads(path.read_text())["facts"]["widest"] for path in found)
 
 
+@pytest.mark.slow
 def test_later_trials_are_merged_in_memory_with_the_scores_of_their_recipes(
     recipe_file, tmp_path, monkeypatch
 ):
@@ -434,6 +440,7 @@ def test_settings_that_cannot_be_merged_fail_and_the_search_goes_on(recipe_file)
     assert again["trials"][4]["values"] != failed["values"]
 
 
+@pytest.mark.slow
 def test_a_merge_that_does_not_fit_into_its_dtype_is_a_failed_trial(recipe_file, tmp_path):
     text = recipe_file.read_text().replace("dtype: bfloat16", "dtype: float16")
     recipe_file.write_text(text + "parameters: {weight: 1.0e+6, normalize: false}\n")

@@ -48,7 +48,7 @@ def naive(folder, tensor, number, kind):
     ), all(gram is not None for gram in grams)
 
 
-@pytest.mark.parametrize("inputs", ["own", "merged"])
+@pytest.mark.parametrize("inputs", ["own", pytest.param("merged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_each_expert_is_fitted_by_the_tokens_that_its_own_router_sends_it(tmp_path, kind, inputs):
     text = recipe_of(tmp_path, kind) + METHOD.replace("INPUTS", inputs)

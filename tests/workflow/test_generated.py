@@ -53,6 +53,7 @@ def greedy(model, tokenizer, prompt, limit):
     return ids[n_prompt:]
 
 
+@pytest.mark.slow
 def test_each_expert_answers_its_prompts_and_the_answers_are_kept(api, tmp_path):
     output = merge(tmp_path / "out", ANSWERS)
 

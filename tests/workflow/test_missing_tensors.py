@@ -90,7 +90,10 @@ ALIKE = {
 }
 
 
-@pytest.mark.parametrize("how", ALIKE)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=pytest.mark.slow if how == "in sequence" else ()) for how in ALIKE],
+)
 def test_stored_copies_of_the_embeddings_change_nothing_of_a_merge(how, zoo, tmp_path):
     """Streams of random bits, filters and statistics go by the names of tensors."""
     (tmp_path / "texts.jsonl").write_text('{"text": "reverse abc"}\n{"text": "cipher bcd"}\n')

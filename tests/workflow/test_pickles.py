@@ -104,7 +104,14 @@ def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, s
     assert cached(".work-*") == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "converted.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        pytest.param("tokenizer.json", marks=pytest.mark.slow),
+        "converted.json",
+    ],
+)
 @pytest.mark.parametrize("harm", ["a bit", "cut", "deleted"])
 def test_a_conversion_that_is_damaged_is_made_again(api, tmp_path, stage_titles, name, harm):
     push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
@@ -242,6 +249,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
     assert cached(".work-*") == cached("converted.json") == []
 
 
+@pytest.mark.slow
 def test_a_guide_measures_pickles_as_their_safetensors_twin(api, tmp_path):
     folder = write_pickles(tmp_path / "pickles", n_shards=2)
 

@@ -231,6 +231,7 @@ def test_check_shows_the_8_bit_floats_and_counts_no_scales(api, tmp_path):
     assert "F8_E4M3" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path, stage_titles):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     base, _ = write_model(tmp_path / "base", "base", "rows")

@@ -146,6 +146,7 @@ def test_a_merge_with_a_name_and_a_step_is_published_later(hub, place):
     assert ".steps.json" not in hub.api().list_repo_files(repo)
 
 
+@pytest.mark.slow
 def test_steps_are_not_made_again_unless_what_they_start_from_changes(hub, place):
     shutil.copytree(zoo_folder() / "expert-cipher", "cipher")
     step = "name: step\n" + RECIPE.replace("zoo/expert-cipher", "./cipher") + "---\n"

@@ -55,6 +55,7 @@ def outputs(folder, skill):
         return torch.cat([model(**tokenizer(t, return_tensors="pt")).logits[0] for t in texts])
 
 
+@pytest.mark.slow
 def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_themselves(
     api, tmp_path
 ):
@@ -86,6 +87,7 @@ def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of
         assert torch.equal(found[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_guides_densities_are_heard(api, tmp_path):
     plain, guided = (
         weights(merge(tmp_path / "plain", RECIPE)),
@@ -96,6 +98,7 @@ def test_a_guides_densities_are_heard(api, tmp_path):
     assert not torch.equal(plain[Q], guided[Q])
 
 
+@pytest.mark.slow
 def test_norms_are_fitted_too_where_it_is_asked_for(api, tmp_path):
     text = RECIPE.replace(
         "off_diagonal", "affine: [{filter: layers.1., value: true}], off_diagonal"
@@ -148,6 +151,7 @@ def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", RECIPE, progress=Recorder("Merging"))
@@ -269,6 +273,7 @@ def test_check_counts_no_embedding_as_merged_whole(api, tmp_path):
     assert wide.memory_bytes - narrow.memory_bytes == 4 * embedding  # one of each model
 
 
+@pytest.mark.slow
 def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_path):
     def broken(found):
         found[Q][0, 0], found[NORM][0] = torch.nan, torch.inf

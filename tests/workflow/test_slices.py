@@ -217,7 +217,8 @@ def in_slices(*ranges, experts=("reverse", "cipher")):
     return yaml.safe_dump(document)
 
 
-@pytest.mark.parametrize("guide", [pytest.param("uniform", marks=pytest.mark.slow), "lewis"])
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", ["uniform", "lewis"])
 def test_a_guide_on_slices_of_all_blocks_gives_the_merge_of_whole_models(api, tmp_path, guide):
     asked = CALIBRATED.replace("NAME", guide)
 
@@ -235,6 +236,7 @@ def test_a_guide_on_slices_of_all_blocks_gives_the_merge_of_whole_models(api, tm
     assert (stacked.output / "lewis/importance.json").exists() == (guide == "lewis")
 
 
+@pytest.mark.slow
 def test_densities_of_a_guide_follow_the_blocks_that_are_stacked(api, tmp_path):
     asked = CALIBRATED.replace("NAME", "lewis")
     whole = pipeline.calibrate(recipe(WHOLE + asked), tmp_path / "whole").schedule

@@ -168,6 +168,7 @@ def test_a_guides_pass_leaves_the_statistics_that_a_pass_of_their_own_would(
     assert locks[0] == locks[1]
 
 
+@pytest.mark.slow
 def test_a_guides_pass_that_was_interrupted_leaves_the_statistics_of_what_it_measured(
     api, tmp_path
 ):
@@ -191,6 +192,7 @@ def test_a_guides_pass_that_was_interrupted_leaves_the_statistics_of_what_it_mea
     assert bytes_of(found) == bytes_of(expected)
 
 
+@pytest.mark.slow
 def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", RECIPE, progress=Recorder("Merging"))
@@ -203,6 +205,7 @@ def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
     assert bytes_of(found) != bytes_of(merge(tmp_path / "whole", RECIPE))
 
 
+@pytest.mark.slow
 def test_a_guides_densities_are_heard_and_calibration_may_be_the_recipes(api, tmp_path):
     common = f"calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 8}}\n"
     text = "\n".join(line for line in RECIPE.splitlines() if "calibration" not in line)

@@ -130,6 +130,7 @@ def test_shards_and_what_is_fetched_ahead_take_two_shards_at_most(api, hub, tmp_
     assert max(shard_sizes(hub)) < max(seen) <= MOST_BYTES
 
 
+@pytest.mark.slow
 def test_a_tensor_that_needs_more_than_two_shards_comes_all_the_same(api, hub, tmp_path):
     recipe = parse_recipe(RECIPE, "recipe.yaml")
     tiny = Execution(runner="threads:2", max_shard_bytes=60_000)

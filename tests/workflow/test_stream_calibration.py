@@ -164,10 +164,8 @@ INTERRUPTED = {  # way, when it is killed, what a rerun fetches to measure what 
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["measuring", *(pytest.param(n, marks=pytest.mark.slow) for n in [*INTERRUPTED][1:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERRUPTED)
 def test_a_killed_run_goes_on_and_measures_nothing_again(api, hub, tmp_path, monkeypatch, name):
     way, when, left = INTERRUPTED[name]
     monkeypatch.chdir(tmp_path)

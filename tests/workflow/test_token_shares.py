@@ -33,7 +33,10 @@ def counted(skill, indices):
     return Counter(one for text in texts for one in tokenizer(text)["input_ids"])
 
 
-@pytest.mark.parametrize("inputs", ["own", "merged", "merged_block"])
+@pytest.mark.parametrize(
+    "inputs",
+    ["own", *(pytest.param(n, marks=pytest.mark.slow) for n in ("merged", "merged_block"))],
+)
 def test_a_row_is_the_mean_of_the_experts_by_their_counts_of_its_token(api, tmp_path, inputs):
     output = merge(tmp_path / "out", of(inputs))
 
@@ -69,6 +72,7 @@ def variants_of(text):
     return [("with", text), ("without", text.replace(", embeddings: true", ""))]
 
 
+@pytest.mark.slow
 def test_a_fit_that_was_interrupted_comes_out_the_same_and_can_be_made_again(api, tmp_path):
     whole = merge(tmp_path / "whole", of("merged"))
     with pytest.raises(KeyboardInterrupt):
