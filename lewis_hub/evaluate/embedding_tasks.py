@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, read_yaml
+from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, leaves, read_yaml
 from lewis_hub.errors import EvaluationError, LewisHubError
 from lewis_hub.evaluate.benchmarks import (
     Commits,
@@ -176,7 +176,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                 task.load_data()
                 for rows in _tables(task):
                     held.add_rows(name, rows)
-                _require_few_labels(task)
+                require_few_labels(task, held)
         except LewisHubError:
             raise
         except Exception as error:  # of any class: from mteb's Python and the columns of the data
@@ -225,15 +225,25 @@ def _tables(task: Any) -> Iterator[Any]:
             yield from parts
 
 
-def _require_few_labels(task: Any) -> None:
-    """Refuse a task whose classifier has very many labels, which scikit-learn takes hours for."""
-    if task.metadata.type != "Classification":
+def require_few_labels(task: Any, held: HeldTexts) -> None:
+    """Refuse a classifier of very many labels, which scikit-learn takes hours and gigabytes for.
+
+    Raises:
+        EvaluationError: it has more than MAX_LABELS, or they are many for its number of items.
+    """
+    name, has_several = task.metadata.name, task.metadata.type == "MultilabelClassification"
+    if task.metadata.type != "Classification" and not has_several:
         return
-    for _, rows in _subsets(task, task.train_split):
-        n_labels = len(rows.unique(task.label_column_name))
-        if n_labels > MAX_LABELS:
-            problem = f"its items have {n_labels:,} labels, the limit is {MAX_LABELS:,}."
-            raise EvaluationError(task.metadata.name, problem, "Choose a task with fewer labels.")
+    for split in {task.train_split, *(task.eval_splits if has_several else ())}:
+        for _, rows in _subsets(task, split):
+            column = task.label_column_name
+            labels = {*leaves([*rows[column]])} if has_several else rows.unique(column)
+            n_labels = len(labels)
+            if n_labels > MAX_LABELS:
+                problem = f"its items have {n_labels:,} labels, the limit is {MAX_LABELS:,}."
+                raise EvaluationError(name, problem, "Choose a task with fewer labels.")
+            if has_several:  # mteb makes a number of each item and label, three times
+                held.add(name, 3 * 8 * len(rows) * n_labels)
 
 
 def items_of(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

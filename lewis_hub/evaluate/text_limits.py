@@ -40,7 +40,7 @@ class HeldTexts:
             EvaluationError: a text is very long, or they are too many.
         """
         n_columns = len(getattr(rows, "column_names", ()))
-        self._add(task, len(rows) * (ITEM_BYTES + COLUMN_BYTES * n_columns))
+        self.add(task, len(rows) * (ITEM_BYTES + COLUMN_BYTES * n_columns))
         table = getattr(rows, "data", None)  # of `datasets`
         if table is None or table.nbytes > MAX_LETTERS:  # else no text of it is too long
             for row in rows:
@@ -48,7 +48,7 @@ class HeldTexts:
 
     def add_request(self, task: str, request: Any, per_letter: int) -> None:
         """Count a request of lm-eval; raises as `add_rows`."""
-        self._add(task, ITEM_BYTES)
+        self.add(task, ITEM_BYTES)
         self.add_texts(task, list(request.args), per_letter)
 
     def add_texts(self, task: str, values: Any, per_letter: int = TEXT_BYTES) -> None:
@@ -62,9 +62,10 @@ class HeldTexts:
                 if len(text) > MAX_LETTERS:
                     problem = f"a text has {len(text):,} letters, the limit is {MAX_LETTERS:,}."
                     raise EvaluationError(task, problem, "Choose a task with shorter texts.")
-                self._add(task, len(text) * per_letter)
+                self.add(task, len(text) * per_letter)
 
-    def _add(self, task: str, n_bytes: int) -> None:
+    def add(self, task: str, n_bytes: int) -> None:
+        """Count memory that is taken while the texts of a task are scored; raises as `add_rows`."""
         self.n_bytes += n_bytes
         if self.n_bytes > MAX_BYTES:
             problem = "its texts, and those of the tasks before it, may take more than "

@@ -40,9 +40,11 @@ ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")  # the first role of 
 ROLE_FILES = ("special_tokens_map.json", CONFIG)  # the last counts
 MAX_SPLIT = 512  # bytes of a text that is split: a longer one takes long
 MAX_SPLIT_S, TEXTS_A_S = 30.0, 1000  # time to split texts, and texts that add a second to it
+TEXTS_AT_ONCE = 8  # a step may make each 2,000 times as long, and a letter takes some 100 bytes
 # a program that reads a `tokenizer.json` and texts in hexadecimal, a line each
 ENCODE = """
 import json, sys
+n_texts, longest = map(int, sys.argv[1:])
 from tokenizers import Tokenizer
 document, *texts = (bytes.fromhex(line).decode() for line in sys.stdin)
 tokenizer = Tokenizer.from_str(document)
@@ -50,9 +52,9 @@ tokenizer.no_padding()
 tokenizer.no_truncation()
 if getattr(tokenizer.model, "dropout", None) is not None:
     tokenizer.model.dropout = None
-for first in range(0, len(texts), 4096):
-    encoded = tokenizer.encode_batch(texts[first : first + 4096], add_special_tokens=False)
-    print(json.dumps([one.ids for one in encoded]))
+for first in range(0, len(texts), n_texts):
+    encoded = tokenizer.encode_batch(texts[first : first + n_texts], add_special_tokens=False)
+    print(json.dumps([one.ids if len(one) <= longest else [] for one in encoded]))
 """
 
 
@@ -199,8 +201,9 @@ def _encoded(
 ) -> list[list[int]]:
     """The tokens of texts, by a process of its own: a regular expression can take for ever."""
     given = "".join(f"{text.encode().hex()}\n" for text in (json.dumps(document), *texts))
+    limits = map(str, (TEXTS_AT_ONCE, MAX_SPLIT))  # each token stands for a byte
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", ENCODE],
+        [sys.executable, "-P", "-c", ENCODE, *limits],
         input=given.encode(),
         capture_output=True,
         timeout=limit_s,

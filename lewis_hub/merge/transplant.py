@@ -173,22 +173,38 @@ class WeightedRows:
     rows: Tensor  # (n, k) int64
     weights: Tensor  # (n, k) float32
 
+    def part(self, first: int) -> WeightedRows:
+        """The next CHUNK combinations."""
+        return WeightedRows(*(one[first : first + CHUNK] for one in (self.rows, self.weights)))
+
+
+@dataclass(frozen=True)
+class MeanRows:
+    """The means of some of a model's rows, which may be of 1 row and of hundreds."""
+
+    rows: Sequence[tuple[int, ...]]
+
     @classmethod
-    def means(cls, rows: Mapping[int, tuple[int, ...]]) -> WeightedRows:
+    def of(cls, rows: Mapping[int, tuple[int, ...]]) -> MeanRows:
         """The mean of the rows of each key, in the order of the keys."""
+        return cls([rows[key] for key in sorted(rows)])
+
+    def part(self, first: int) -> WeightedRows:
+        """The next CHUNK means, with the weight 0 for what a shorter one lacks."""
         import torch
 
-        longest = max(map(len, rows.values()), default=1)
-        indices = torch.zeros(len(rows), longest, dtype=torch.int64)
-        weights = torch.zeros(len(rows), longest)
-        for place, key in enumerate(sorted(rows)):
-            indices[place, : len(rows[key])] = torch.tensor(rows[key])
-            weights[place, : len(rows[key])] = 1 / len(rows[key])
-        return cls(indices, weights)
+        means = self.rows[first : first + CHUNK]
+        longest = max(map(len, means), default=1)
+        indices = torch.zeros(len(means), longest, dtype=torch.int64)
+        weights = torch.zeros(len(means), longest)
+        for place, rows in enumerate(means):
+            indices[place, : len(rows)] = torch.tensor(rows)
+            weights[place, : len(rows)] = 1 / len(rows)
+        return WeightedRows(indices, weights)
 
 
 def new_table(
-    table: Tensor, origins: RowOrigins, combinations: WeightedRows, tokens: list[int]
+    table: Tensor, origins: RowOrigins, combinations: WeightedRows | MeanRows, tokens: list[int]
 ) -> Tensor:
     """Make the rows of a new table, in float32.
 
@@ -205,13 +221,11 @@ def new_table(
         made[torch.tensor([*origins.copied])] = table[torch.tensor([*origins.copied.values()])]
     for first in range(0, len(origins.approximated), CHUNK):
         places = torch.tensor(origins.approximated[first : first + CHUNK])
-        rows, weights = (
-            part[first : first + CHUNK] for part in (combinations.rows, combinations.weights)
-        )
+        part = combinations.part(first)
         total = torch.zeros(len(places), *table.shape[1:])
-        for place in range(rows.shape[1]):  # one by one, so that the sums are equal everywhere
-            factor = weights[:, place].view(-1, *[1] * (table.dim() - 1))
-            total += factor * table[rows[:, place]]
+        for place in range(part.rows.shape[1]):  # one by one, so that the sums are equal everywhere
+            factor = part.weights[:, place].view(-1, *[1] * (table.dim() - 1))
+            total += factor * table[part.rows[:, place]]
         made[places] = total
     return made
 

@@ -42,7 +42,11 @@ from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
-from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs
+from lewis_hub.workflow.alignment_needs import (
+    AlignmentNeeds,
+    alignment_needs,
+    excessive_costs,
+)
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
@@ -137,6 +141,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         if sources.are_read:
             aligned = alignment_settings(merged_entries(recipe), sources)
             problems += alignment_problems(aligned, tokens, execution.loading)
+            problems += () if problems else excessive_costs(merged_entries(recipe), sources)
         problems += _licence_problems(recipe, facts.values())
         problems += _refusals(recipe, execution, inputs, sources, measurement, api)
     workload = workload_of(recipe, execution, sources, measurement, output)

@@ -24,7 +24,13 @@ from lewis_hub.hub.facts import combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download
 from lewis_hub.merge.plan import Fitted, with_statistics
 from lewis_hub.merge.runners import Backend, Ray, Runner, threads
-from lewis_hub.merge.transplant import RowOrigins, TransplantSettings, WeightedRows, new_table
+from lewis_hub.merge.transplant import (
+    MeanRows,
+    RowOrigins,
+    TransplantSettings,
+    WeightedRows,
+    new_table,
+)
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.reference import ModelReference
@@ -176,13 +182,13 @@ def _make_tables(
     folder.mkdir(parents=True, exist_ok=True)
     label = job.model.opened.pinned
     combined, errors = _combinations(job, locations, scratch, runner, progress)
-    by_pieces = WeightedRows.means(job.pieces) if job.settings.method == "subtoken" else None
+    by_pieces = MeanRows.of(job.pieces) if job.settings.method == "subtoken" else None
     tokens = sorted(job.model.spelled.texts)
     headers: dict[str, TensorHeader] = {}
     digest = hashlib.sha256()
     with SourceFiles(locations, [], scratch / "ranges", 1) as files:
         for number, table in enumerate(job.changed):
-            rows = combined.get(job.like(table).name) or by_pieces or WeightedRows.means({})
+            rows = combined.get(job.like(table).name) or by_pieces or MeanRows([])
             stored = _read(files.reader(label), table, label)
             new = new_table(stored, job.origins, rows, tokens).to(torch_dtypes()[table.dtype])
             if not new.isfinite().all():

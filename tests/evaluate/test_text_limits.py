@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +15,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import harness, text_limits
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks
+from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks, require_few_labels
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.evaluate.text_limits import FEWER, HeldTexts
@@ -168,6 +169,34 @@ def test_rows_and_labels_that_a_classifier_is_trained_on_count(
     selected = TaskSelection(("own",), include=tmp_path, library="mteb")
 
     assert refusal(lambda: load_embedding_tasks(selected, {})) == message
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [[number] for number in range(2_001)],
+            "own: its items have 2,001 labels, the limit is 2,000.\n"
+            "Choose a task with fewer labels.",
+        ),
+        ([[*range(1_000)]] * 5_000, TOO_MANY),
+    ],
+)
+def test_items_of_several_labels_are_counted_with_all_of_them(labels, message, monkeypatch):
+    """3,000 rows, of .85 MB, with 60 labels of their own each took 5.2 GB and ended in an error."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 100_000_000)
+    metadata = SimpleNamespace(name="own", type="MultilabelClassification")
+    rows = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+    task = SimpleNamespace(
+        metadata=metadata,
+        train_split="test",
+        eval_splits=["test"],
+        hf_subsets=["default"],
+        label_column_name="label",
+        dataset={"test": rows},
+    )
+
+    assert refusal(lambda: require_few_labels(task, HeldTexts())) == message
 
 
 def test_texts_are_counted_in_lists_and_in_tables():

@@ -220,6 +220,14 @@ def test_a_tokenizer_that_panics_is_refused():
         split(model, [b"a" * 30 + b"!"])
 
 
+def test_a_text_of_more_tokens_than_bytes_is_split_into_the_longest_ones():
+    grows = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 400}
+    files = {"tokenizer.json": json.dumps({**byte_level().document, "normalizer": grows}).encode()}
+    model = spelled(read_vocabulary("grows", files))
+
+    assert split(model, [b"aa", b"b"]) == [(model.ids[b"a"],) * 2, (model.ids[b"b"],)]
+
+
 def test_texts_that_take_too_long_to_split_are_refused(monkeypatch):
     monkeypatch.setattr(token_matches, "MAX_SPLIT_S", 1.0)
     slow = {"type": "Split", "pattern": {"Regex": r".*.*\p{Han}"}, "behavior": "Isolated"}

@@ -29,19 +29,20 @@ merge_method: linear
 """
 
 
-def write_model(folder, seed=0, tie=True):
+def write_model(folder, seed=0, tie=True, **others):
     """A tiny random Llama with the zoo's tokenizer."""
-    config = transformers.LlamaConfig(
-        vocab_size=N_TOKENS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tie,
-        initializer_range=0.2,
-    )
+    settings = {
+        "vocab_size": N_TOKENS,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tie,
+        "initializer_range": 0.2,
+    }
+    config = transformers.LlamaConfig(**{**settings, **others})
     torch.manual_seed(seed)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -197,6 +198,55 @@ def test_a_recipe_that_cannot_be_aligned_is_refused_when_it_is_read(text, proble
         parse_recipe(text, "recipe.yaml")
 
     assert problem in str(caught.value)
+
+
+NARROW = {"hidden_size": 4, "head_dim": 1, "num_hidden_layers": 1}
+USUAL = "Align models with blocks of the usual proportions, or remove `align`."
+
+
+def slow_to_align(name, n_bytes, n_units, n_heads):
+    return (
+        f"{name} takes very long to align: its {n_bytes} of weights have 1 blocks, up to "
+        f"{n_units} units in a group, and {n_heads} groups of heads. {USUAL}"
+    )
+
+
+def test_small_models_that_take_hours_or_gigabytes_to_align_are_refused(models):
+    """292 kB each took two minutes, and 580 kB each 9.4 GB, of which `check` told 2."""
+    for name in ("wide", "other"):
+        write_model(models / name, intermediate_size=12_000, **NARROW)
+    heads = {"hidden_size": 400, "num_attention_heads": 400, "num_key_value_heads": 400}
+    for name in ("many", "more"):
+        write_model(models / name, **NARROW | heads)
+    alone = "align: {method: dual_space, weight_similarity: 1}"
+    text = RECIPE.replace("align: dual_space", alone)
+
+    def problems(one, two):
+        asked = text.replace("model: one", f"model: {one}").replace("model: two", f"model: {two}")
+        return lewis_hub.check(recipe(models, asked)).problems
+
+    assert problems("wide", "other") == (
+        "other takes 2.9 GB of memory to align with wide: both together have 1.2 MB of weights. "
+        + USUAL,
+        slow_to_align("wide", "582.5 kB", "12,000", 2),
+        slow_to_align("other", "582.5 kB", "12,000", 2),
+    )
+    assert problems("many", "more") == (
+        slow_to_align("many", "3.4 MB", "400", 400),
+        slow_to_align("more", "3.4 MB", "400", 400),
+    )
+
+
+def test_a_small_model_of_very_many_blocks_is_not_aligned_by_activations(models):
+    """The products over tokens of all its blocks took 6.8 GB."""
+    write_model(models / "deep", **NARROW | {"num_hidden_layers": 300, "head_dim": 8})
+    asked = "{depth: segment_wise, width: neuron_matching}"
+    text = RECIPE.replace("two", "deep").replace("dual_space", asked)
+
+    assert lewis_hub.check(recipe(models, text + TEXTS)).problems == (
+        "deep takes 5.1 GB of memory to align with one: both together have 1.3 MB of weights. "
+        + USUAL,
+    )
 
 
 def test_what_cannot_align_says_so(models):
