@@ -22,6 +22,7 @@ FEWER = "Score fewer or smaller tasks in a run, or use a machine with more memor
 MAX_BYTES = max(8_000_000_000, (memory_bytes() or 0) // 2)  # of all that is held together
 ITEM_BYTES = 1500  # of a row, or a request, or a vector, beside its letters
 COLUMN_BYTES = 100  # of each value of a row
+LISTED_BYTES = 500  # of each text in lists: mteb makes a vector of it
 MAX_CHOICES = 10_000  # of an item: each is a request
 TEXT_BYTES = 4  # of a letter, which is in the row, its prompt and its log
 TOKEN_BYTES = 12  # of a letter whose token is held, too: one of four letters takes 36 bytes
@@ -44,6 +45,8 @@ class HeldTexts:
         table = getattr(rows, "data", None)  # of `datasets`
         if table is None or table.nbytes > MAX_LETTERS:  # else no text of it is too long
             for row in rows:
+                n_texts = sum(isinstance(value, str) for value in leaves(row))
+                self.add(task, LISTED_BYTES * max(0, n_texts - len(row)))
                 self.add_texts(task, row)
 
     def add_request(self, task: str, request: Any, per_letter: int) -> None:

@@ -209,6 +209,15 @@ def test_texts_are_counted_in_lists_and_in_tables():
     assert held.n_bytes == 4 * 5 + 2 * 1500 + 4 * 3 + 1500 + 100
 
 
+def test_texts_in_lists_count_as_items():
+    """A million pairs of a row were one item."""
+    held = HeldTexts()
+
+    held.add_rows("own", [{"sentence1": ["a"] * 10, "sentence2": ["b"] * 10, "labels": [1] * 10}])
+
+    assert held.n_bytes == 1500 + 17 * 500 + 20 * 4
+
+
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
 @pytest.mark.parametrize("kind", ["STS", "Retrieval"])
 def test_a_very_long_text_is_refused_before_it_is_embedded(kind, tmp_path):
