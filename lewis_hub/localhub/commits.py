@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -189,7 +190,7 @@ def _read_changes(call: Call, base: Commit) -> tuple[Value, dict[str, File]]:
 
 
 def _lines(body: bytes) -> Iterator[Line]:
-    for line in filter(None, map(bytes.strip, body.splitlines())):
+    for line in filter(None, map(bytes.strip, io.BytesIO(body))):  # one at a time
         try:
             require_few_values(line, MAX_BODY_VALUES)
             yield LINE.validate_json(line)

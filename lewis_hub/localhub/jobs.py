@@ -9,6 +9,7 @@ kept, listed and triggered by hand; no clock runs them. Buckets hold the files o
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import secrets
@@ -258,7 +259,7 @@ class Jobs:
         """Add files; the body has lines of JSON, each a file."""
         grant = _writer(call)
         folder = self._bucket(call.parts["namespace"], call.parts["name"])
-        for line in call.body.splitlines():
+        for line in io.BytesIO(call.body):
             entry = parsed(BUCKET_LINE, line)
             target = folder / entry.path
             if entry.type != "addFile" or not target.resolve().is_relative_to(folder.resolve()):
