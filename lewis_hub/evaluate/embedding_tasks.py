@@ -40,6 +40,8 @@ KINDS = {  # types of own tasks -> class of mteb
 NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
 MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
+LISTS = ("relevant_docs", "top_ranked")  # of a retrieval task: query -> documents
+JUDGEMENT_BYTES = 200  # of a query and a document, while they are scored
 CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
 CHECK_DATA = "Check `dataset` and the columns of its data, your network, and `hf auth login`."
 
@@ -176,6 +178,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                 task.load_data()
                 for rows in _tables(task):
                     held.add_rows(name, rows)
+                held.add(name, JUDGEMENT_BYTES * _n_judgements(task))
                 require_few_labels(task, held)
         except LewisHubError:
             raise
@@ -223,6 +226,13 @@ def _tables(task: Any) -> Iterator[Any]:
         for _, data in _subsets(task, split):
             parts = [data["queries"], data["corpus"]] if isinstance(data, Mapping) else [data]
             yield from parts
+
+
+def _n_judgements(task: Any) -> int:
+    """The pairs of a query and a document that a retrieval task lists, to judge or to rank."""
+    splits = [data for split in task.eval_splits for _, data in _subsets(task, split)]
+    listed = [data.get(part) for data in splits if isinstance(data, Mapping) for part in LISTS]
+    return sum(len(documents) for one in listed if one for documents in one.values())
 
 
 def require_few_labels(task: Any, held: HeldTexts) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub import errors
 from lewis_hub.calibration.texts import check_columns, check_padding
+from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
@@ -29,9 +30,11 @@ from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.alignment_needs import AlignmentNeeds
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
-from lewis_hub.workflow.resources import Measurement, Workload
+from lewis_hub.workflow.resources import Measurement, Workload, grams_bytes
 from lewis_hub.workflow.task_data import PinnedTask
 
+FREE_BYTES = 1 << 30  # of second moments of a model
+MOST_MOMENTS = 16  # times the bytes of its weights; published models have up to 5 times the bytes
 POSITIONS = ("max_position_embeddings", "n_positions")  # keys of `config.json`
 SMALL_BYTES = 20_000_000  # rows of a smaller dataset are read to find its columns
 
@@ -225,6 +228,22 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
             check_padding(source.name, longest, known)
         except errors.CalibrationModelError as error:
             problems.append(str(error))
+    return problems
+
+
+def moments_refusals(measurement: Measurement, sources: MergeSources) -> list[str]:
+    """Refuse models whose second moments are far larger than their weights."""
+    problems = []
+    for source in sources.distinct:
+        tensors = source.checkpoint.tensors.values()
+        n_bytes = grams_bytes(source.checkpoint, measurement.moments)
+        weight_bytes = sum(tensor.n_elements * WIDTHS[tensor.kept_dtype] for tensor in tensors)
+        if n_bytes > FREE_BYTES + MOST_MOMENTS * weight_bytes:
+            problems.append(
+                f"{source.name} has {size(weight_bytes)} of weights, and its second moments take "
+                f"{size(n_bytes)}: a matrix is very wide. Merge models with blocks of the usual "
+                "proportions, or choose a method that needs no second moments."
+            )
     return problems
 
 

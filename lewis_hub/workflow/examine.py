@@ -285,6 +285,7 @@ def _refusals(
 ) -> list[str]:
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
     problems = check.padding_refusals(measurement, sources)
+    problems += check.moments_refusals(measurement, sources)
     own = [sources.donor] if recipe.effective_tokenizer is None else []
     with_texts = [*own] if measurement.calibrations else []
     evaluation, allow_code = recipe.evaluate, execution.allow_code

@@ -361,20 +361,8 @@ class Workload:
     def statistics_bytes(self) -> int:
         """Estimate the files of second moments, or of the matrices that are fitted with them."""
         if not self.measurement.in_sequence:
-            return len(self.sources.experts) * self._grams_bytes(self.output)
+            return len(self.sources.experts) * grams_bytes(self.output, self.measurement.moments)
         return _weight_bytes(_matrices(self.output), self.dtype) * (1 + self.uniform_twin)
-
-    def _grams_bytes(self, checkpoint: Checkpoint) -> int:
-        """Return an upper bound for the second moments of one expert: some modules share them."""
-        moments = self.measurement.moments
-        if moments is None:
-            return 0
-        shapes = [tensor.shape for tensor in _matrices(checkpoint)]
-        widest = moments.widest
-        of_matrices = sum(n_entries(shape[1], widest) for shape in shapes if len(shape) == 2)
-        stacks = [shape for shape in shapes if len(shape) == 3]
-        of_stacks = sum(shape[0] * n_entries(max(shape[1:]), widest) for shape in stacks)
-        return WIDTH * (of_matrices + of_stacks)
 
     def _merging_bytes(self) -> int:
         """Estimate merging: torch methods hold the largest tensor, adapters all their matrices."""
@@ -416,7 +404,7 @@ class Workload:
         n_models = 2 if "output_shift" in self.measurement.measures else 1  # it compares two
         found = [WIDTH * n_pickled]
         for one in (self.output, *self.sources.checkpoints):
-            held_bytes = 2 * self._grams_bytes(one)
+            held_bytes = 2 * grams_bytes(one, self.measurement.moments)
             if self.loading.is_too_large(one):
                 n_blocks = len({names.block(name) for name in one.tensors} - {None})
                 held_bytes //= max(n_blocks, 1)
@@ -452,6 +440,17 @@ class Workload:
         widest = max((max(shape[-2:]) for shape in shapes if len(shape) > 1), default=0)
         held_bytes = min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
         return WIDTH * ROWS * longest * widest + held_bytes
+
+
+def grams_bytes(checkpoint: Checkpoint, moments: MomentSettings | None) -> int:
+    """Return an upper bound for the second moments of one expert: some modules share them."""
+    if moments is None:
+        return 0
+    shapes = [tensor.shape for tensor in _matrices(checkpoint)]
+    of_matrices = sum(n_entries(shape[1], moments.widest) for shape in shapes if len(shape) == 2)
+    stacks = [shape for shape in shapes if len(shape) == 3]
+    of_stacks = sum(shape[0] * n_entries(max(shape[1:]), moments.widest) for shape in stacks)
+    return WIDTH * (of_matrices + of_stacks)
 
 
 def _block_width(checkpoint: Checkpoint) -> int:

@@ -218,10 +218,28 @@ def test_texts_in_lists_count_as_items():
     assert held.n_bytes == 1500 + 17 * 500 + 20 * 4
 
 
+def own_embedding_task(folder, kind, tables):
+    """The selection of an own task for embedding models, with these columns by table."""
+    data = folder / "data"
+    for name, columns in tables.items():
+        file = data / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), file)
+    if kind == "Retrieval":
+        names = ("corpus", "queries", "qrels")
+        parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
+        (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    score = {"STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}[kind]
+    (folder / "own.yaml").write_text(
+        f"name: own\ntype: {kind}\ndataset: {{path: {data}}}\neval_splits: [test]\n"
+        f"main_score: {score}\n"
+    )
+    return TaskSelection(("own",), include=folder, library="mteb")
+
+
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
 @pytest.mark.parametrize("kind", ["STS", "Retrieval"])
 def test_a_very_long_text_is_refused_before_it_is_embedded(kind, tmp_path):
-    data = tmp_path / "data"
     long = ["a", "ab" * 3_000_000]
     if kind == "STS":
         tables = {"test": {"sentence1": long, "sentence2": ["b"] * 2, "score": [0.0, 1.0]}}
@@ -232,19 +250,21 @@ def test_a_very_long_text_is_refused_before_it_is_embedded(kind, tmp_path):
             "queries/test": {"_id": ids, "text": ["a", "b"]},
             "qrels/test": {"query-id": ids, "corpus-id": ids, "score": [1, 1]},
         }
-    for name, columns in tables.items():
-        file = data / f"{name}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), file)
-    if kind == "Retrieval":
-        names = ("corpus", "queries", "qrels")
-        parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
-        (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
-    score = {"STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}[kind]
-    (tmp_path / "own.yaml").write_text(
-        f"name: own\ntype: {kind}\ndataset: {{path: {data}}}\neval_splits: [test]\n"
-        f"main_score: {score}\n"
-    )
-    selected = TaskSelection(("own",), include=tmp_path, library="mteb")
+    selected = own_embedding_task(tmp_path, kind, tables)
 
     assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_LONG
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_the_documents_that_are_judged_for_a_query_count(tmp_path, monkeypatch):
+    """18 million judgements, in 261 kB, took 4.3 GB."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 10_000_000)
+    judged = [str(number) for number in range(50_000)]
+    tables = {
+        "corpus/test": {"_id": ["1"], "title": [""], "text": ["a"]},
+        "queries/test": {"_id": ["1"], "text": ["a"]},
+        "qrels/test": {"query-id": ["1"] * 50_000, "corpus-id": judged, "score": [1] * 50_000},
+    }
+    selected = own_embedding_task(tmp_path, "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_MANY.replace("0.1 GB", "0.0 GB")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from statistical_merges import (
     write_adapter,
     zoo_weights,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
+from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.rules import STATISTICAL
 from lewis_hub.workflow.examine import plain_twin
 from lewis_hub.workflow.resources import Execution
@@ -52,6 +55,35 @@ def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_p
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
     lock = json.loads((tmp_path / "out" / "lewis" / "lock.json").read_text())
     assert [one["name"] for one in lock["calibration"]] == ["zoo/reverse", "zoo/cipher"]
+
+
+def test_a_model_whose_second_moments_are_far_larger_than_its_weights_is_refused(tmp_path):
+    """In a model of 2.4 MB a matrix with 100,000 inputs took 6.3 GB."""
+    config = LlamaConfig(
+        vocab_size=390,
+        hidden_size=4,
+        intermediate_size=60_000,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    for name in ("base", "expert"):
+        shutil.copytree(zoo_folder() / "base", tmp_path / name)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    text = (
+        "base_model: base\nmerge_method: regmean\n"
+        "models: [{model: expert, calibration: {dataset: rows.jsonl, text: '{text}', samples: 1}}]"
+    )
+
+    problems = lewis_hub.check(parse_recipe(text, "recipe.yaml").placed_in(tmp_path)).problems
+
+    assert problems == tuple(
+        f"{name} has 1.4 MB of weights, and its second moments take 1.8 GB: a matrix is very wide. "
+        "Merge models with blocks of the usual proportions, or choose a method that needs no "
+        "second moments."
+        for name in ("base", "expert")
+    )
 
 
 def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
