@@ -87,6 +87,14 @@ def limited_memory(n_bytes: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (before, highest))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python or of PyTorch, says that there is not enough memory."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return (
+        isinstance(error, MemoryError) or "DefaultCPUAllocator" in said or "out of memory" in said
+    )
+
+
 def peak_if_ended(process: subprocess.Popen[bytes]) -> int | None:
     """The peak of the resident memory of a process that ended, 0 if unknown; None if it runs."""
     if not hasattr(os, "wait4"):

@@ -23,7 +23,7 @@ from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import escape_logs, say, say_json
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL
-from lewis_hub.system import make_nonblocking, write_utf8
+from lewis_hub.system import is_out_of_memory, make_nonblocking, write_utf8
 from lewis_hub.working_folder import keep_out_of_path
 
 UNUSABLE = {
@@ -82,6 +82,12 @@ for command in (
     cli.add_command(command)
 
 
+OUT_OF_MEMORY = (
+    "there is not enough memory.\nUse a machine with more, or smaller models; `lewis-hub check` "
+    "tells what a merge takes. Finished work is kept."
+)
+
+
 def main() -> None:
     """Run a command and exit with its code."""
     gc.set_threshold(GC_THRESHOLD)
@@ -122,6 +128,10 @@ def _run() -> int:
         if (failure := disk_failure(error)) is None:
             raise
         return _failed(*failure, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed("OutOfMemory", OUT_OF_MEMORY, 1)
 
 
 def _require_endpoint() -> None:

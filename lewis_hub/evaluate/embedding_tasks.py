@@ -178,6 +178,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                 task.load_data()
                 for rows in _tables(task):
                     held.add_rows(name, rows)
+                    _ = rows[:1]  # a value that Python has not, such as an unknown time zone
                 held.add(name, JUDGEMENT_BYTES * _n_judgements(task))
                 require_few_labels(task, held)
         except LewisHubError:

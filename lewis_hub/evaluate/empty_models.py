@@ -13,7 +13,7 @@ from lewis_hub.checkpoint.configuration import DAMAGED
 from lewis_hub.errors import LocatedError, SourceError
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.loadable import MAX_LOAD_BYTES, MAX_MAPPED_BYTES, limited_model
-from lewis_hub.system import limited_memory
+from lewis_hub.system import is_out_of_memory, limited_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 VALUE_BYTES = 4  # of a weight in memory, which is float32 on a CPU
 MOST_TIMES = 16  # with four bits a weight in the files, and a head that they have as embeddings
 MAX_BUILD_S, MAX_BUILD_BYTES = 45, 1_500_000_000  # of modules without values
-OUT_OF_MEMORY = "DefaultCPUAllocator"  # in messages of PyTorch
 FREE_WEIGHT_BYTES = 64 << 20  # beyond that: weights that are in no file, such as fixed positions
 FREE_BYTES = 1 << 30  # beyond that: buffers, which are in no file
 DRIVER_BYTES = 8 << 30  # that the libraries of a GPU may take in the first load
@@ -72,7 +71,7 @@ def build_empty(folder: Path, kind: Any, where: str | None = None) -> PreTrained
         with limited_memory(MAX_MAPPED_BYTES), limits, no_init_weights(), torch.device("meta"):
             return cast("PreTrainedModel", builder(kind)(config, **plain))
     except (TooMuchError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
+        if not (isinstance(error, TooMuchError) or is_out_of_memory(error)):
             raise
         what = error if isinstance(error, TooMuchError) else "it takes too much memory"
         problem = f"the model that its config.json describes cannot be built: {what}"

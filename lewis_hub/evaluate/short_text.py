@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import SourceError
-from lewis_hub.evaluate.empty_models import DRIVER_BYTES, OUT_OF_MEMORY
+from lewis_hub.evaluate.empty_models import DRIVER_BYTES
 from lewis_hub.loadable import SMALLER, limited_model
-from lewis_hub.system import limited_memory
+from lewis_hub.system import is_out_of_memory, limited_memory
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def require_short_run(where: str, model: Any, run: Callable[[], object]) -> None
             with panics_as_errors(), limited_memory(most):
                 run()
         except Exception as error:  # noqa: BLE001 - tokenizers and models raise any class
-            if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+            if is_out_of_memory(error):
                 problem = f"it takes more than {most / 1e9:.1f} GB for a few words"
                 raise SourceError(where, problem, SMALLER) from None
 

@@ -95,7 +95,7 @@ class Rows:
         """
         try:
             found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
-        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, MemoryError) as error:
             said = " ".join(str(error).split())[:300]
             problem = f"its rows could not be read ({said})"
             raise SourceError(self.source, problem, "Repair the file it names.") from error

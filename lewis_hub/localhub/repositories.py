@@ -211,7 +211,7 @@ def paths_info(call: Call) -> list[dict[str, Any]]:
         asked = parse_qs(call.body.decode(errors="replace"), max_num_fields=MAX_PATHS)
     except ValueError:
         raise refusal(400, f"The body: it has more than {MAX_PATHS:,} fields") from None
-    paths = asked.get("paths", [])
+    paths = dict.fromkeys(asked.get("paths", []))  # each once: a folder's digest is of all files
     present = (path for path in paths if path in files or path in folders)
     return [_entry(path, files, folders) for path in present]
 

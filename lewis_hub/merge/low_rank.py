@@ -18,18 +18,20 @@ from lewis_hub.checkpoint.header import LowRank, TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.lora import EMBEDDING, adapted_module
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.checkpoint.writer import OutputTensor
-from lewis_hub.display import Advance
+from lewis_hub.display import Advance, size
 from lewis_hub.errors import MERGE, MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.task_vectors import Extracted, Fit, adapter_config, fitted, stored_factors
 from lewis_hub.methods import registry
 from lewis_hub.methods.numerics import product
+from lewis_hub.system import memory_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUMS = frozenset({"linear", "task_arithmetic"})  # an update of the merge is a sum of updates
+MATRICES = 16  # of the largest module in float32, while entries are selected and cut to a rank
 FROM_BASE = "Merge the adapters on their base instead: `lewis-hub merge` takes this recipe."
 
 
@@ -99,6 +101,27 @@ def _require_updates(shard: ShardPlan, tensor: TensorPlan) -> None:
         if change and change.update and change.update.magnitude:
             problem = f"it is a DoRA: the update of {header.name} depends on the base"
             raise MergeError(label, problem, FROM_BASE)
+
+
+def require_memory(plan: MergePlan, cut: Truncation) -> None:
+    """Refuse a merge of whole matrices for which the machine has not enough memory.
+
+    Raises:
+        MergeError: it names the largest matrix.
+    """
+    if plan.shards[0].method in SUMS and not (cut.most or cut.error):
+        return  # the factors alone are held
+    changed = [
+        (tensor.output.n_elements, tensor.output.name)
+        for shard in plan.shards
+        for tensor in shard.tensors
+        if any(_update(header) for header in tensor.inputs)
+    ]
+    n_elements, name = max(changed, default=(0, ""))
+    needed, at_hand = MATRICES * 4 * n_elements, memory_bytes()
+    if at_hand and needed > at_hand:
+        problem = f"its update takes up to {size(needed)} of memory, and this machine has "
+        raise MergeError(name, f"{problem}{size(at_hand)}", FROM_BASE)
 
 
 def merge_updates(

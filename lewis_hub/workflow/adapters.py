@@ -62,7 +62,13 @@ def merge_loras(
         {8}
     """
     from lewis_hub.merge.adapted_model import task_type
-    from lewis_hub.merge.low_rank import Truncation, merge_updates, require_low_rank, write_adapter
+    from lewis_hub.merge.low_rank import (
+        Truncation,
+        merge_updates,
+        require_low_rank,
+        require_memory,
+        write_adapter,
+    )
 
     output, progress, api = Path(output), shown(progress), hub_api()
     _require_mergeable(recipe)
@@ -70,6 +76,7 @@ def merge_loras(
     job = prepare(unscored, Execution(max_shard_bytes=1 << 50), api, progress)
     plan = job.plan.plan(None)
     require_low_rank(plan)
+    require_memory(plan, cut := Truncation(rank, error))
     adapters = [one.source for one in job.sources.distinct if one.source.is_adapter]
     with open_workspace(output, replace=None) as work, ExitStack() as opened:
         folders = fetch.download(api, adapters, progress)
@@ -79,7 +86,7 @@ def merge_loras(
 
         n_tensors = sum(len(shard.tensors) for shard in plan.shards)
         with progress.stage("Merging adapters", n_tensors, "items") as advance:
-            updates = merge_updates(plan, open_adapter, Truncation(rank, error), advance)
+            updates = merge_updates(plan, open_adapter, cut, advance)
             dtype = DTYPES[recipe.output_dtype or "float32"]
             task = task_type(job.sources.donor.config)
             found = write_adapter(updates, _base(job), dtype, work.folder, task)

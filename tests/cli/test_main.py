@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from lewis_hub.cli.main import cli, disk_failure
+from lewis_hub.cli.main import OUT_OF_MEMORY, cli, disk_failure
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 
@@ -251,6 +251,32 @@ def test_another_error_of_the_system_keeps_its_traceback():
     assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
     assert disk_failure(OSError("of a library")) is None
     assert disk_failure(TimeoutError(errno.ETIMEDOUT, "of a connection")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("MemoryError()", OUT_OF_MEMORY),
+        (
+            "RuntimeError('[enforce fail at x] DefaultCPUAllocator: not enough memory')",
+            OUT_OF_MEMORY,
+        ),
+        ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", OUT_OF_MEMORY),
+    ],
+)
+def test_too_little_memory_is_one_message(error, message, tmp_path):
+    code = (
+        "import sys; from lewis_hub.cli import main\n"
+        f"@main.cli.command()\ndef fails(): raise {error}\n"
+        "sys.argv = ['lewis-hub', 'fails']; main.main()"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"lewis-hub: {message}\n"
 
 
 def test_a_cache_that_cannot_be_written_is_one_message(hub, tmp_path):

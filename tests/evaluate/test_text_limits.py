@@ -267,4 +267,19 @@ def test_the_documents_that_are_judged_for_a_query_count(tmp_path, monkeypatch):
     }
     selected = own_embedding_task(tmp_path, "Retrieval", tables)
 
-    assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_MANY.replace("0.1 GB", "0.0 GB")
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_MANY.replace(
+        "0.1 GB", "0.0 GB"
+    )
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_a_value_that_python_has_not_is_one_message_as_the_data_are_loaded(tmp_path):
+    """It was a traceback as the items were counted."""
+    zone = pa.timestamp("us", tz="No/Where")
+    times = pa.Array.from_buffers(zone, 2, [None, pa.py_buffer(bytes(16))])
+    texts = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [0.0, 1.0]}
+    selected = own_embedding_task(tmp_path, "STS", {"test": {**texts, "time": times}})
+
+    message = refusal(lambda: load_embedding_tasks(selected, {}))
+
+    assert message.startswith(f"own: its data `{tmp_path / 'data'}` cannot be loaded: 'No/Where'.")

@@ -399,6 +399,17 @@ def test_json_in_a_column_is_read_up_to_a_limit(tmp_path, api, monkeypatch, kind
     assert "its rows have over 200 times the bytes of the file" in message(api, tmp_path)
 
 
+def test_a_time_in_an_unknown_zone_is_one_message(tmp_path, api):
+    """It was a traceback, in a merge of several steps after the first one."""
+    zone = pa.timestamp("us", tz="No/Where")
+    times = pa.Array.from_buffers(zone, 2, [None, pa.py_buffer(bytes(16))])
+    pq.write_table(pa.table({"text": ["a", "b"], "time": times}), tmp_path / "rows.parquet")
+    found = load_rows(api, resolve_dataset(api, str(tmp_path)), None, "train")
+
+    with pytest.raises(SourceError, match="its rows could not be read .'No/Where'"):
+        found.rows([0])
+
+
 def test_padded_tokens_are_read(tmp_path, api):
     tokens = [[*range(i % 50), *[0] * (128 - i % 50)] for i in range(50)]
     mask = [[int(token > 0) for token in one] for one in tokens]

@@ -16,6 +16,7 @@ from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.hub.source import cache_root
+from lewis_hub.merge import low_rank
 from lewis_hub.recipe.read import parse_recipe
 
 BASE = zoo_folder() / "base"
@@ -295,3 +296,21 @@ def test_an_update_whose_squares_exceed_float32_is_one_message(adapters):
     assert str(caught.value).startswith(
         f"the merged model: the values of {MODULES[1]}.weight are too large for a low-rank update."
     )
+
+
+@pytest.mark.parametrize(("method", "rank"), [("ties", None), ("linear", 2)])
+def test_matrices_that_the_memory_cannot_hold_are_refused(adapters, monkeypatch, method, rank):
+    """Adapters of 48 kB on a matrix of 12,000 x 12,000 took over 7.9 GB, and ended in a traceback."""
+    monkeypatch.setattr(low_rank, "memory_bytes", lambda: 100_000)
+    text = TWO if method == "ties" else PLAIN
+
+    with pytest.raises(LewisHubError) as refused:
+        lewis_hub.merge_loras(recipe(adapters, method, text), adapters / "out", rank=rank)
+
+    assert str(refused.value) == (
+        "model.layers.1.mlp.down_proj.weight: its update takes up to 2.9 MB of memory, and this "
+        "machine has 100.0 kB.\nMerge the adapters on their base instead: `lewis-hub merge` takes "
+        "this recipe."
+    )
+    assert not (adapters / "out").exists()
+    lewis_hub.merge_loras(recipe(adapters, "linear", PLAIN), adapters / "sums")
