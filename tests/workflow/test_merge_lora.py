@@ -300,7 +300,7 @@ def test_an_update_whose_squares_exceed_float32_is_one_message(adapters):
 
 @pytest.mark.parametrize(("method", "rank"), [("ties", None), ("linear", 2)])
 def test_matrices_that_the_memory_cannot_hold_are_refused(adapters, monkeypatch, method, rank):
-    """Adapters of 48 kB on a matrix of 12,000 x 12,000 took over 7.9 GB, and ended in a traceback."""
+    """Adapters of 48 kB on a matrix of 12,000 x 12,000 took over 7.9 GB."""
     monkeypatch.setattr(low_rank, "memory_bytes", lambda: 100_000)
     text = TWO if method == "ties" else PLAIN
 
