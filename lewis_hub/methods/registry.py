@@ -71,6 +71,7 @@ class Method:
     n_experts: tuple[int, int | None] = ANY_NUMBER  # sources beside the base; None for no limit
     base_is_optional: bool = False  # without a base its `base` is zero
     uses_lapack: bool = False  # processors of another kind may round its results differently
+    makes_squares: bool = False  # matrices of all inputs of a matrix by all, from its task vectors
     weighs_squares: bool = False  # weights are of squares: none may be negative, nor all zero
     version: int = 1  # raised when the same inputs give other numbers, so that locks differ
 
@@ -180,6 +181,7 @@ def register(  # noqa: PLR0913 (the fields of `Method`)
     n_experts: tuple[int, int | None] = ANY_NUMBER,
     base_is_optional: bool = False,
     uses_lapack: bool = False,
+    makes_squares: bool = False,
     weighs_squares: bool = False,
     version: int = 1,
 ) -> Callable[[MethodFunction], MethodFunction]:
@@ -196,6 +198,7 @@ def register(  # noqa: PLR0913 (the fields of `Method`)
             n_experts,
             base_is_optional,
             uses_lapack,
+            makes_squares,
             weighs_squares,
             version,
         )

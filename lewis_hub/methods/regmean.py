@@ -161,6 +161,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     "wudi",
     paper="https://arxiv.org/abs/2503.08099",
     uses_lapack=True,
+    makes_squares=True,
     weighs_squares=True,
     version=2,
 )

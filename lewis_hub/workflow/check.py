@@ -13,6 +13,7 @@ from lewis_hub import errors
 from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.lora import own_tensors
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import of_source
@@ -30,11 +31,15 @@ from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.alignment_needs import AlignmentNeeds
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
-from lewis_hub.workflow.resources import Measurement, Workload, grams_bytes
+from lewis_hub.workflow.resources import Measurement, Workload, grams_bytes, solving_bytes
 from lewis_hub.workflow.task_data import PinnedTask
 
 FREE_BYTES = 1 << 30  # of second moments of a model
 MOST_MOMENTS = 16  # times the bytes of its weights; published models have up to 5 times the bytes
+UNUSUAL = (
+    "Merge models with matrices of the usual proportions, or choose a method that needs no second "
+    "moments of their inputs."
+)
 POSITIONS = ("max_position_embeddings", "n_positions")  # keys of `config.json`
 SMALL_BYTES = 20_000_000  # rows of a smaller dataset are read to find its columns
 
@@ -235,16 +240,32 @@ def moments_refusals(measurement: Measurement, sources: MergeSources) -> list[st
     """Refuse models whose second moments are far larger than their weights."""
     problems = []
     for source in sources.distinct:
-        tensors = source.checkpoint.tensors.values()
         n_bytes = grams_bytes(source.checkpoint, measurement.moments)
-        weight_bytes = sum(tensor.n_elements * WIDTHS[tensor.kept_dtype] for tensor in tensors)
+        weight_bytes = _weight_bytes(source.checkpoint)
         if n_bytes > FREE_BYTES + MOST_MOMENTS * weight_bytes:
             problems.append(
                 f"{source.name} has {size(weight_bytes)} of weights, and its second moments take "
-                f"{size(n_bytes)}: a matrix is very wide. Merge models with blocks of the usual "
-                "proportions, or choose a method that needs no second moments."
+                f"{size(n_bytes)}. {UNUSUAL}"
             )
     return problems
+
+
+def squares_refusals(sources: MergeSources) -> list[str]:
+    """Refuse models of which a method would make squares far larger than all their weights."""
+    models = [source.checkpoint for source in sources.distinct]
+    squares_bytes = max(solving_bytes(one, len(models), widest=None) for one in models)
+    weight_bytes = sum(_weight_bytes(one) for one in models)
+    if squares_bytes <= 2 * FREE_BYTES + 2 * weight_bytes:
+        return []
+    return [
+        f"The method takes {size(squares_bytes)} of memory for the inputs of one matrix, and the "
+        f"models have {size(weight_bytes)} of weights. {UNUSUAL}"
+    ]
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    tensors = checkpoint.tensors.values()
+    return sum(tensor.n_elements * WIDTHS[tensor.kept_dtype] for tensor in tensors)
 
 
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:

@@ -319,6 +319,7 @@ class Workload:
     output: Checkpoint  # headers of the merge, in the dtypes of its sources
     dtype: str | None  # dtype of the output; None keeps the dtype of each tensor
     has_kernel: bool  # whether compiled kernels compute all tensors that need no second moments
+    makes_squares: bool  # whether its method does: `Method.makes_squares`
     measurement: Measurement
     loading: Loading
     scores: bool  # whether models are scored
@@ -378,7 +379,9 @@ class Workload:
         n_sources = len(self.sources.checkpoints)
         held_bytes = (4 * n_sources + 8 * DEFINED_COPIES) * largest
         if moments and moments.are_solved:
-            held_bytes += _solving_bytes(self.output, n_sources)
+            held_bytes += solving_bytes(self.output, n_sources)
+        if self.makes_squares:
+            held_bytes += solving_bytes(self.output, n_sources, widest=None)
         return TORCH_BYTES + held_bytes + narrow_bytes
 
     def _scoring_bytes(self, n_pickled: int) -> int:
@@ -422,7 +425,7 @@ class Workload:
         n_tokens = 2 * sum(drawn[one] for one in self.measurement.calibrations)
         texts = max(self._texts_bytes(one, n_tokens) for one in checkpoints)
         largest = max((tensor.n_elements for tensor in _matrices(self.output)), default=0)
-        moments = 2 * _solving_bytes(self.output, len(checkpoints))
+        moments = 2 * solving_bytes(self.output, len(checkpoints))
         blocks = sum(map(blocks_bytes, checkpoints))
         kept = min(KEPT_BYTES, n_tokens * max(map(_block_width, checkpoints)) * WIDTH)
         if self.measurement.moments and self.measurement.moments.fits_tables:
@@ -481,11 +484,14 @@ def _matrices(output: Checkpoint) -> list[TensorHeader]:
     ]
 
 
-def _solving_bytes(output: Checkpoint, n_sources: int) -> int:
-    """Return the bytes of the widest matrix's second moments while one of them is factored."""
-    widths = [tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape]
-    widest = min(max(widths, default=0), WIDEST)
-    return 4 * (2 * n_sources + GRAM_COPIES) * widest**2
+def solving_bytes(output: Checkpoint, n_sources: int, widest: int | None = WIDEST) -> int:
+    """Return the bytes of the widest matrix's second moments while one of them is factored.
+
+    `widest` is the number of inputs that one matrix of moments covers at most; None: all.
+    """
+    width = max((tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape), default=0)
+    covered = width if widest is None else min(width, widest)
+    return 4 * (2 * n_sources + GRAM_COPIES) * covered**2
 
 
 @dataclass(frozen=True)
