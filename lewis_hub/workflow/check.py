@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from lewis_hub import errors
+from lewis_hub.calibration.grams import WIDEST, part_width
 from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.lora import own_tensors
@@ -36,6 +37,7 @@ from lewis_hub.workflow.task_data import PinnedTask
 
 FREE_BYTES = 1 << 30  # of second moments of a model
 MOST_MOMENTS = 16  # times the bytes of its weights; published models have up to 5 times the bytes
+MAX_PARTS = 64  # equal ones of a matrix's inputs; published models have 8 at most
 UNUSUAL = (
     "Merge models with matrices of the usual proportions, or choose a method that needs no second "
     "moments of their inputs."
@@ -237,7 +239,7 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
 
 
 def moments_refusals(measurement: Measurement, sources: MergeSources) -> list[str]:
-    """Refuse models whose second moments are far larger than their weights."""
+    """Refuse models whose second moments are far larger than their weights, or in many parts."""
     problems = []
     for source in sources.distinct:
         n_bytes = grams_bytes(source.checkpoint, measurement.moments)
@@ -247,7 +249,18 @@ def moments_refusals(measurement: Measurement, sources: MergeSources) -> list[st
                 f"{source.name} has {size(weight_bytes)} of weights, and its second moments take "
                 f"{size(n_bytes)}. {UNUSUAL}"
             )
+        problems += [
+            f"{source.name} has a matrix with {width:,} inputs, whose second moments are in "
+            f"{n_parts:,} parts. {UNUSUAL}"
+            for width in sorted(_widths(source.checkpoint) if measurement.solves else ())
+            if (n_parts := width // part_width(width, WIDEST)) > MAX_PARTS
+        ]
     return problems
+
+
+def _widths(checkpoint: Checkpoint) -> set[int]:
+    shapes = [tensor.shape for tensor in checkpoint.tensors.values()]
+    return {shape[-1] for shape in shapes if len(shape) > 1 and shape[-1]}
 
 
 def squares_refusals(sources: MergeSources) -> list[str]:

@@ -155,6 +155,11 @@ class Measurement:
     calibrations: tuple[Calibration, ...]  # of each expert; empty if nothing is measured on texts
 
     @property
+    def solves(self) -> bool:
+        """Whether matrices are fitted by second moments."""
+        return self.moments is not None and self.moments.are_solved
+
+    @property
     def in_sequence(self) -> bool:
         """Whether matrices are fitted one after the other."""
         return self.moments is not None and self.moments.in_sequence
@@ -378,7 +383,7 @@ class Workload:
         largest = max((tensor.n_elements for tensor in defined), default=0)
         n_sources = len(self.sources.checkpoints)
         held_bytes = (4 * n_sources + 8 * DEFINED_COPIES) * largest
-        if moments and moments.are_solved:
+        if self.measurement.solves:
             held_bytes += solving_bytes(self.output, n_sources)
         if self.makes_squares:
             held_bytes += solving_bytes(self.output, n_sources, widest=None)

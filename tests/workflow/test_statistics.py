@@ -62,24 +62,26 @@ USUAL = (
     "moments of their inputs."
 )
 
+ON_ROWS = ", calibration: {dataset: rows.jsonl, text: '{text}', samples: 1}"
+
 
 @pytest.fixture
 def wide(tmp_path):
-    """The problems of a merge of two models of 1.4 MB, by a method."""
-    config = LlamaConfig(
-        vocab_size=390,
-        hidden_size=4,
-        intermediate_size=60_000,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    for name in ("base", "expert"):
-        shutil.copytree(zoo_folder() / "base", tmp_path / name)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    """The problems of a merge of two models of one wide matrix, by a method."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
 
-    def problems(method, calibration=""):
+    def problems(method, calibration="", n_units=60_000):
+        config = LlamaConfig(
+            vocab_size=390,
+            hidden_size=4,
+            intermediate_size=n_units,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+        for name in ("base", "expert"):
+            shutil.copytree(zoo_folder() / "base", tmp_path / name)
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
         text = f"base_model: base\nmerge_method: {method}\nmodels: [{{model: expert{calibration}}}]"
         return lewis_hub.check(parse_recipe(text, "recipe.yaml").placed_in(tmp_path)).problems
 
@@ -88,10 +90,18 @@ def wide(tmp_path):
 
 def test_a_model_whose_second_moments_are_far_larger_than_its_weights_is_refused(wide):
     """In a model of 2.4 MB a matrix with 100,000 inputs took 6.3 GB."""
-    problems = wide("regmean", ", calibration: {dataset: rows.jsonl, text: '{text}', samples: 1}")
+    problems = wide("regmean", ON_ROWS)
 
     assert problems == tuple(
         f"{name} has 1.4 MB of weights, and its second moments take 1.8 GB. {USUAL}"
+        for name in ("base", "expert")
+    )
+
+
+def test_a_model_whose_second_moments_have_very_many_parts_is_refused(wide):
+    """A prime number of inputs has no equal parts but single ones, which took minutes."""
+    assert wide("regmean", ON_ROWS, 20_011) == tuple(
+        f"{name} has a matrix with 20,011 inputs, whose second moments are in 20,011 parts. {USUAL}"
         for name in ("base", "expert")
     )
 
