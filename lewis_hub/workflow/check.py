@@ -36,7 +36,7 @@ from lewis_hub.workflow.resources import Measurement, Workload, grams_bytes, sol
 from lewis_hub.workflow.task_data import PinnedTask
 
 FREE_BYTES = 1 << 30  # of second moments of a model
-MOST_MOMENTS = 16  # times the bytes of its weights; published models have up to 5 times the bytes
+MOST_MOMENTS = 16  # times the bytes of its weights; published models have up to 7 times the bytes
 MAX_PARTS = 64  # equal ones of a matrix's inputs; published models have 8 at most
 UNUSUAL = (
     "Merge models with matrices of the usual proportions, or choose a method that needs no second "
@@ -263,10 +263,17 @@ def _widths(checkpoint: Checkpoint) -> set[int]:
     return {shape[-1] for shape in shapes if len(shape) > 1 and shape[-1]}
 
 
-def squares_refusals(sources: MergeSources) -> list[str]:
-    """Refuse models of which a method would make squares far larger than all their weights."""
-    models = [source.checkpoint for source in sources.distinct]
-    squares_bytes = max(solving_bytes(one, len(models), widest=None) for one in models)
+def solving_refusals(
+    measurement: Measurement, sources: MergeSources, *, makes_squares: bool
+) -> list[str]:
+    """Refuse models whose widest matrix takes far more memory to fit than all their weights."""
+    if not (measurement.solves or makes_squares):
+        return []
+    models, widest = [source.checkpoint for source in sources.distinct], WIDEST
+    if makes_squares:
+        widest = max(max(_widths(one), default=0) for one in models)
+    squares_bytes = max(solving_bytes(one, len(models), widest) for one in models)
+    squares_bytes *= 2 if measurement.in_sequence else 1
     weight_bytes = sum(_weight_bytes(one) for one in models)
     if squares_bytes <= 2 * FREE_BYTES + 2 * weight_bytes:
         return []

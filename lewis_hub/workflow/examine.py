@@ -286,8 +286,8 @@ def _refusals(
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
     problems = check.padding_refusals(measurement, sources)
     problems += check.moments_refusals(measurement, sources)
-    if registry.find(recipe.merge_method).makes_squares:
-        problems += check.squares_refusals(sources)
+    makes_squares = registry.find(recipe.merge_method).makes_squares
+    problems += check.solving_refusals(measurement, sources, makes_squares=makes_squares)
     own = [sources.donor] if recipe.effective_tokenizer is None else []
     with_texts = [*own] if measurement.calibrations else []
     evaluation, allow_code = recipe.evaluate, execution.allow_code

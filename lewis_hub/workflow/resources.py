@@ -386,7 +386,7 @@ class Workload:
         if self.measurement.solves:
             held_bytes += solving_bytes(self.output, n_sources)
         if self.makes_squares:
-            held_bytes += solving_bytes(self.output, n_sources, widest=None)
+            held_bytes += solving_bytes(self.output, n_sources, widest=1 << 62)
         return TORCH_BYTES + held_bytes + narrow_bytes
 
     def _scoring_bytes(self, n_pickled: int) -> int:
@@ -489,14 +489,11 @@ def _matrices(output: Checkpoint) -> list[TensorHeader]:
     ]
 
 
-def solving_bytes(output: Checkpoint, n_sources: int, widest: int | None = WIDEST) -> int:
-    """Return the bytes of the widest matrix's second moments while one of them is factored.
-
-    `widest` is the number of inputs that one matrix of moments covers at most; None: all.
-    """
-    width = max((tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape), default=0)
-    covered = width if widest is None else min(width, widest)
-    return 4 * (2 * n_sources + GRAM_COPIES) * covered**2
+def solving_bytes(output: Checkpoint, n_sources: int, widest: int = WIDEST) -> int:
+    """Return the bytes of the widest matrix's second moments while one of them is factored."""
+    shapes = [tensor.shape for tensor in output.tensors.values()]
+    width = max((shape[-1] for shape in shapes if len(shape) > 1), default=0)
+    return 4 * (2 * n_sources + GRAM_COPIES) * min(width, widest) ** 2
 
 
 @dataclass(frozen=True)
