@@ -28,6 +28,7 @@ CRON = options.Format(
     "five fields such as '17 4 * * 1', or @daily, @weekly, @monthly",
     options.matching(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}"),
 )
+MAX_SHOWN = 500  # letters of a cell of the table of schedules
 STATUS = {0: "merged", 3: "refused"}
 EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
 
@@ -210,7 +211,7 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
 
     header = ("id", "schedule", "flavor", "command")
     schedules = jobs.scheduled(hub_api(), namespace)
-    rows = (tuple(schedule[name] or "-" for name in header) for schedule in schedules)
+    rows = (tuple((one[name] or "-")[:MAX_SHOWN] for name in header) for one in schedules)
     terminal.finish({"schedules": schedules}, TextTable(header, tuple(rows)))
 
 

@@ -44,15 +44,20 @@ SERVER_ERROR = 500  # and above: of a gateway, too, which may have passed on the
 EXIT_CODE = re.compile(r"exit code:? (\d{1,3})\b")
 
 
+Short = Annotated[str, Field(max_length=1000)]
+Word = Annotated[str, Field(max_length=10_000)]
+
+
 @dataclass(frozen=True)
 class _Schedule:
-    id: str
-    schedule: str | None
-    command: Annotated[list[str], Field(fail_fast=True)]
-    flavor: str | None
+    id: Short
+    schedule: Short | None
+    command: Annotated[list[Word], Field(max_length=1000, fail_fast=True)]
+    flavor: Short | None
 
 
-SCHEDULES = TypeAdapter(Annotated[list[_Schedule], Field(fail_fast=True)])
+SCHEDULES = TypeAdapter(Annotated[list[_Schedule], Field(max_length=1000, fail_fast=True)])
+JOB_ID = TypeAdapter(Short)
 MESSAGE = TypeAdapter(str | None)
 
 
@@ -101,9 +106,11 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
     with hub_failures(hub_repo), _told_if_it_may_run(hub_repo):
         if cron is None:
             job = api.run_job(**options)
-            return SubmittedJob(job.id, hub_repo.name, without_credentials(job.url))
+            job_id = read_answer(hub_repo, JOB_ID, job.id)
+            return SubmittedJob(job_id, hub_repo.name, without_credentials(job.url))
         made = api.create_scheduled_job(schedule=cron, **options)
-    return SubmittedJob(made.id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
+    job_id = read_answer(hub_repo, JOB_ID, made.id)
+    return SubmittedJob(job_id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
 
 
 @contextmanager

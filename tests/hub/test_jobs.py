@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import jobs
+from lewis_hub.hub.failures import HubRepo, read_answer
 from lewis_hub.hub.jobs import JobRequest, SubmittedJob
 from lewis_hub.localhub.jobs import without_uv
 from lewis_hub.localhub.server import serve
@@ -349,3 +350,22 @@ def test_of_uv_the_command_alone_is_run():
 
     assert without_uv(command) == ["tool", "--with", "x"]
     assert without_uv([sys.executable, "run"]) == [sys.executable, "run"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"id": "y" * 1001},
+        {"command": ["lewis-hub", *["x"] * 1000]},
+        {"command": ["lewis-hub", "x" * 10_001]},
+    ],
+)
+def test_schedules_of_very_long_texts_are_an_answer_that_is_not_understood(schedule):
+    """A table of an id of 30 MB and 1,000 others was drawn for minutes."""
+    usual = {"id": "1", "schedule": "@weekly", "command": ["lewis-hub"], "flavor": None}
+    hub_repo = HubRepo.to_publish(HfApi(), ME)
+
+    assert read_answer(hub_repo, jobs.SCHEDULES, [usual])
+    for listed in ([{**usual, **schedule}], [usual] * 1001):
+        with pytest.raises(PublishError):
+            read_answer(hub_repo, jobs.SCHEDULES, listed)
