@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from lewis_hub import display
-from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.merge.symmetries import MLP, RESIDUAL, Units, units_of
 from lewis_hub.recipe.alignment import Align
 from lewis_hub.recipe.schema import ModelEntry
-from lewis_hub.workflow.open import MergeSources, OpenedSource
-from lewis_hub.workflow.resources import TORCH_BYTES, WIDTH
+from lewis_hub.workflow.open import MergeSources
+from lewis_hub.workflow.resources import TORCH_BYTES, WIDTH, weight_bytes
 
 # To match n units with n others takes up to n³ steps.
 STEPS_PER_BYTE = 50_000  # of the weights; published models take 24,000 at most
@@ -57,7 +56,7 @@ def alignment_needs(
         memory.append(TORCH_BYTES + _compared_bytes(entry.align, pair, n_kept))
         if expert.pinned in loaded:
             resized = entry.align.depth or entry.align.width
-            written += _weight_bytes(reference if resized else expert)
+            written += weight_bytes((reference if resized else expert).checkpoint.tensors.values())
     return AlignmentNeeds(max(activations) + written, max(memory))
 
 
@@ -69,7 +68,7 @@ def excessive_costs(entries: Sequence[ModelEntry], sources: MergeSources) -> lis
             continue
         both = (reference, expert)
         pair = [units_of(one.checkpoint, one.config) for one in both]
-        n_bytes = [_weight_bytes(one) for one in both]
+        n_bytes = [weight_bytes(one.checkpoint.tensors.values()) for one in both]
         compared = _compared_bytes(entry.align, pair, _n_kept(entry.align))
         if compared > FREE_BYTES + 2 * sum(n_bytes):
             problems.append(
@@ -131,8 +130,3 @@ def _compared_bytes(asked: Align, pair: Sequence[Units], n_kept: int) -> int:
 
 def _largest_bytes(units: Units) -> int:
     return WIDTH * max(map(prod, units.shapes.values()))
-
-
-def _weight_bytes(source: OpenedSource) -> int:
-    tensors = source.checkpoint.tensors.values()
-    return sum(tensor.n_elements * WIDTHS[tensor.kept_dtype] for tensor in tensors)

@@ -12,7 +12,6 @@ from huggingface_hub import HfApi
 from lewis_hub import errors
 from lewis_hub.calibration.grams import WIDEST, part_width
 from lewis_hub.calibration.texts import check_columns, check_padding
-from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import TextTable, size, to_html
@@ -32,7 +31,14 @@ from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.alignment_needs import AlignmentNeeds
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
-from lewis_hub.workflow.resources import Measurement, Workload, grams_bytes, solving_bytes
+from lewis_hub.workflow.resources import (
+    ANY_WIDTH,
+    Measurement,
+    Workload,
+    grams_bytes,
+    solving_bytes,
+    weight_bytes,
+)
 from lewis_hub.workflow.task_data import PinnedTask
 
 FREE_BYTES = 1 << 30  # of second moments of a model
@@ -243,10 +249,10 @@ def moments_refusals(measurement: Measurement, sources: MergeSources) -> list[st
     problems = []
     for source in sources.distinct:
         n_bytes = grams_bytes(source.checkpoint, measurement.moments)
-        weight_bytes = _weight_bytes(source.checkpoint)
-        if n_bytes > FREE_BYTES + MOST_MOMENTS * weight_bytes:
+        stored_bytes = weight_bytes(source.checkpoint.tensors.values())
+        if n_bytes > FREE_BYTES + MOST_MOMENTS * stored_bytes:
             problems.append(
-                f"{source.name} has {size(weight_bytes)} of weights, and its second moments take "
+                f"{source.name} has {size(stored_bytes)} of weights, and its second moments take "
                 f"{size(n_bytes)}. {UNUSUAL}"
             )
         problems += [
@@ -269,23 +275,17 @@ def solving_refusals(
     """Refuse models whose widest matrix takes far more memory to fit than all their weights."""
     if not (measurement.solves or makes_squares):
         return []
-    models, widest = [source.checkpoint for source in sources.distinct], WIDEST
-    if makes_squares:
-        widest = max(max(_widths(one), default=0) for one in models)
+    models = [source.checkpoint for source in sources.distinct]
+    widest = ANY_WIDTH if makes_squares else WIDEST
     squares_bytes = max(solving_bytes(one, len(models), widest) for one in models)
     squares_bytes *= 2 if measurement.in_sequence else 1
-    weight_bytes = sum(_weight_bytes(one) for one in models)
-    if squares_bytes <= 2 * FREE_BYTES + 2 * weight_bytes:
+    stored_bytes = sum(weight_bytes(one.tensors.values()) for one in models)
+    if squares_bytes <= 2 * FREE_BYTES + 2 * stored_bytes:
         return []
     return [
         f"The method takes {size(squares_bytes)} of memory for the inputs of one matrix, and the "
-        f"models have {size(weight_bytes)} of weights. {UNUSUAL}"
+        f"models have {size(stored_bytes)} of weights. {UNUSUAL}"
     ]
-
-
-def _weight_bytes(checkpoint: Checkpoint) -> int:
-    tensors = checkpoint.tensors.values()
-    return sum(tensor.n_elements * WIDTHS[tensor.kept_dtype] for tensor in tensors)
 
 
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:

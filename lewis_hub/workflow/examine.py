@@ -42,11 +42,7 @@ from lewis_hub.recipe.schema import Recipe, Settings
 from lewis_hub.workflow import check, heads, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
-from lewis_hub.workflow.alignment_needs import (
-    AlignmentNeeds,
-    alignment_needs,
-    excessive_costs,
-)
+from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs, excessive_costs
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes

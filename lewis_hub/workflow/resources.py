@@ -122,6 +122,7 @@ def _require_device(name: str) -> None:
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, for models of any size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
+ANY_WIDTH = 1 << 62  # of a matrix whose inputs have all their second moments in one
 GRAM_COPIES = 5  # matrices beside two of each expert, G and C, during a factorisation
 DEFINED_COPIES = 4  # float64 copies of a tensor, beside its sources, that a torch method makes
 WIDTH = 4  # bytes of a float32
@@ -341,13 +342,13 @@ class Workload:
     def output_bytes(self) -> int:
         """Estimate the size of the merged weights."""
         donor = self.sources.donor.pinned
-        return self._pickles.get(donor) or _weight_bytes(self.output.tensors.values(), self.dtype)
+        return self._pickles.get(donor) or weight_bytes(self.output.tensors.values(), self.dtype)
 
     def disk_bytes(self) -> int:
         """Estimate the size of all written files except hidden states; downloads do not count."""
         written = [s.checkpoint for s in self.sources.distinct if s.pinned in self.loaded]
         written_bytes = sum(
-            _weight_bytes(one.tensors.values(), None) for one in written if one.is_computed
+            weight_bytes(one.tensors.values()) for one in written if one.is_computed
         )
         merges_bytes = self.output_bytes() * (1 + self.n_twins)
         return merges_bytes + written_bytes + self.statistics_bytes() + sum(self._pickles.values())
@@ -368,7 +369,7 @@ class Workload:
         """Estimate the files of second moments, or of the matrices that are fitted with them."""
         if not self.measurement.in_sequence:
             return len(self.sources.experts) * grams_bytes(self.output, self.measurement.moments)
-        return _weight_bytes(_matrices(self.output), self.dtype) * (1 + self.uniform_twin)
+        return weight_bytes(_matrices(self.output), self.dtype) * (1 + self.uniform_twin)
 
     def _merging_bytes(self) -> int:
         """Estimate merging: torch methods hold the largest tensor, adapters all their matrices."""
@@ -386,7 +387,7 @@ class Workload:
         if self.measurement.solves:
             held_bytes += solving_bytes(self.output, n_sources)
         if self.makes_squares:
-            held_bytes += solving_bytes(self.output, n_sources, widest=1 << 62)
+            held_bytes += solving_bytes(self.output, n_sources, ANY_WIDTH)
         return TORCH_BYTES + held_bytes + narrow_bytes
 
     def _scoring_bytes(self, n_pickled: int) -> int:
@@ -474,7 +475,8 @@ def _n_elements(checkpoint: Checkpoint) -> int:
     return sum(tensor.n_elements for tensor in checkpoint.tensors.values())
 
 
-def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None) -> int:
+def weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None = None) -> int:
+    """Return the bytes of tensors in a dtype; None: each in its own."""
     code = DTYPES[dtype] if dtype else None
     return sum(tensor.n_elements * WIDTHS[code or tensor.kept_dtype] for tensor in tensors)
 
