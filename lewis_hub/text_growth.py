@@ -3,15 +3,22 @@
 The steps of `tokenizer.json` follow one another, so what each can do is multiplied. Of a step that
 occurs twice, such as one that writes each byte as a letter of two bytes, the second finds more. The
 last step adds special tokens, and a template of it may repeat them and the text.
+
+What the steps can do at most is far above what they do to usual texts: one letter of Unicode has 18
+in its normal form. So files are refused only for much, and texts are measured before they are
+tokenised.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.documents import read_json
@@ -22,10 +29,17 @@ MAX_WRITTEN = 100  # how much longer it may make what a model wrote
 MAX_TOKENS = 1000  # that it may make of one
 MAX_MULTIPLE = 1024  # tokens; the length of a text is padded to a multiple of it
 MAX_PADDED = 131_072  # tokens to which a tokenizer pads every text
+MAX_MADE = (
+    5_000_000  # bytes and tokens that it may make of texts at once: each takes up to 300 bytes
+)
+MAX_TIMES = 4  # and so many of each byte; NFD makes three of one, in Korean
+PIECE = 1000  # letters that are normalised at a time, to count them
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
 NO_LENGTH = 10**20  # transformers takes a length above it for none
+BEFORE = ("normalizer", "pre_tokenizer")
+TEMPLATES = ("single", "pair")
 STEPS = {
-    ("normalizer", "pre_tokenizer"): MAX_GROWTH,
+    BEFORE: MAX_GROWTH,
     ("post_processor",): MAX_TOKENS,
     ("decoder",): MAX_WRITTEN,
 }
@@ -36,6 +50,7 @@ BY_TYPE = {  # letters, or bytes of one, that a step can make of a letter, or to
     "BertNormalizer": 12,  # NFD, and a space on both sides
     **dict.fromkeys(("BertProcessing", "RobertaProcessing"), 3),
 }
+NORMAL = {"NFC", "NFD", "NFKC", "NFKD", "BertNormalizer", "ByteLevel"}
 CUT = ("suffix", "pad_token", "word_delimiter_token")  # what a decoder replaces
 # a regular expression of letters and classes, each once or more often: it matches no empty text
 LETTERS = re.compile(
@@ -96,28 +111,131 @@ def _number(value: object) -> float:
 
 def require_modest_steps(label: str, tokenizer: Any) -> None:
     """Refuse the same in a tokenizer of transformers, which may be made of other files."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    require_modest(label, _states(getattr(tokenizer, "backend_tokenizer", None)))
+
+
+def _states(backend: Any) -> dict[str, Any]:
     steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
-    states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
-    require_modest(label, states)
+    return {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
 
 
-def _growth(part: object) -> Iterator[int]:
-    """How much longer each step inside a part can make a text."""
+def limit_texts(label: str, tokenizer: Any) -> None:
+    """Let a tokenizer of transformers refuse texts of which its steps make far more.
+
+    It raises a TokenizerError then, before it tokenises them: code in Rust cannot be stopped. All
+    its methods that tokenise call `_encode_plus`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # of a server, or in Python
+        return
+    encode: Callable[..., Any] = tokenizer._encode_plus
+    made = _Made.of(backend)
+
+    @functools.wraps(encode)
+    def encode_within_limits(*args: Any, **options: Any) -> Any:
+        texts = [*_texts((*args[:2], options.get("text"), options.get("text_pair")))]
+        n_bytes = _n_bytes(texts)
+        n_made, limit = made.number(texts, n_bytes), MAX_MADE + MAX_TIMES * n_bytes
+        if n_made > limit:
+            problem = f"it may make {n_made:,} bytes and tokens of a text of {n_bytes:,} bytes"
+            remedy = "Use shorter texts, or a copy of the model with another tokenizer."
+            raise TokenizerError(label, f"{problem}, the limit is {limit:,}", remedy)
+        return encode(*args, **options)
+
+    tokenizer._encode_plus = encode_within_limits
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the steps of a tokenizer make of texts."""
+
+    normalizer: Any  # of the tokenizers library; None if there is none
+    most: int  # times that a text becomes longer, at most
+    written: (
+        int  # the same, but for normal forms of Unicode and letters of bytes, which are counted
+    )
+    added: int  # tokens for each text
+    repeats: int  # times that a template has a text
+
+    @classmethod
+    def of(cls, backend: Any) -> _Made:
+        states = _states(backend)
+        before, after = [states.get(part) for part in BEFORE], states.get("post_processor")
+        return cls(
+            normalizer=backend.normalizer,
+            most=math.prod(_growth(before)),
+            written=math.prod(_growth(before, is_counted=True)),
+            added=math.prod(_growth(after)),
+            repeats=_repeats(after),
+        )
+
+    def number(self, texts: list[str], n_bytes: int) -> int:
+        """The bytes and tokens of texts, at most."""
+        n_made = n_bytes * self.most
+        if n_made > MAX_MADE:  # else they need not be counted
+            normal = (
+                map(self.normalizer.normalize_str, _pieces(texts)) if self.normalizer else texts
+            )
+            n_made = min(n_made, _n_bytes(normal) * self.written)
+        return n_made * self.repeats + len(texts) * self.added
+
+
+def _texts(values: object) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    for value in values if isinstance(values, list | tuple) else ():
+        yield from _texts(value)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (text[start : start + PIECE] for start in range(0, len(text), PIECE))
+
+
+def _n_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode(errors="surrogatepass")) for text in texts)
+
+
+def _repeats(part: object) -> int:
+    """How often the templates of a step, and of those inside of it, have one text."""
+    if isinstance(part, list):
+        return math.prod(map(_repeats, part))
+    if not isinstance(part, dict):
+        return 1
+    templates = [pieces for key in TEMPLATES if isinstance(pieces := part.get(key), list)]
+    named = [Counter(map(_name_of_text, pieces)) for pieces in templates]
+    most = max((n for each in named for name, n in each.items() if name), default=1)
+    return most * _repeats([value for value in part.values() if isinstance(value, list | dict)])
+
+
+def _name_of_text(piece: object) -> str | None:
+    text = piece.get("Sequence") if isinstance(piece, dict) else None
+    return str(text.get("id")) if isinstance(text, dict) else None
+
+
+def _growth(part: object, *, is_counted: bool = False) -> Iterator[int]:
+    """How much longer each step inside a part can make a text.
+
+    With `is_counted`, normal forms of Unicode are left out, and letters that are made of bytes, as
+    the bytes of normal texts are known.
+    """
     if isinstance(part, list):
         for item in part:
-            yield from _growth(item)
+            yield from _growth(item, is_counted=is_counted)
     elif isinstance(part, dict):
-        yield BY_TYPE.get(str(part.get("type")), 1)
+        kind = str(part.get("type"))
+        yield 1 if is_counted and kind in NORMAL else BY_TYPE.get(kind, 1)
         added = part.get("content")
         if isinstance(added, str):
             yield max(1, len(added) + ("pattern" in part and _may_be_empty(part["pattern"])))
         yield len(before) if isinstance(before := part.get("prepend"), str) and before else 1
         yield 2 ** [part.get(key) for key in CUT].count("")
-        yield max(_tokens_of(part, "single"), _tokens_of(part, "pair"))
-        if isinstance(charsmap := part.get("precompiled_charsmap"), str):
+        yield max(_tokens_of(part, key) for key in TEMPLATES)
+        charsmap = part.get("precompiled_charsmap")
+        if isinstance(charsmap, str) and not is_counted:
             yield _longest_replacement(charsmap)
-        yield from _growth([value for value in part.values() if isinstance(value, list | dict)])
+        inside = [value for value in part.values() if isinstance(value, list | dict)]
+        yield from _growth(inside, is_counted=is_counted)
 
 
 def _tokens_of(part: Mapping[str, Any], key: str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.text_growth import require_modest_padding
+from lewis_hub.text_growth import limit_texts, require_modest_padding
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,50 @@ def test_a_tokenizer_pads_or_repeats_no_text_without_a_limit(settings, told):
 )
 def test_published_tokenizers_pad_texts(settings):
     require_modest_padding("org/model: tokenizer.json", settings)
+
+
+def tokenizer_of(**steps):
+    backend = Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="<s>"))
+    for name, step in steps.items():
+        setattr(backend, name, step)
+    loaded = PreTrainedTokenizerFast(tokenizer_object=backend)
+    limit_texts("org/model", loaded)
+    return loaded
+
+
+LONGER = normalizers.Replace(Regex("[a-z ]"), "b" * 1500)
+REPEATED = processors.TemplateProcessing(single=" ".join(["$A"] * 500), special_tokens=[])
+
+
+@pytest.mark.parametrize(
+    ("steps", "n_letters"),
+    [({"normalizer": LONGER}, 10_000), ({"post_processor": REPEATED}, 1_000_000)],
+    ids=["letters", "tokens"],
+)
+@pytest.mark.parametrize("call", ["encode", "__call__", "tokenize"])
+def test_a_text_that_a_tokenizer_makes_far_longer_is_refused(steps, n_letters, call):
+    """10 kB of a tokenizer made 13 GB of an honest text of 110,000 letters, and a signal."""
+    loaded = tokenizer_of(**steps)
+
+    with pytest.raises(TokenizerError, match=r"org/model: it may make [\d,]+ bytes and tokens"):
+        getattr(loaded, call)("a" * n_letters)
+
+
+def test_short_texts_are_tokenised_whatever_it_makes_of_them():
+    assert tokenizer_of(normalizer=LONGER)(["a"] * 2)["input_ids"] == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {"normalizer": normalizers.NFKD(), "pre_tokenizer": pre_tokenizers.ByteLevel()},
+        {"normalizer": normalizers.BertNormalizer()},
+        {"pre_tokenizer": pre_tokenizers.ByteLevel(), "post_processor": processors.ByteLevel()},
+        {"normalizer": normalizers.Sequence([normalizers.NFKD(), normalizers.NFKC()])},
+    ],
+)
+def test_long_texts_of_usual_letters_are_tokenised(steps):
+    """Each letter may become 18 or more, but these do not."""
+    text = "한국어 é word " * 150_000  # 3 MB
+
+    assert len(tokenizer_of(**steps)(text)["input_ids"]) > 0

@@ -15,7 +15,7 @@ from lewis_hub import limits
 from lewis_hub.errors import TokenizerError
 from lewis_hub.limits import TooMuchError
 from lewis_hub.system import limited_memory
-from lewis_hub.text_growth import require_modest_steps
+from lewis_hub.text_growth import limit_texts, require_modest_steps
 from lewis_hub.tokenizer import apply_all_merges
 
 MIN_TOKENS = 2  # beside special ones
@@ -33,7 +33,7 @@ REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with ano
 
 
 def limit_tokenizer(label: str, tokenizer: Any) -> None:
-    """Make a loaded tokenizer of transformers safe to use: its steps, merges and chat templates.
+    """Make a loaded tokenizer of transformers safe: its steps, texts, merges and chat templates.
 
     Raises:
         TokenizerError: it has no tokens, its steps may make a text very long, or its longest text
@@ -44,6 +44,7 @@ def limit_tokenizer(label: str, tokenizer: Any) -> None:
         problem = "`model_max_length` in its tokenizer_config.json is no number"
         raise TokenizerError(label, problem, "Repair it, or use an intact copy of the model.")
     require_modest_steps(label, tokenizer)
+    limit_texts(label, getattr(tokenizer, "tokenizer", tokenizer))
     apply_all_merges(tokenizer)
     limit_templates(tokenizer)
 

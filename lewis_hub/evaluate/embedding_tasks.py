@@ -41,6 +41,7 @@ NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
 MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
 LISTS = ("relevant_docs", "top_ranked")  # of a retrieval task: query -> documents
+RANKED = 1000  # documents that mteb finds for a query
 JUDGEMENT_BYTES = 200  # of a query and a document, while they are scored
 CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
 CHECK_DATA = "Check `dataset` and the columns of its data, your network, and `hf auth login`."
@@ -230,10 +231,12 @@ def _tables(task: Any) -> Iterator[Any]:
 
 
 def _n_judgements(task: Any) -> int:
-    """The pairs of a query and a document that a retrieval task lists, to judge or to rank."""
+    """The pairs of a query and a document that a retrieval task lists, or finds: RANKED a query."""
     splits = [data for split in task.eval_splits for _, data in _subsets(task, split)]
-    listed = [data.get(part) for data in splits if isinstance(data, Mapping) for part in LISTS]
-    return sum(len(documents) for one in listed if one for documents in one.values())
+    splits = [data for data in splits if isinstance(data, Mapping)]
+    listed = [data.get(part) for data in splits for part in LISTS]
+    found = sum(len(data["queries"]) * min(RANKED, len(data["corpus"])) for data in splits)
+    return found + sum(len(documents) for one in listed if one for documents in one.values())
 
 
 def require_few_labels(task: Any, held: HeldTexts) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.paired import MeanDifference, paired
@@ -21,6 +23,7 @@ from lewis_hub.evaluate.scores import (
     Scores,
     TaskResult,
     TaskScores,
+    Value,
     read_document,
     settings_words,
 )
@@ -55,8 +58,8 @@ class Check:
     tolerance: float
     on_refusal: OnRefusal
     higher_is_better: bool
-    value: float  # the merged model's metric
-    other: float | None = None  # the other model's
+    value: Value  # the merged model's metric
+    other: Value | None = None  # the other model's
     difference: float | None = None  # merged minus the other; None if they could not be compared
     ci95: tuple[float, float] | None = None
     why: str = ""  # the reason why they could not be compared
@@ -94,7 +97,8 @@ class GateVerdict:
 
     def to_json(self) -> str:
         """The text of `gate.json`."""
-        checks = [{**asdict(check), "missed": check.missed} for check in self.checks]
+        plain = TypeAdapter(Check).dump_python
+        checks = [{**plain(check), "missed": check.missed} for check in self.checks]
         document = {"version": VERSION, "passed": not self.missed, "checks": checks}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -151,7 +155,7 @@ def _against_previous(
         return _check(gate, previous.name, metric, why=why)
     other = theirs.metrics[gate.metric]
     test = paired(metric, other)
-    why = "" if test else "no item has a number from both models"
+    why = "" if test else "no item has numbers of both models that can be compared"
     return _check(gate, previous.name, metric, other.value, test, why)
 
 

@@ -236,7 +236,8 @@ def paired(mine: MetricResult, theirs: MetricResult) -> MeanDifference | None:
     """Test two results over the items for which both have a number.
 
     Returns:
-        None if there is no such item, or the metric is not a mean over items.
+        None if there is no such item, the metric is not a mean over items, or the numbers are too
+        large to be subtracted.
     """
     if mine.values is None or theirs.values is None:
         return None
@@ -245,4 +246,6 @@ def paired(mine: MetricResult, theirs: MetricResult) -> MeanDifference | None:
         for first, second in zip(mine.values, theirs.values, strict=True)
         if first is not None and second is not None
     ]
-    return compare_items([a for a, _ in pairs], [b for _, b in pairs], SEED) if pairs else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        test = compare_items([a for a, _ in pairs], [b for _, b in pairs], SEED) if pairs else None
+    return test if test and all(map(math.isfinite, (test.difference, *test.ci95))) else None

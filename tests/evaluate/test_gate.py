@@ -140,6 +140,33 @@ def test_what_was_published_before_counts_only_on_the_same_items(before, why):
     assert (check.missed, check.ci95, check.why) == (False, None, why)
 
 
+@pytest.mark.parametrize("mean", [1e308, float("nan")])
+def test_numbers_that_are_too_large_are_not_compared(mean):
+    """They were a traceback after the merge and its scores, as JSON has no infinity."""
+    task = result(BETTER).tasks["t"]
+    huge = MetricResult(mean, (1e308, -1e308) * 15, higher_is_better=True)
+    before = Previous("me/x@abc", ModelResult({"t": replace(task, metrics={"m,none": huge})}))
+
+    found = verdict(gate("previous"), before, merged=result(WORSE))
+
+    why = "no item has numbers of both models that can be compared"
+    assert [(check.missed, check.difference, check.why) for check in found.checks] == [
+        (False, None, why)
+    ]
+    assert GateVerdict.from_json(found.to_json()).checks[0].why == why
+
+
+def test_a_value_that_json_has_not_is_null():
+    overflown = MetricResult(float("nan"), tuple(MIXED), higher_is_better=True)
+    task = replace(result(MIXED).tasks["t"], metrics={"m,none": overflown})
+    before = Previous("me/x@abc", ModelResult({"t": task}))
+
+    found = verdict(gate("previous"), before, merged=result(WORSE))
+
+    assert '"other": null' in found.to_json()
+    assert found.stops
+
+
 def test_other_prompts_for_the_same_items_are_another_test():
     task = result(BETTER).tasks["t"]
     asked_otherwise = replace(task, prompts=tuple(f"now {p}" for p in task.prompts))

@@ -273,6 +273,23 @@ def test_the_documents_that_are_judged_for_a_query_count(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_the_documents_that_are_found_for_a_query_count(tmp_path, monkeypatch):
+    """1,000 for each of 20,000 queries, in 32 kB, took 4.2 GB."""
+    monkeypatch.setattr(text_limits, "MAX_BYTES", 10_000_000)
+    ids = [str(number) for number in range(300)]
+    tables = {
+        "corpus/test": {"_id": ids, "title": [""] * 300, "text": ["a"] * 300},
+        "queries/test": {"_id": ids, "text": ["a"] * 300},
+        "qrels/test": {"query-id": ids, "corpus-id": ids, "score": [1] * 300},
+    }
+    selected = own_embedding_task(tmp_path, "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_MANY.replace(
+        "0.1 GB", "0.0 GB"
+    )
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
 def test_a_value_that_python_has_not_is_one_message_as_the_data_are_loaded(tmp_path):
     """It was a traceback as the items were counted."""
     zone = pa.timestamp("us", tz="No/Where")
