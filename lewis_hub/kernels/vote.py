@@ -36,6 +36,7 @@ U32, U64, F32 = np.uint32, np.uint64, np.float32
 BASE, BALANCE, MIXED, TOTAL, VOTES = 0, 1, 2, 3, 4
 LOW, MIDDLE, HIGH = 0, 9, 20  # first bits of the digits of a magnitude when ranks are found
 FLOATS, FLAGS, PLACES, WORDS, KEYS, COUNTS, LARGEST = 0, 1, 2, 3, 4, 5, 6  # scratch arrays
+SHORT = 64  # entries of a row up to which insertion is faster than clearing counters
 
 
 @entry(
@@ -203,7 +204,7 @@ def sort(values: Floats, keys: Any, counts: Any) -> int:
 
     This is a radix sort of keys: a magnitude in the high half, its place in the low half. The high
     22 bits of the magnitude suffice for most task vectors of 16-bit floats. If they do not, the
-    keys are sorted by all 31.
+    keys are sorted by all 31. The keys of SHORT rows are sorted by insertion, as no two are equal.
 
     Returns:
         The row of `keys` that is sorted.
@@ -211,6 +212,9 @@ def sort(values: Floats, keys: Any, counts: Any) -> int:
     n = values.size
     for i in range(n):
         keys[0, i] = U64(U64(size_of(values[i])) << U64(32)) | U64(i)
+    if n <= SHORT:
+        insert_in_order(keys[0])
+        return 0
     pass_digits(keys[0], keys[1], counts, MIDDLE)
     pass_digits(keys[1], keys[0], counts, HIGH)
     in_order = True
@@ -222,6 +226,17 @@ def sort(values: Floats, keys: Any, counts: Any) -> int:
     pass_digits(keys[1], keys[0], counts, MIDDLE)
     pass_digits(keys[0], keys[1], counts, HIGH)
     return 1
+
+
+@loop
+def insert_in_order(keys: Any) -> None:
+    """Sort a few keys by insertion."""
+    for i in range(1, keys.size):
+        key, place = keys[i], i
+        while place > 0 and keys[place - 1] > key:
+            keys[place] = keys[place - 1]
+            place -= 1
+        keys[place] = key
 
 
 @loop
