@@ -10,8 +10,9 @@ import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote, urljoin
@@ -28,7 +29,8 @@ SPEED_AFTER_S = 30.0  # the speed is measured over so long
 LONGEST_SILENCE_S = 60.0  # before an answer, and between its pieces
 LONGEST_WORK_S = 300.0  # before the answer to a request for work, such as a commit
 MAX_LOOKUP_BYTES = 64 << 20  # of an answer that is not a file, decompressed
-MAX_OBJECTS = 600_000  # in it: 250,000 files have two each
+MAX_LIST_BYTES = 4 * MAX_LOOKUP_BYTES  # of all pages of a list: 250,000 files have 1 kB each
+MAX_OBJECTS = 600_000  # in an answer, and in all pages of a list: 250,000 files have two each
 MAX_LINE_BYTES = 16 << 20  # of a line of a log
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
@@ -56,8 +58,50 @@ def note_purpose(request: httpx2.Request) -> None:
         request.headers["Accept-Encoding"] = "identity"
 
 
-PAGES: dict[str, int] = {}  # address of the next page of a list -> its number
-PAGE = "lewis_hub.page"  # of a request: the key of its number
+@dataclass
+class Received:
+    """What several answers to lookups have together, decompressed."""
+
+    n_bytes: int = 0
+    n_objects: int = 0
+
+    def add(self, piece: bytes) -> None:
+        """Count a piece of an answer."""
+        self.n_bytes += len(piece)
+        self.n_objects += piece.count(b"{") + piece.count(b"[")
+
+    @property
+    def exceeded(self) -> str | None:
+        """The limit of a list that is exceeded, if one is."""
+        if self.n_bytes > MAX_LIST_BYTES:
+            return f"{MAX_LIST_BYTES >> 20} MiB"
+        return f"{MAX_OBJECTS:,} objects and lists" if self.n_objects > MAX_OBJECTS else None
+
+
+# In this context: who counts the lookups, beside the list that each of them belongs to
+COUNTED: ContextVar[Received | None] = ContextVar("COUNTED", default=None)
+
+
+@contextmanager
+def counted(received: Received) -> Iterator[None]:
+    """Count what the lookups inside the block receive: some lists name what is asked for next."""
+    before = COUNTED.set(received)
+    try:
+        yield
+    finally:
+        COUNTED.reset(before)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A page of a list: how many are before it, and what all of them have together."""
+
+    number: int = 0
+    received: Received = field(default_factory=Received)
+
+
+PAGES: dict[str, _Page] = {}  # by the address that the page before names
+PAGE = "lewis_hub.page"  # of a request: the key of its page
 
 
 def limit_pages(request: httpx2.Request) -> None:
@@ -67,20 +111,26 @@ def limit_pages(request: httpx2.Request) -> None:
         DecodingError: it has too many pages.
     """
     # a redirection of a page has its note, and no address of a page
-    number = max(PAGES.get(str(request.url), 0), request.extensions.get(PAGE, 0))
-    request.extensions[PAGE] = number
-    if number > MAX_PAGES:
+    page = request.extensions.get(PAGE) or PAGES.get(str(request.url)) or _Page()
+    request.extensions[PAGE] = page
+    if page.number > MAX_PAGES:
         raise httpx2.DecodingError(f"a list has more than {MAX_PAGES:,} pages")
 
 
 def note_next_page(answer: httpx2.Response) -> None:
-    """Note the number of the page that an answer names."""
+    """Note the page that an answer names."""
     following = answer.links.get("next", {}).get("url")
     if following:
         if len(PAGES) > 100 * MAX_PAGES:
             PAGES.clear()
         address = str(httpx2.URL(following))  # as it is asked for: huggingface_hub joins nothing
-        PAGES[address] = answer.request.extensions.get(PAGE, 0) + 1
+        page = _page(answer)
+        PAGES[address] = _Page(page.number + 1, page.received)
+
+
+def _page(answer: httpx2.Response) -> _Page:
+    page: _Page = answer.request.extensions.get(PAGE) or _Page()
+    return page
 
 
 def limit_silence(request: httpx2.Request) -> None:
@@ -227,7 +277,7 @@ def limit_body(answer: httpx2.Response) -> None:
         else:
             pieces = _decompressed(fast_enough(answer.stream), encoding)
             pieces = _limited(pieces, _too_large("an answer to a lookup"), MAX_LOOKUP_BYTES)
-            pieces = _of_few_values(pieces)
+            pieces = _of_short_list(_of_few_values(pieces), _page(answer).received)
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -299,6 +349,18 @@ def _of_few_values(pieces: Iterable[bytes]) -> Iterator[bytes]:
                 what, limit = "objects and lists", MAX_OBJECTS
             problem = f"an answer to a lookup has more than {limit:,} {what}"
             raise httpx2.DecodingError(problem)
+        yield piece
+
+
+def _of_short_list(pieces: Iterable[bytes], received: Received) -> Iterator[bytes]:
+    """The pieces of a page; an error if it and those before it have too much together."""
+    also = COUNTED.get()
+    for piece in pieces:
+        received.add(piece)
+        if also is not None:
+            also.add(piece)
+        if received.exceeded:
+            raise httpx2.DecodingError(f"a list has more than {received.exceeded}")
         yield piece
 
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lewis_hub.hub.answers import Received, counted
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, read_answer, retry
 from lewis_hub.hub.fetch import read_file
 from lewis_hub.hub.resolve import listed_files
@@ -202,20 +203,33 @@ def open_pull_requests(
     """The address of each of the newest open pull requests, and the state of the repo with it.
 
     Anybody can open one: of a pull request that was not compared file by file, ask its `author`.
-    One with files beside `paths` is left out before they are listed: there may be very many.
+    One with files beside `paths` is left out before they are listed: there may be very many. The
+    oldest are left out if the answers on the others have together more than a list may have.
     """
-    n_found = 0
+    n_found, received = 0, Received()
     for page in range(MAX_PULL_REQUESTS):
-        listed = _pull_requests(hub_repo, page, author)
+        with counted(received):
+            listed = _pull_requests(hub_repo, page, author)
         for one in listed.discussions[: MAX_PULL_REQUESTS - n_found]:
+            if received.exceeded:
+                return
             if author in (None, one.author.name):
-                info = _described(hub_repo, f"refs/pr/{one.num}")
-                if info and _has_only(info, paths):
-                    yield f"{hub_repo.url}/discussions/{one.num}", _target(hub_repo, info)
+                with counted(received):
+                    proposed = _proposed(hub_repo, one, paths)
+                if proposed:
+                    yield f"{hub_repo.url}/discussions/{one.num}", proposed
         n_found += len(listed.discussions)
         is_last = listed.start + len(listed.discussions) >= listed.count
         if is_last or not listed.discussions or n_found >= MAX_PULL_REQUESTS:
             return
+
+
+def _proposed(
+    hub_repo: HubRepo, pull_request: _PullRequest, paths: Collection[str] | None
+) -> Target | None:
+    """The state of the repo with a pull request; None if it has files beside `paths`."""
+    info = _described(hub_repo, f"refs/pr/{pull_request.num}")
+    return _target(hub_repo, info) if info and _has_only(info, paths) else None
 
 
 def _has_only(info: ModelInfo, paths: Collection[str] | None) -> bool:

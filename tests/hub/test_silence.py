@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import re
 import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
@@ -15,6 +18,7 @@ from running_server import running
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import answers
 from lewis_hub.hub.failures import HubRepo, call_hub, limit_waiting
+from lewis_hub.hub.resolve import MAX_FILES
 from lewis_hub.hub.target import account, open_pull_requests
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -192,3 +196,120 @@ def test_a_list_without_end_is_given_up(monkeypatch, no_pauses, moves, end):
         server.shutdown()
     assert str(error.value).startswith(f"a/b: cannot reach {url} (a list has more than 5 pages).\n")
     assert server.n_asked == 6 * (1 + moves)
+
+
+class Listing(BaseHTTPRequestHandler):
+    """Pages of a list, compressed: each names the next one, until there is none."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        here = f"http://{self.headers['Host']}"
+        if self.server.moves and self.path.startswith("/api/"):
+            self.answer(b"", 302, {"Location": f"{here}/elsewhere{self.path}"})
+            return
+        number = int((re.findall(r"page=(\d+)", self.path) or ["0"])[0])
+        following = f"{here}/api/models/a/b/tree/main?page={number + 1}"
+        is_last = number + 1 == self.server.n_pages
+        link = {} if is_last else {"Link": f'<{following}>; rel="next"'}
+        self.answer(self.server.body, 200, link)
+
+    def answer(self, body, status, headers):
+        """Answer with a body that is compressed."""
+        body = gzip.compress(body)
+        self.send_response(status)
+        told = {"Content-Encoding": "gzip", "Content-Length": str(len(body))} | headers
+        for name, value in told.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@contextmanager
+def listing(entries, n_pages, *, moves=False, pad=b"", handler=Listing):
+    """A server, and a client for it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.asked, server.n_pages, server.moves = [], n_pages, moves
+        server.body = json.dumps(entries).encode() + pad
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server, HfApi(endpoint="http://{}:{}".format(*server.server_address), token=False)
+        server.shutdown()
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize(
+    ("entries", "pad", "told"),
+    [
+        ([], b" " * (MIB - 2), "3 MiB"),
+        ([{"type": "directory", "path": "d", "oid": ""}] * 29, b"", "100 objects and lists"),
+    ],
+)
+def test_the_pages_of_a_list_have_a_limit_together(
+    monkeypatch, no_pauses, moves, entries, pad, told
+):
+    monkeypatch.setattr(answers, "MAX_LIST_BYTES", 3 * MIB)
+    monkeypatch.setattr(answers, "MAX_OBJECTS", 100)
+    with (
+        listing(entries, 20, pad=pad, moves=moves) as (server, api),
+        pytest.raises(PublishError) as error,
+    ):
+        call_hub(HubRepo.to_publish(api, "a/b"), lambda: [*api.list_repo_tree("a/b")])
+    problem = f"cannot reach {api.endpoint} (a list has more than {told})"
+    assert str(error.value).startswith(f"a/b: {problem}.\n")
+    assert len(server.asked) == 4 * (1 + moves)  # three pages are within each limit
+
+
+def test_a_repo_may_have_as_many_files_as_are_allowed(monkeypatch):
+    """A hundredth of them, and of the limits; twice, since another list counts anew."""
+    entry = {
+        "type": "file",
+        "oid": "0" * 40,
+        "size": 4_965_799_096,
+        "lfs": {"oid": "0" * 64, "size": 4_965_799_096, "pointerSize": 135},
+        "xetHash": "0" * 64,
+        "path": "data/train/" + "0" * 100 + ".safetensors",
+    }
+    assert len(json.dumps(entry)) > 400
+    n_files = MAX_FILES // 100
+    monkeypatch.setattr(answers, "MAX_LIST_BYTES", answers.MAX_LIST_BYTES // 100)
+    monkeypatch.setattr(answers, "MAX_OBJECTS", answers.MAX_OBJECTS // 100)
+    with listing([entry] * 100, n_files // 100) as (server, api):
+        for _ in range(2):
+            asked = HubRepo.to_publish(api, "a/b")
+            files = call_hub(asked, lambda: [*api.list_repo_tree("a/b", recursive=True)])
+            assert len(files) == n_files
+    assert len(server.asked) == 2 * n_files // 100
+
+
+class PullRequests(Listing):
+    """One open pull request on each of very many pages; all answers have the same size."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        number = len(self.server.asked)
+        page = {"discussions": [{"num": number}], "start": number, "count": 10**9}
+        description = {"id": "a/b", "sha": "0" * 40, "siblings": []}
+        found = page if "/discussions?" in self.path else description
+        body = json.dumps([] if "/tree/" in self.path else found).encode()
+        self.answer(body.ljust(10_001), 200, {})
+
+
+@pytest.mark.parametrize(
+    ("n_siblings", "n_answers", "n_found"), [(1, 2, 5), (0, 3, 3)], ids=["described", "listed"]
+)
+def test_pull_requests_are_compared_as_far_as_their_answers_have_the_size_of_a_list(
+    monkeypatch, n_siblings, n_answers, n_found
+):
+    monkeypatch.setattr(answers, "MAX_LIST_BYTES", 100_000)
+    monkeypatch.setattr("lewis_hub.hub.resolve.MAX_SIBLINGS", n_siblings)
+    with listing([], 1, handler=PullRequests) as (server, api):
+        found = [*open_pull_requests(HubRepo.to_publish(api, "a/b"))]
+    numbers = range(1, n_found * n_answers, n_answers)
+    pages = [f"{api.endpoint}/a/b/discussions/{number}" for number in numbers]
+    assert [url for url, _ in found] == pages
+    assert len(server.asked) == n_found * n_answers + 1  # and the page of the next one
