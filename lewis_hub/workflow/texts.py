@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import nsmallest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.task_data import PinnedTask, ScoredSources, commits_of, scored_sources
 
 Values = frozenset[str]  # texts without case and white space
+MAX_COMPARED = 256  # values of a text with those of each item; rows of benchmarks have about 20
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,18 @@ def _fixing(item: TaskItem) -> tuple[Values, ...]:
 
 def values(document: Any) -> Values:
     """Return all texts and numbers in a document, without case and white space."""
-    return frozenset(text for text in _texts(document) if text)
-
-
-def _texts(document: Any) -> Iterator[str]:
-    if isinstance(document, Mapping):
-        yield from _texts(list(document.values()))
-    elif isinstance(document, list | tuple):
-        for part in document:
-            yield from _texts(part)
-    elif document is not None:
-        yield " ".join(str(document).split()).casefold()
+    found, left = set[str](), [document]
+    while left:
+        part = left.pop()
+        if isinstance(part, (str, int, float)):  # most are, and the other checks are slow
+            found.add(" ".join(str(part).split()).casefold())
+        elif isinstance(part, Mapping):
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part
+        elif part is not None:
+            found.add(" ".join(str(part).split()).casefold())
+    return frozenset(found - {""})
 
 
 def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Counter[str]:
@@ -97,20 +101,32 @@ def overlaps(
     """Yield the index of each drawn text that matches a scored item, with that item.
 
     The text contains the item's question (`contained_items`), or the item's document, prompt and
-    answer contain all values that identify the text.
+    answer contain all values that identify the text. Of more than `MAX_COMPARED` of them, only
+    those that the fewest texts have are compared.
     """
     texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
     for place, item in contained_items([text for _, text in texts], scored):
         yield texts[place][0], item
-    by_longest: defaultdict[str, list[tuple[int, Values]]] = defaultdict(list)
-    for index, alternatives in enumerate(drawn):
-        for one in filter(None, alternatives.fixing):
-            by_longest[max(one, key=lambda text: (len(text), text))].append((index, one))
+    by_rarest: defaultdict[str, list[tuple[int, tuple[str, ...]]]] = defaultdict(list)
+    for index, rarest in _rarest_values(drawn):
+        by_rarest[rarest[0]].append((index, rarest))
     for item in scored:
         whole = item.prompt + item.answer, f"{item.prompt} {item.answer}"
         known = values((item.document, item.prompt, item.answer, whole))
-        for text in by_longest.keys() & known:
-            yield from ((index, item) for index, one in by_longest[text] if one <= known)
+        for text in by_rarest.keys() & known:
+            yield from ((i, item) for i, rarest in by_rarest[text] if known.issuperset(rarest))
+
+
+def _rarest_values(drawn: Sequence[DrawnText]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the index of a text with values that identify it: the rarest first, then the longest.
+
+    A value that many texts have would lead every item that has it, too, to all of them.
+    """
+    fixing = [(i, one) for i, text in enumerate(drawn) for one in filter(None, text.fixing)]
+    n_texts = Counter(chain.from_iterable(one for _, one in fixing))
+    for index, one in fixing:
+        rarest = nsmallest(MAX_COMPARED, one, key=lambda text: (n_texts[text], -len(text), text))
+        yield index, tuple(rarest)
 
 
 @dataclass(frozen=True)
