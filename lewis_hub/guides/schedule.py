@@ -130,11 +130,15 @@ def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     """The modules that every guide gives a density; `tensors` are name -> shape of a checkpoint.
 
     A tensor counts if its name has the number of a block of the text decoder or encoder, and it is
-    a `.weight` or a bare tensor of two dimensions or more. Tensors that are, by their names, a
-    bias, a norm, an embedding, a convolution or a part of a recurrence do not count. Matrices that
-    attend to an encoder count if there is one.
+    a `.weight` or a bare tensor of two dimensions or more that has values. Tensors that are, by
+    their names, a bias, a norm, an embedding, a convolution or a part of a recurrence do not count.
+    Matrices that attend to an encoder count if there is one.
     """
-    found = [name for name, shape in tensors.items() if len(shape) >= 2 and _is_matrix(name)]
+    found = [
+        name
+        for name, shape in tensors.items()
+        if len(shape) >= 2 and all(shape) and _is_matrix(name)
+    ]
     has_encoder = any(ENCODER.search(names.stack(name) or "") for name in found)
     return tuple(
         names.module(name)
@@ -260,7 +264,7 @@ def schedule(
         for module in block_matrices(tensors)
     }
     if not sizes:
-        problem = "by their names, none of the base's tensors is a matrix of a block"
+        problem = "by names and shapes, none of the base's tensors is a matrix of a block"
         remedy = "Leave `guide` out, and give `density` in `parameters`."
         raise GuideError(f"guide `{guide.name}`", problem, remedy)
     schedules, told = [], []

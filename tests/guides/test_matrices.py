@@ -43,6 +43,7 @@ OUTSIDE = {
     "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.mlp.fc1.weight": (96, 64),
     "model.multi_modal_projector.layers.0.linear.weight": (64, 64),
     "model.altup_projections.0.weight": (64, 64),  # a list of matrices has no blocks
+    "model.layers.0.mlp.experts.4.up_proj.weight": (0, 64),  # without values
 }
 
 

@@ -259,12 +259,16 @@ def test_what_was_measured_under_the_models_names_is_decided_under_the_files():
     assert not any("measures nothing" in note for note in guided.notes)
 
 
-def test_a_checkpoint_without_a_matrix_in_a_block_is_refused():
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("visual.blocks.0.qkv.weight", (4, 4)), ("model.layers.0.mlp.down_proj.weight", (4, 0))],
+)
+def test_a_checkpoint_without_a_matrix_in_a_block_is_refused(name, shape):
     with pytest.raises(GuideError) as caught:
-        schedule(find("uniform"), SETTINGS, ["one"], {"visual.blocks.0.qkv.weight": (4, 4)})
+        schedule(find("uniform"), SETTINGS, ["one"], {name: shape})
 
     assert str(caught.value) == (
-        "guide `uniform`: by their names, none of the base's tensors is a matrix of a block.\n"
+        "guide `uniform`: by names and shapes, none of the base's tensors is a matrix of a block.\n"
         "Leave `guide` out, and give `density` in `parameters`."
     )
 

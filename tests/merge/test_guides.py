@@ -1,13 +1,14 @@
 """Every guide with every method that takes densities, from a recipe to merged weights."""
 
 import json
+import shutil
 import sys
 from math import prod
 
 import pytest
 import torch
 from architectures import CAUSAL, Case, build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -147,6 +148,25 @@ def test_a_guided_merge_leaves_what_its_guide_measured_and_is_not_made_twice(
     assert "density.json" in there
     assert ("importance.json" in there) == (guide != "uniform")
     assert pipeline.merge_models(recipe, tmp_path / "out").status == "unchanged"
+
+
+@pytest.mark.parametrize("guide", ["uniform", "magnitude, mean_density: 0.5, apply_to: both"])
+def test_a_matrix_without_values_takes_no_part_in_a_schedule(guide, asked, folder, tmp_path):
+    recipe = asked(guide)
+    tensors, plain = merged(recipe.placed_in(folder), tmp_path / "plain")
+    empty = {"model.layers.0.mlp.more.weight": torch.zeros(0, 5)}
+    for name in ("base", "one", "two"):
+        shutil.copytree(folder / name, tmp_path / name)
+        save_file(load_file(folder / name / FILE) | empty, tmp_path / name / FILE, {"format": "pt"})
+    recipe = recipe.placed_in(tmp_path)
+
+    assert pipeline.check(recipe).problems == ()
+    with_empty, schedule = merged(recipe, tmp_path / "out")
+
+    assert with_empty.keys() == tensors.keys() | empty.keys()
+    assert all(torch.equal(with_empty[n], t) for n, t in (tensors | empty).items())
+    for found, expected in zip(schedule.experts, plain.experts, strict=True):
+        assert (found.tensors, found.weights) == (expected.tensors, expected.weights)
 
 
 @pytest.mark.parametrize("guide", ["random", "magnitude", "activation_shift", "owl"])
