@@ -51,7 +51,12 @@ T = TypeVar("T")
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
 N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
+TOKEN = re.compile(
+    r"hf_[\w-]{4,}(?:\.[\w-]{12,})*"  # parts of a JWT, and no suffix of a file
+    r"|(?<![A-Za-z0-9])eyJ[\w-]{8,}(?:\.[\w-]+)*"  # a JWT, as of a workflow's identity
+    r"|(?iu:bearer\s+\S+)",
+    re.ASCII,
+)
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"
 CUT = "Consistency check failed"  # huggingface_hub's error if a file has not its size
@@ -118,16 +123,19 @@ class HubRepo:
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, each part on a line, without tokens and without credentials in addresses."""
         written = f"{self.name}@{self.revision}" if self.revision else self.name
-        return self.error_type(written, self._redacted(problem), self._redacted(remedy))
+        return self.error_type(written, self.redacted(problem), self.redacted(remedy))
 
     def another_file(self, path: str) -> SourceError | PublishError:
         """The error of a file that is not the one that the Hub listed."""
         problem = f"`{path}` is another file than {self.api.endpoint} lists"
         return self.failed(problem, "Run the same command again; it resolves the files again.")
 
-    def _redacted(self, text: str) -> str:
-        for spelled in (self.token, repr(self.token)[1:-1]) if self.token else ():
-            text = text.replace(spelled, "<token>")
+    def redacted(self, text: str) -> str:
+        """The text on one line, without tokens and without credentials in addresses."""
+        identity = os.environ.get("HF_OIDC_ID_TOKEN", "").strip()
+        for secret in filter(None, (self.token, identity)):
+            for spelled in (secret, repr(secret)[1:-1]):
+                text = text.replace(spelled, "<token>")
         return " ".join(TOKEN.sub("<token>", without_credentials(text)).split())
 
 
@@ -343,7 +351,7 @@ def no_token(hub_repo: HubRepo) -> SourceError | PublishError:
 def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> tuple[str, str]:
     """Problem and remedy of an answer that is an error."""
     status, host, noun = error.response.status_code, hub_repo.api.endpoint, hub_repo.repo_type
-    said = " ".join((error.server_message or "").split()).rstrip(".")[:300]
+    said = hub_repo.redacted(error.server_message or "").rstrip(".")[:300]  # no part of a token
     because = f": {said}" if said else ""
     if error.response.url.path == SIGN_IN and not _is_passing(status):
         remedy = f"Name this workflow in {hub_repo.url}/settings as a trusted publisher."

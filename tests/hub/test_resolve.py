@@ -382,6 +382,26 @@ def test_what_looks_like_a_token_never_reaches_a_message(hub):
     assert str(error) == "tests/model: sent <token> as <token>.\nnot <token>"
 
 
+JWT = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJtZS9tb2RlbCJ9.c2lnbmVk-by_the-Hub"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no hf_jwt_0123456789abcdef here", "no <token> here"),
+        (f"token=hf_jwt_{JWT}, or", "token=<token>, or"),
+        (f"hf_oauth_{JWT}.", "<token>."),
+        ("hf_abcd-efgh_ijkl.", "<token>."),
+        (f"({JWT})", "(<token>)"),
+        (JWT[:40], "<token>"),
+        ("hf_jwt", "hf_jwt"),  # of no token
+        ("keyJournalOfModels", "keyJournalOfModels"),
+    ],
+)
+def test_tokens_of_any_kind_are_hidden_as_a_whole(hub, text, shown):
+    assert HubRepo(hub.api(), "tests/model").redacted(text) == shown
+
+
 def test_a_repo_with_pickled_weights_only_is_refused(api, push):
     sha = push("tests/model", {"pytorch_model.bin": b"x"})
 
