@@ -86,8 +86,11 @@ class Messages:
         _require_chat(tokenizer, self._where, "Use `text` over plain columns")
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The contents of the messages of a row."""
-        return tuple(message["content"] for message in self._prompt(row[self._column] or ()))
+        """The contents of the messages of a row; none of a row that `render` refuses."""
+        messages = row[self._column]
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            return ()
+        return tuple(message["content"] for message in self._prompt(messages))
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Render one row's conversation; a null or an empty list is an empty text."""
@@ -306,10 +309,30 @@ def calibration_tokens(
     CalibrationError says that the template does not fit the columns, a row or the tokenizer, or
     that no text has a token.
     """
+    drawn = draw_rows(len(rows), calibration.samples, seed)
+    tokens = tokens_of(rows, drawn, calibration, tokenizer)
+    if not tokens.ids:
+        where = f"calibration on {calibration.data}, split {calibration.split}"
+        found = f"all {len(drawn)} texts are empty" if drawn else "there are no rows"
+        remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
+        raise EmptyCalibrationError(where, found, remedy)
+    return tokens
+
+
+def tokens_of(
+    rows: TextRows,
+    indices: Sequence[int],
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+) -> CalibrationTokens:
+    """The tokens of the rows at `indices`, as `calibration_tokens` makes them; there may be none.
+
+    The rows are in the order of the data.
+    """
     template = template_of(calibration, tokenizer)
     if not calibration.task:
         check_columns(calibration, rows.columns)
-    drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
+    drawn = sorted(indices)
     texts = _rendered(rows, drawn, template, f"calibration on {calibration.data}")
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     numbers, cut, n_cut = list[int](), list[list[int]](), list[int]()
@@ -321,11 +344,6 @@ def calibration_tokens(
             numbers.append(i)
             cut.append(part)
             n_cut.append(n_left_out)
-    if not cut:
-        where = f"calibration on {calibration.data}, split {calibration.split}"
-        found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
-        remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
-        raise EmptyCalibrationError(where, found, remedy)
     return CalibrationTokens(
         ids=tuple(map(tuple, cut)),
         rows=tuple(numbers),

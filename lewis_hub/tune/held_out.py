@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.calibration.texts import CalibrationTokens, draw_key
+from lewis_hub.calibration.subject import CalibrationSet
+from lewis_hub.calibration.texts import CalibrationTokens, draw_rows, tokens_of
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.backends import POSITIONS
@@ -19,12 +21,20 @@ from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.texts import (
     Drawn,
     ScoredTasks,
+    TextData,
     TextSettings,
+    Values,
     draw,
+    drawn_texts,
+    fixing_values,
+    load_data,
     overlap_errors,
 )
 
 N_TEXTS = 64  # for each expert
+LOOKED_AT = 16_384  # rows of a calibration, most of which may be equal to those that are fitted on
+LOOKED_AT_PER_TEXT = 64  # rows, where many texts are asked for
+READ_AT_ONCE = 64  # rows, each of which may be a book
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def _further(
     n_texts: int,
     api: HfApi,
 ) -> Drawn:
-    """Return `n_texts` texts that no merge is fitted on, or all that there are."""
+    """Return `n_texts` texts that no merge is fitted on, or all of the rows that are looked at."""
     rows = {
         row
         for other, drawn in fitted.items()
@@ -161,37 +171,29 @@ def _further(
         for row in drawn.tokens.tokens.rows
     }
     known = {values for drawn in fitted.values() for text in drawn.texts for values in text.fixing}
-    n_more = n_texts
-    while True:
-        wider = calibration.model_copy(update={"samples": calibration.samples + n_more})
-        data = {wider: settings.data[calibration]}
-        drawn = draw(replace(settings, data=data), wider, api, Silent())
-        tokens = drawn.tokens.tokens
-        places = [
-            place
-            for place, (row, text, ids) in enumerate(
-                zip(tokens.rows, drawn.texts, tokens.ids, strict=True)
-            )
-            if row not in rows and known.isdisjoint(filter(None, text.fixing)) and len(ids) > 1
-        ]
-        n_drawn = len(tokens.ids) + tokens.n_empty
-        if len(places) >= n_texts or n_drawn < tokens.n_asked:
-            places.sort(key=lambda place: draw_key(settings.seed, tokens.rows[place]))
-            return _chosen(drawn, sorted(places[:n_texts]))
-        n_more *= 2  # many rows may be equal
+    data = load_data(settings, calibration, api)
+    n_looked_at = max(LOOKED_AT, LOOKED_AT_PER_TEXT * n_texts)
+    order = [i for i in draw_rows(len(data.rows), n_looked_at, settings.seed) if i not in rows]
+    others, found = _others(data, order, known), list[int]()
+    # a text that is passed over is not tokenised: of 400,000 equal ones that took minutes
+    while some := list(islice(others, n_texts - len(found))):
+        tokens = tokens_of(data.rows, some, calibration, data.tokenizer)
+        found += [i for i, ids in zip(tokens.rows, tokens.ids, strict=True) if len(ids) > 1]
+    tokens = tokens_of(data.rows, found, calibration, data.tokenizer)
+    texts = drawn_texts(data.rows, data.template, tokens)
+    return Drawn(CalibrationSet({**data.facts, **tokens.facts}, tokens), texts)
+
+
+def _others(data: TextData, order: Sequence[int], known: Set[Values]) -> Iterator[int]:
+    """Yield the rows that no known values identify, in this order."""
+    for start in range(0, len(order), READ_AT_ONCE):
+        some = order[start : start + READ_AT_ONCE]
+        of_rows = fixing_values(data.rows, data.template, some)
+        for row, fixing in zip(some, of_rows, strict=True):
+            if known.isdisjoint(filter(None, fixing)):
+                yield row
 
 
 def _has_same_rows(settings: TextSettings, one: Calibration, other: Calibration) -> bool:
     is_same = settings.data[one] == settings.data[other]
     return is_same and (one.config, one.split) == (other.config, other.split)
-
-
-def _chosen(drawn: Drawn, places: Sequence[int]) -> Drawn:
-    tokens = drawn.tokens.tokens
-    chosen = replace(
-        tokens,
-        ids=tuple(tokens.ids[place] for place in places),
-        rows=tuple(tokens.rows[place] for place in places),
-    )
-    texts = [drawn.texts[place] for place in places]
-    return Drawn(replace(drawn.tokens, tokens=chosen), texts)

@@ -10,7 +10,7 @@ from functools import cached_property
 from heapq import nsmallest
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
@@ -34,6 +34,9 @@ from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.task_data import PinnedTask, ScoredSources, commits_of, scored_sources
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Values = frozenset[str]  # texts without case and white space
 MAX_COMPARED = 256  # values of a text with those of each item; rows of benchmarks have about 20
 
@@ -47,21 +50,31 @@ class DrawnText:
 
 
 def drawn_texts(rows: TextRows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
-    """Return drawn rows for the comparison.
-
-    The columns of its text identify a row of a dataset. Its document, or its prompt with its
-    answer, identifies an item of a task.
-    """
+    """Return drawn rows for the comparison."""
     table = rows.rows(tokens.rows)
     if isinstance(rows, TaskRows):
-        items = zip(table, rows.items(tokens.rows), strict=True)
-        return [DrawnText(template.parts(row), _fixing(item)) for row, item in items]
+        fixing = fixing_values(rows, template, tokens.rows)
+        both = zip(table, fixing, strict=True)
+        return [DrawnText(template.parts(row), known) for row, known in both]
     drawn = []
     for index, row in zip(tokens.rows, table, strict=True):
         parts = template.parts(row)
         joined = "\n".join(str(part) for part in parts if part is not None)
         drawn.append(DrawnText((template.render(index, row), joined), (values(parts),)))
     return drawn
+
+
+def fixing_values(
+    rows: TextRows, template: Template, indices: Sequence[int]
+) -> list[tuple[Values, ...]]:
+    """Return the sets of values of which each identifies a row.
+
+    The columns of its text identify a row of a dataset. Its document, or its prompt with its
+    answer, identifies an item of a task.
+    """
+    if isinstance(rows, TaskRows):
+        return [_fixing(item) for item in rows.items(indices)]
+    return [(values(template.parts(row)),) for row in rows.rows(indices)]
 
 
 def drawn_items(items: Iterable[TaskItem]) -> list[DrawnText]:
@@ -206,6 +219,16 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
+class TextData:
+    """The rows that texts of a calibration are drawn from, and what makes texts of them."""
+
+    rows: TextRows
+    facts: Mapping[str, Any]  # that name the data, for the profile
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Drawn:
     """Tokens to measure on, and the texts that are compared with scored items."""
 
@@ -215,35 +238,46 @@ class Drawn:
 
 def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress: Progress) -> Drawn:
     """Draw, render and tokenise the texts of one calibration."""
-    from lewis_hub.calibration.model import load_tokenizer  # torch: only here
-
     donor = settings.tokenizer
-    tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
     if calibration.source:
-        begun = calibration_texts.beginnings(calibration, tokenizer)
+        begun = calibration_texts.beginnings(calibration, _load_tokenizer(donor, api))
         named, digest = {"dataset": calibration.data}, _tokenizer_digest(donor)
         facts = calibration_facts(calibration, named, settings.seed, digest)
         return Drawn(CalibrationSet(facts | begun.facts, begun), [])
-    data = settings.data[calibration]
-    template = calibration_texts.template_of(calibration, tokenizer)
-    rows: TextRows
-    if isinstance(data, Source):
-        source_facts = {"dataset": data.pinned, "dataset_sha": data.commit_sha}
-        rows = load_rows(api, data, calibration.config, calibration.split)
-    else:
-        source_facts, may_overlap = data.facts, calibration.allow_overlap
-        selection = replace(data.selection, allow_code=settings.allow_code)
-        rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
-        for source in data.datasets:
-            require_unchanged(source)
-        rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
-        rows = replace(rows, answered=calibration.answers is None)
-    tokens = calibration_texts.calibration_tokens(rows, calibration, tokenizer, settings.seed)
+    data = load_data(settings, calibration, api)
+    tokens = calibration_texts.calibration_tokens(
+        data.rows, calibration, data.tokenizer, settings.seed
+    )
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
-    facts = calibration_facts(calibration, source_facts, settings.seed, _tokenizer_digest(donor))
-    texts = drawn_texts(rows, template, tokens)
+    facts = calibration_facts(calibration, data.facts, settings.seed, _tokenizer_digest(donor))
+    texts = drawn_texts(data.rows, data.template, tokens)
     return Drawn(CalibrationSet(facts | tokens.facts, tokens), texts)
+
+
+def load_data(settings: TextSettings, calibration: Calibration, api: HfApi) -> TextData:
+    """Load the rows of a calibration that does not write its texts from nothing."""
+    tokenizer = _load_tokenizer(settings.tokenizer, api)
+    template = calibration_texts.template_of(calibration, tokenizer)
+    data = settings.data[calibration]
+    if isinstance(data, Source):
+        facts = {"dataset": data.pinned, "dataset_sha": data.commit_sha}
+        table = load_rows(api, data, calibration.config, calibration.split)
+        return TextData(table, facts, template, tokenizer)
+    may_overlap = calibration.allow_overlap
+    selection = replace(data.selection, allow_code=settings.allow_code)
+    rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
+    for source in data.datasets:
+        require_unchanged(source)
+    rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
+    rows = replace(rows, answered=calibration.answers is None)
+    return TextData(rows, data.facts, template, tokenizer)
+
+
+def _load_tokenizer(source: Source, api: HfApi) -> PreTrainedTokenizerBase:
+    from lewis_hub.calibration.model import load_tokenizer  # torch: only here
+
+    return load_tokenizer(str(small_files(api, source)), source.name)
 
 
 def _tokenizer_digest(source: Source) -> str:

@@ -13,6 +13,7 @@ from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.tune.held_out import (
+    LOOKED_AT,
     HeldOut,
     hold_out,
     length_problems,
@@ -114,3 +115,23 @@ def test_the_first_other_rows_are_held_out_however_many_are_equal(tmp_path):
     in_order = draw_rows(len(rows), len(rows), 42)
     others = [row for row in in_order if row >= 20_000 and row not in in_order[:2]]
     assert found.held_out[asked].rows == tuple(sorted(others[:8]))
+
+
+def test_of_very_many_equal_rows_not_all_are_looked_at(tmp_path):
+    n_rows = LOOKED_AT + 40
+    rows = [{"text": "equal"}] * n_rows
+    for row in draw_rows(n_rows, n_rows, 42)[-8:]:
+        rows[row] = {"text": f"row {row}"}
+    path, api = tmp_path / "rows.jsonl", HfApi()
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    asked = Calibration(dataset=str(path), text="{text}", samples=2)
+    donor = resolve_one(str(zoo_folder() / "base"), api)
+    data = {asked: resolve_dataset(api, str(path))}
+
+    found = hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
+
+    assert found.problems == (
+        f"calibration on {path}, split train: 8 texts are needed to measure drift, but 0 are left "
+        "besides the 2 that a merge is fitted on. Give fewer --samples, or fewer `samples` in the "
+        "calibration.",
+    )
