@@ -19,7 +19,7 @@ from lewis_hub.checkpoint.header import NO_FILE, WIDTHS, Adapted, Fitted, LowRan
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.kernels.calls import FORMATS, Floats, add_low_rank, narrow, widen
 from lewis_hub.merge.alignment import MEAN, Assembled
-from lewis_hub.merge.permutation import PermutingReader, as_order
+from lewis_hub.merge.permutation import Order, PermutingReader, as_order
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_floats
 
@@ -124,11 +124,10 @@ class AdapterReader:
         places = columns[taken]
         counts = np.bincount(places, minlength=n_columns)
         shares = np.maximum(counts, 1) if len(saved.shape) == 1 else np.ones(n_columns, np.int64)
-        done = 0
-        while done < n:
-            row, start = divmod(first + done, n_columns)
+        done, wanted = 0, range(first // n_columns, -(-(first + n) // n_columns))
+        for stored in rows_by_place(rows, wanted):
+            start = (first + done) % n_columns
             piece = values[done : done + n_columns - start]
-            stored = [row] if rows is None else np.flatnonzero(rows == row).tolist()
             total = np.zeros(n_columns)
             for one in stored:
                 found = self._saved(saved, one * len(columns), len(columns))
@@ -163,6 +162,16 @@ class AdapterReader:
             lines = _lines_of(update, factors, first, len(values))
             np.add.at(squares, lines, np.square(values, dtype=np.float64))  # in their order
         return np.sqrt(squares).astype(np.float32)
+
+
+def rows_by_place(rows: Order | None, places: range) -> list[list[int]]:
+    """The stored rows that go to each of these places, ascending; `rows` are the places of all."""
+    if rows is None:
+        return [[place] for place in places]
+    [found] = np.nonzero((rows >= places.start) & (rows < places.stop))
+    found = found[rows[found].argsort(kind="stable")]
+    ends = np.searchsorted(rows[found], np.arange(places.start, places.stop + 1)).tolist()
+    return [found[begin:end].tolist() for begin, end in pairwise(ends)]
 
 
 def _lines_of(update: LowRank, factors: Factors, first: int, n: int) -> npt.NDArray[np.int64]:

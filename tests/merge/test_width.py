@@ -16,7 +16,7 @@ from lewis_hub.merge.depth import in_places
 from lewis_hub.merge.matching import ComparedModel, best_order, match, match_heads, nearest_units
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.quantised import read_floats
-from lewis_hub.merge.readers import open_source
+from lewis_hub.merge.readers import open_source, rows_by_place
 from lewis_hub.merge.symmetries import units_of
 from lewis_hub.merge.width import in_widths, norm_scales, places_of, require_same_names
 from tests.merge.test_permutation import saved
@@ -153,6 +153,16 @@ def test_an_identity_block_adds_nothing_to_the_units_of_a_model_of_another_width
                 assert (found - expected).abs().max() < 1e-6, name
                 piece = read_floats(reader, header, 1, header.n_elements - 3)
                 assert np.array_equal(piece, found.flatten()[1:-2].numpy()), name
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 40, 400])
+def test_rows_of_many_places_are_found_at_once(n_rows):
+    rows = np.random.default_rng(n_rows).integers(-1, 60, n_rows)
+
+    for places in (range(60), range(7, 30), range(59, 64), range(5, 5)):
+        expected = [np.flatnonzero(rows == place).tolist() for place in places]
+        assert rows_by_place(rows, places) == expected
+    assert rows_by_place(None, range(3, 6)) == [[3], [4], [5]]
 
 
 def test_a_sum_beyond_float32_is_infinite_without_a_warning(tmp_path):
