@@ -99,12 +99,20 @@ def require_few_keys(document: Any, max_keys: int) -> None:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """All values of nested mappings and lists that are neither."""
-    if isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from leaves(item)
-    else:
-        yield value
+    """All values of nested mappings, lists and tuples that are none of these, in their order."""
+    left = [value]
+    while left:
+        part = left.pop()
+        # most are plain, and whether one is a Mapping takes long to tell
+        if isinstance(part, str | int | float) or not isinstance(part, list | tuple | Mapping):
+            yield part
+        else:
+            left += reversed([*(part.values() if isinstance(part, Mapping) else part)])
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in nested mappings, lists and tuples, without keys, in their order."""
+    return (leaf for leaf in leaves(value) if isinstance(leaf, str))
 
 
 def read_yaml(text: str | bytes, loader: type[yaml.SafeLoader] = QuickLoader) -> Any:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lewis_hub.documents import read_json
+from lewis_hub.documents import read_json, texts_in
 from lewis_hub.errors import TokenizerError
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
@@ -29,10 +29,8 @@ MAX_WRITTEN = 100  # how much longer it may make what a model wrote
 MAX_TOKENS = 1000  # that it may make of one
 MAX_MULTIPLE = 1024  # tokens; the length of a text is padded to a multiple of it
 MAX_PADDED = 131_072  # tokens to which a tokenizer pads every text
-MAX_MADE = (
-    5_000_000  # bytes and tokens that it may make of texts at once: each takes up to 300 bytes
-)
-MAX_TIMES = 4  # and so many of each byte; NFD makes three of one, in Korean
+MAX_MADE = 5_000_000  # bytes and tokens that it may make of a batch of texts: each takes 300 bytes
+MAX_TIMES = 4  # and so many of each byte of them; NFD makes three of one, in Korean
 PIECE = 1000  # letters that are normalised at a time, to count them
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
 NO_LENGTH = 10**20  # transformers takes a length above it for none
@@ -50,7 +48,7 @@ BY_TYPE = {  # letters, or bytes of one, that a step can make of a letter, or to
     "BertNormalizer": 12,  # NFD, and a space on both sides
     **dict.fromkeys(("BertProcessing", "RobertaProcessing"), 3),
 }
-NORMAL = {"NFC", "NFD", "NFKC", "NFKD", "BertNormalizer", "ByteLevel"}
+NORMAL = {"NFC", "NFD", "NFKC", "NFKD", "BertNormalizer", "ByteLevel"}  # of Unicode, or bytes
 CUT = ("suffix", "pad_token", "word_delimiter_token")  # what a decoder replaces
 # a regular expression of letters and classes, each once or more often: it matches no empty text
 LETTERS = re.compile(
@@ -109,31 +107,27 @@ def _number(value: object) -> float:
     return value if isinstance(value, int | float) else 0
 
 
-def require_modest_steps(label: str, tokenizer: Any) -> None:
-    """Refuse the same in a tokenizer of transformers, which may be made of other files."""
-    require_modest(label, _states(getattr(tokenizer, "backend_tokenizer", None)))
-
-
-def _states(backend: Any) -> dict[str, Any]:
-    steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
-    return {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
-
-
 def limit_texts(label: str, tokenizer: Any) -> None:
     """Let a tokenizer of transformers refuse texts of which its steps make far more.
 
     It raises a TokenizerError then, before it tokenises them: code in Rust cannot be stopped. All
     its methods that tokenise call `_encode_plus`.
+
+    Raises:
+        TokenizerError: as `require_modest`, of a tokenizer that may be made of other files.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # of a server, or in Python
         return
+    steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
+    states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
+    require_modest(label, states)
+    made = _Made.of(states, backend.normalizer)
     encode: Callable[..., Any] = tokenizer._encode_plus
-    made = _Made.of(backend)
 
     @functools.wraps(encode)
     def encode_within_limits(*args: Any, **options: Any) -> Any:
-        texts = [*_texts((*args[:2], options.get("text"), options.get("text_pair")))]
+        texts = [*texts_in((*args[:2], options.get("text"), options.get("text_pair")))]
         n_bytes = _n_bytes(texts)
         n_made, limit = made.number(texts, n_bytes), MAX_MADE + MAX_TIMES * n_bytes
         if n_made > limit:
@@ -151,18 +145,15 @@ class _Made:
 
     normalizer: Any  # of the tokenizers library; None if there is none
     most: int  # times that a text becomes longer, at most
-    written: (
-        int  # the same, but for normal forms of Unicode and letters of bytes, which are counted
-    )
+    written: int  # the same without what is counted: normal forms of Unicode, letters of bytes
     added: int  # tokens for each text
     repeats: int  # times that a template has a text
 
     @classmethod
-    def of(cls, backend: Any) -> _Made:
-        states = _states(backend)
+    def of(cls, states: Mapping[str, Any], normalizer: Any) -> _Made:
         before, after = [states.get(part) for part in BEFORE], states.get("post_processor")
         return cls(
-            normalizer=backend.normalizer,
+            normalizer=normalizer,
             most=math.prod(_growth(before)),
             written=math.prod(_growth(before, is_counted=True)),
             added=math.prod(_growth(after)),
@@ -173,18 +164,11 @@ class _Made:
         """The bytes and tokens of texts, at most."""
         n_made = n_bytes * self.most
         if n_made > MAX_MADE:  # else they need not be counted
-            normal = (
-                map(self.normalizer.normalize_str, _pieces(texts)) if self.normalizer else texts
-            )
-            n_made = min(n_made, _n_bytes(normal) * self.written)
+            if self.normalizer:
+                n_bytes = _n_bytes(map(self.normalizer.normalize_str, _pieces(texts)))
+            # in pieces a pattern may find less: what it writes is multiplied all the same
+            n_made = min(n_made, n_bytes * self.written)
         return n_made * self.repeats + len(texts) * self.added
-
-
-def _texts(values: object) -> Iterator[str]:
-    if isinstance(values, str):
-        yield values
-    for value in values if isinstance(values, list | tuple) else ():
-        yield from _texts(value)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

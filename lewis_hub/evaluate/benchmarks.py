@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from lewis_hub.audit_hook import opening_only
-from lewis_hub.documents import leaves
+from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.code import named_files, with_imports
@@ -86,7 +86,7 @@ def _data(file: TaskFile) -> TaskData:
     config = file.config
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     by_code = "custom_dataset" in config or not isinstance(path, str)
-    files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
+    files = tuple(texts_in(options.get("data_files")))
     data_dir = None if options.get("data_dir") is None else str(options["data_dir"])
     if path in FORMATS or any(map(ELSEWHERE.search, files)):  # the rows are not those of a repo
         return TaskData(file.name, None, None, files, by_code, data_dir)

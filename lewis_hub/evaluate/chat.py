@@ -15,7 +15,7 @@ from lewis_hub import limits
 from lewis_hub.errors import TokenizerError
 from lewis_hub.limits import TooMuchError
 from lewis_hub.system import limited_memory
-from lewis_hub.text_growth import limit_texts, require_modest_steps
+from lewis_hub.text_growth import limit_texts
 from lewis_hub.tokenizer import apply_all_merges
 
 MIN_TOKENS = 2  # beside special ones
@@ -43,7 +43,6 @@ def limit_tokenizer(label: str, tokenizer: Any) -> None:
     if not isinstance(getattr(tokenizer, "model_max_length", 0), int | float):
         problem = "`model_max_length` in its tokenizer_config.json is no number"
         raise TokenizerError(label, problem, "Repair it, or use an intact copy of the model.")
-    require_modest_steps(label, tokenizer)
     limit_texts(label, getattr(tokenizer, "tokenizer", tokenizer))
     apply_all_merges(tokenizer)
     limit_templates(tokenizer)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.loadable import SMALLER
@@ -33,7 +34,7 @@ def limit_batches(where: str, model: Any) -> None:
 
     @functools.wraps(preprocess)
     def preprocess_within_limits(inputs: Any, *args: Any, **options: Any) -> Any:
-        n_letters = _n_letters(inputs)
+        n_letters = sum(map(len, texts_in(inputs)))
         if n_letters > MAX_BATCH_LETTERS:  # a tokenizer cannot be stopped inside of a batch
             problem = f"a batch of texts has {n_letters:,} letters, the limit is "
             remedy = "Set a smaller `batch_size` in `evaluate`."
@@ -72,11 +73,3 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
         return found
 
     model.forward = forward_within_limits
-
-
-def _n_letters(value: object) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_n_letters, value.values()))
-    return sum(map(_n_letters, value)) if isinstance(value, list | tuple) else 0

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis_hub.checkpoint.configuration import require_buildable
-from lewis_hub.documents import leaves
+from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embedding_files import ModelFiles
 from lewis_hub.text_growth import MAX_MULTIPLE, require_modest_padding
@@ -192,12 +192,12 @@ def require_own_settings(files: ModelFiles) -> None:
     """
     for path in files.configurations():
         found = files.document(path)
-        named = [text for key in ACTIVATIONS for text in _texts(found.get(key))]
+        named = [text for key in ACTIVATIONS for text in texts_in(found.get(key))]
         inner = found.get("sentence_transformers")
-        named += _texts(inner.get("activation_fn")) if isinstance(inner, Mapping) else ()
+        named += texts_in(inner.get("activation_fn")) if isinstance(inner, Mapping) else ()
         # sentence-transformers calls what is in torch; it ignores other names
         wrong = [text for text in named if text.startswith("torch.") and text[:9] != "torch.nn."]
-        wrong += _texts(found.get(ELSEWHERE.get(PurePosixPath(path).name, "")))
+        wrong += texts_in(found.get(ELSEWHERE.get(PurePosixPath(path).name, "")))
         if wrong:
             problem = f"its {path} names `{wrong[0][:100]}`, which is not in its folder"
             raise EvaluationError(files.where, problem, OTHER)
@@ -206,11 +206,6 @@ def require_own_settings(files: ModelFiles) -> None:
         if PurePosixPath(path).name == "tokenizer_config.json":
             require_modest_padding(f"{files.where}: {path}", found)
         require_buildable(str(Path(files.where, path).parent), found)
-
-
-def _texts(value: object) -> Iterator[str]:
-    """All texts in a document, without the keys."""
-    return (leaf for leaf in leaves(value) if isinstance(leaf, str))
 
 
 def require_known_settings(where: str, name: str, settings: Mapping[str, Any]) -> None:

@@ -232,8 +232,8 @@ def _tables(task: Any) -> Iterator[Any]:
 
 def _n_judgements(task: Any) -> int:
     """The pairs of a query and a document that a retrieval task lists, or finds: RANKED a query."""
-    splits = [data for split in task.eval_splits for _, data in _subsets(task, split)]
-    splits = [data for data in splits if isinstance(data, Mapping)]
+    parts = (data for split in task.eval_splits for _, data in _subsets(task, split))
+    splits = [data for data in parts if isinstance(data, Mapping)]
     listed = [data.get(part) for data in splits for part in LISTS]
     found = sum(len(data["queries"]) * min(RANKED, len(data["corpus"])) for data in splits)
     return found + sum(len(documents) for one in listed if one for documents in one.values())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lewis_hub.documents import leaves
+from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError
 from lewis_hub.system import memory_bytes
 
@@ -45,7 +45,7 @@ class HeldTexts:
         table = getattr(rows, "data", None)  # of `datasets`
         if table is None or table.nbytes > MAX_LETTERS:  # else no text of it is too long
             for row in rows:
-                n_texts = sum(isinstance(value, str) for value in leaves(row))
+                n_texts = sum(1 for _ in texts_in(row))
                 self.add(task, LISTED_BYTES * max(0, n_texts - len(row)))
                 self.add_texts(task, row)
 
@@ -60,12 +60,11 @@ class HeldTexts:
         Raises:
             EvaluationError: as `add_rows`.
         """
-        for text in leaves(values):
-            if isinstance(text, str):
-                if len(text) > MAX_LETTERS:
-                    problem = f"a text has {len(text):,} letters, the limit is {MAX_LETTERS:,}."
-                    raise EvaluationError(task, problem, "Choose a task with shorter texts.")
-                self.add(task, len(text) * per_letter)
+        for text in texts_in(values):
+            if len(text) > MAX_LETTERS:
+                problem = f"a text has {len(text):,} letters, the limit is {MAX_LETTERS:,}."
+                raise EvaluationError(task, problem, "Choose a task with shorter texts.")
+            self.add(task, len(text) * per_letter)
 
     def add(self, task: str, n_bytes: int) -> None:
         """Count memory that is taken while the texts of a task are scored; raises as `add_rows`."""

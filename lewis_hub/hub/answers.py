@@ -60,7 +60,7 @@ def note_purpose(request: httpx2.Request) -> None:
 
 @dataclass
 class Received:
-    """What several answers to lookups have together, decompressed."""
+    """What one or more answers to lookups have together, decompressed."""
 
     n_bytes: int = 0
     n_objects: int = 0
@@ -339,13 +339,13 @@ def _limited(pieces: Iterable[bytes], problem: str, max_bytes: int) -> Iterator[
 
 
 def _of_few_values(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    n_values, n_objects = 0, 0
+    n_values, received = 0, Received()
     for piece in pieces:
         n_values += count_values(piece)
-        n_objects += piece.count(b"{") + piece.count(b"[")
-        if n_values > MAX_JSON_VALUES or n_objects > MAX_OBJECTS:
+        received.add(piece)
+        if n_values > MAX_JSON_VALUES or received.n_objects > MAX_OBJECTS:
             what, limit = ("values", MAX_JSON_VALUES)
-            if n_objects > MAX_OBJECTS:
+            if received.n_objects > MAX_OBJECTS:
                 what, limit = "objects and lists", MAX_OBJECTS
             problem = f"an answer to a lookup has more than {limit:,} {what}"
             raise httpx2.DecodingError(problem)

@@ -9,7 +9,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.calibration.texts import CalibrationTokens, draw_rows, tokens_of
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
@@ -20,6 +19,7 @@ from lewis_hub.workflow.examine import Examined
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.texts import (
     Drawn,
+    DrawnText,
     ScoredTasks,
     TextData,
     TextSettings,
@@ -35,6 +35,8 @@ N_TEXTS = 64  # for each expert
 LOOKED_AT = 16_384  # rows of a calibration, most of which may be equal to those that are fitted on
 LOOKED_AT_PER_TEXT = 64  # rows, where many texts are asked for
 READ_AT_ONCE = 64  # rows, each of which may be a book
+
+_Further = tuple[CalibrationTokens, list[DrawnText]]
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,14 @@ def hold_out(
     The others follow in the order of the seed. A row is passed over if a merge is fitted on it, in
     whatever calibration or form, or if its text predicts no token.
     """
-    fitted, held_out, problems = dict[Calibration, Drawn](), dict[Calibration, Drawn](), []
+    fitted, held_out, problems = dict[Calibration, Drawn](), dict[Calibration, _Further](), []
     for calibration in dict.fromkeys(settings.calibrations):
         try:
             fitted[calibration] = draw(settings, calibration, api, Silent())
         except (CalibrationError, EvaluationError, SourceError) as error:
             problems.append(str(error))
     for calibration in fitted:
-        found = _further(settings, calibration, fitted, n_texts, api)
-        tokens = found.tokens.tokens
-        held_out[calibration] = found
+        tokens, _ = held_out[calibration] = _further(settings, calibration, fitted, n_texts, api)
         where = f"{calibration.data}, split {calibration.split}"
         if len(tokens.ids) < n_texts:
             problems.append(
@@ -150,10 +150,9 @@ def hold_out(
             f"{where}: {len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens to measure drift on; "
             f"{len(fitted[calibration].texts):,} others are left to fit on."
         )
-    texts = {one: [*fitted[one].texts, *found.texts] for one, found in held_out.items()}
+    texts = {one: [*fitted[one].texts, *others] for one, (_, others) in held_out.items()}
     problems += map(str, overlap_errors(scored, texts, progress))
-    tokens_of = {one: found.tokens.tokens for one, found in held_out.items()}
-    return HeldOut(fitted, tokens_of, tuple(problems))
+    return HeldOut(fitted, {one: tokens for one, (tokens, _) in held_out.items()}, tuple(problems))
 
 
 def _further(
@@ -162,7 +161,7 @@ def _further(
     fitted: Mapping[Calibration, Drawn],
     n_texts: int,
     api: HfApi,
-) -> Drawn:
+) -> _Further:
     """Return `n_texts` texts that no merge is fitted on, or all of the rows that are looked at."""
     rows = {
         row
@@ -180,8 +179,7 @@ def _further(
         tokens = tokens_of(data.rows, some, calibration, data.tokenizer)
         found += [i for i, ids in zip(tokens.rows, tokens.ids, strict=True) if len(ids) > 1]
     tokens = tokens_of(data.rows, found, calibration, data.tokenizer)
-    texts = drawn_texts(data.rows, data.template, tokens)
-    return Drawn(CalibrationSet({**data.facts, **tokens.facts}, tokens), texts)
+    return tokens, drawn_texts(data.rows, data.template, tokens)
 
 
 def _others(data: TextData, order: Sequence[int], known: Set[Values]) -> Iterator[int]:

@@ -19,6 +19,7 @@ from lewis_hub.calibration.profile import calibration_facts
 from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
 from lewis_hub.display import Progress
+from lewis_hub.documents import leaves
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.benchmarks import LoadedTasks
@@ -88,18 +89,8 @@ def _fixing(item: TaskItem) -> tuple[Values, ...]:
 
 def values(document: Any) -> Values:
     """Return all texts and numbers in a document, without case and white space."""
-    found, left = set[str](), [document]
-    while left:
-        part = left.pop()
-        if isinstance(part, (str, int, float)):  # most are, and the other checks are slow
-            found.add(" ".join(str(part).split()).casefold())
-        elif isinstance(part, Mapping):
-            left += part.values()
-        elif isinstance(part, list | tuple):
-            left += part
-        elif part is not None:
-            found.add(" ".join(str(part).split()).casefold())
-    return frozenset(found - {""})
+    found = (str(leaf) for leaf in leaves(document) if leaf is not None)
+    return frozenset(" ".join(text.split()).casefold() for text in found) - {""}
 
 
 def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Counter[str]:

@@ -100,21 +100,31 @@ def test_each_expert_has_its_own_texts_or_those_of_the_guide_and_all_without_are
     assert [one for _, one in declared_calibrations(guided)] == [guided.guide.calibration]
 
 
+def written(rows, folder):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def eight_besides_two(path):
+    """Eight texts of a file, besides the two that a merge is fitted on."""
+    api, asked = HfApi(), Calibration(dataset=str(path), text="{text}", samples=2)
+    donor = resolve_one(str(zoo_folder() / "base"), api)
+    data = {asked: resolve_dataset(api, str(path))}
+    return hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
+
+
 def test_the_first_other_rows_are_held_out_however_many_are_equal(tmp_path):
     """A round for each few rows would take hours with a data set of equal ones."""
     rows = [{"text": "equal"}] * 20_000 + [{"text": f"row {n}"} for n in range(40)]
-    path, api = tmp_path / "rows.jsonl", HfApi()
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    asked = Calibration(dataset=str(path), text="{text}", samples=2)
-    donor = resolve_one(str(zoo_folder() / "base"), api)
-    data = {asked: resolve_dataset(api, str(path))}
+    path = written(rows, tmp_path)
 
-    found = hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
+    found = eight_besides_two(path)
 
     assert found.problems == ()
     in_order = draw_rows(len(rows), len(rows), 42)
     others = [row for row in in_order if row >= 20_000 and row not in in_order[:2]]
-    assert found.held_out[asked].rows == tuple(sorted(others[:8]))
+    assert [tokens.rows for tokens in found.held_out.values()] == [tuple(sorted(others[:8]))]
 
 
 def test_of_very_many_equal_rows_not_all_are_looked_at(tmp_path):
@@ -122,13 +132,9 @@ def test_of_very_many_equal_rows_not_all_are_looked_at(tmp_path):
     rows = [{"text": "equal"}] * n_rows
     for row in draw_rows(n_rows, n_rows, 42)[-8:]:
         rows[row] = {"text": f"row {row}"}
-    path, api = tmp_path / "rows.jsonl", HfApi()
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    asked = Calibration(dataset=str(path), text="{text}", samples=2)
-    donor = resolve_one(str(zoo_folder() / "base"), api)
-    data = {asked: resolve_dataset(api, str(path))}
+    path = written(rows, tmp_path)
 
-    found = hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
+    found = eight_besides_two(path)
 
     assert found.problems == (
         f"calibration on {path}, split train: 8 texts are needed to measure drift, but 0 are left "
