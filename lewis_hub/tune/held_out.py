@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from lewis_hub.calibration.texts import CalibrationTokens, draw_rows, tokens_of
+from lewis_hub.calibration.texts import CalibrationTokens, tokens_of
 from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.backends import POSITIONS
 from lewis_hub.recipe.schema import Calibration, ModelEntry
-from lewis_hub.tune.objective import Search
+from lewis_hub.tune.objective import Search, draw_order
 from lewis_hub.workflow.examine import Examined
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.texts import (
@@ -32,8 +32,6 @@ from lewis_hub.workflow.texts import (
 )
 
 N_TEXTS = 64  # for each expert
-LOOKED_AT = 16_384  # rows of a calibration, most of which may be equal to those that are fitted on
-LOOKED_AT_PER_TEXT = 64  # rows, where many texts are asked for
 READ_AT_ONCE = 64  # rows, each of which may be a book
 
 _Further = tuple[CalibrationTokens, list[DrawnText]]
@@ -171,8 +169,8 @@ def _further(
     }
     known = {values for drawn in fitted.values() for text in drawn.texts for values in text.fixing}
     data = load_data(settings, calibration, api)
-    n_looked_at = max(LOOKED_AT, LOOKED_AT_PER_TEXT * n_texts)
-    order = [i for i in draw_rows(len(data.rows), n_looked_at, settings.seed) if i not in rows]
+    order = draw_order(len(data.rows), n_texts, len(rows), settings.seed)
+    order = tuple(i for i in order if i not in rows)
     others, found = _others(data, order, known), list[int]()
     # a text that is passed over is not tokenised: of 400,000 equal ones that took minutes
     while some := list(islice(others, n_texts - len(found))):

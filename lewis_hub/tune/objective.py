@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from lewis_hub.calibration.texts import draw_rows
-from lewis_hub.display import Advance
+from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import (
@@ -41,6 +41,8 @@ from lewis_hub.workflow.texts import DrawnText, ScoredTasks, count_overlap, draw
 
 N_PARTS = 8  # a trial can be pruned after each part
 N_ITEMS = 200  # of each task
+LOOKED_AT = 16_384  # rows, most of which may be equal to those that a merge is fitted on
+LOOKED_AT_PER_ROW = 64  # where many rows are asked for
 
 ObjectiveName = Literal["answers", "drift"]  # scored answers, or distance from the experts
 
@@ -130,7 +132,7 @@ def draw_items(
         allow_scored = name not in scored.selection.names
         one = replace(selection, names=(name,))
         rows = replace(load_rows(one, split, commits, allow_scored=allow_scored), chat=chat)
-        found = _passing_over(rows, n_samples, calibrated, seed)
+        found = free_items(rows, n_samples, calibrated, seed, scored.progress)
         drawn.append(TuningItems(name, split, rows, *found, commits))
         if not found[0]:
             problem = f"no item of split `{split}` is left that calibration does not draw"
@@ -140,30 +142,51 @@ def draw_items(
     return tuple(drawn)
 
 
-def _passing_over(
-    rows: TaskRows, n_samples: int, calibrated: Sequence[DrawnText], seed: int
+def draw_order(n_rows: int, n_wanted: int, n_fitted: int, seed: int) -> tuple[int, ...]:
+    """The rows that a search looks at, in the order of the seed.
+
+    A merge may be fitted on the first `n_fitted` of them, and the others may be equal to these. A
+    search looks at no more of them than `LOOKED_AT`, or at `LOOKED_AT_PER_ROW` for each of the
+    `n_wanted` rows.
+    """
+    return draw_rows(n_rows, n_fitted + max(LOOKED_AT, LOOKED_AT_PER_ROW * n_wanted), seed)
+
+
+def free_items(
+    rows: TaskRows,
+    n_samples: int,
+    calibrated: Sequence[DrawnText],
+    seed: int,
+    progress: Progress,
 ) -> tuple[tuple[int, ...], int]:
-    """Return the drawn indices, and the number of items that calibration draws."""
-    n_looked_at = n_samples + len(calibrated)
-    while True:  # a text with few-shot examples holds several items
-        among = draw_rows(len(rows), n_looked_at, seed)
-        items = rows.items(among)
-        known = {id(item) for _, item in overlaps(calibrated, items)}
-        free = [
-            index
-            for index, item in zip(among, items, strict=True)
-            if item.answer and id(item) not in known
-        ]
-        if len(free) >= n_samples or len(among) == len(rows):
-            return tuple(free[:n_samples]), len(known)
-        n_looked_at *= 2
+    """The indices of `n_samples` items that no calibration text holds, and how many it holds.
+
+    There are fewer where all items that are looked at are held.
+    """
+    order = draw_order(len(rows), n_samples, len(calibrated), seed)
+    free, n_known, n_compared = list[int](), 0, 0
+    while n_compared < len(order) and len(free) < n_samples:
+        n_more = n_compared or n_samples + len(calibrated)
+        some = order[n_compared : n_compared + n_more]
+        n_compared += len(some)
+        items = rows.items(some)  # more than once: a text with few-shot examples holds several
+        with progress.stage(
+            "Comparing items with calibration texts", len(some), "items"
+        ) as advance:
+            known = {id(item) for _, item in overlaps(calibrated, items, advance)}
+        n_known += len(known)
+        found = zip(some, items, strict=True)
+        free += [index for index, item in found if item.answer and id(item) not in known]
+    return tuple(free[:n_samples]), n_known
 
 
 def _refuse_scored(scored: ScoredTasks, drawn: Sequence[TuningItems]) -> None:
-    scored.progress.say("Comparing the items to tune on with those that are scored")
     known = scored.items()
     for one in drawn:
-        found = count_overlap(drawn_items(one.rows.items(one.indices)), known)
+        chosen = drawn_items(one.rows.items(one.indices))
+        title = f"Comparing {one.task}, split {one.split}, with the items that are scored"
+        with scored.progress.stage(title, len(known), "items") as advance:
+            found = count_overlap(chosen, known, advance)
         if found:
             counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise TuningError(

@@ -18,7 +18,7 @@ from lewis_hub.calibration import texts as calibration_texts
 from lewis_hub.calibration.profile import calibration_facts
 from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
-from lewis_hub.display import Progress
+from lewis_hub.display import Advance, Progress, shared
 from lewis_hub.documents import leaves
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
@@ -93,14 +93,16 @@ def values(document: Any) -> Values:
     return frozenset(" ".join(text.split()).casefold() for text in found) - {""}
 
 
-def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Counter[str]:
-    """Return the number of drawn items that each task scores."""
-    found = {(item.task, index) for index, item in overlaps(drawn, scored)}
+def count_overlap(
+    drawn: Sequence[DrawnText], scored: Sequence[TaskItem], advance: Advance
+) -> Counter[str]:
+    """Return the number of drawn items that each task scores; `advance` counts scored items."""
+    found = {(item.task, index) for index, item in overlaps(drawn, scored, advance)}
     return Counter(task for task, _ in found)
 
 
 def overlaps(
-    drawn: Sequence[DrawnText], scored: Sequence[TaskItem]
+    drawn: Sequence[DrawnText], scored: Sequence[TaskItem], advance: Advance
 ) -> Iterator[tuple[int, TaskItem]]:
     """Yield the index of each drawn text that matches a scored item, with that item.
 
@@ -108,17 +110,25 @@ def overlaps(
     answer contain all values that identify the text. Of more than `MAX_COMPARED` of them, only
     those that the fewest texts have are compared.
     """
+    told = shared(advance, n_passes=2)
     texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
-    for place, item in contained_items([text for _, text in texts], scored):
+    for place, item in contained_items([text for _, text in texts], _telling(scored, told)):
         yield texts[place][0], item
     by_rarest: defaultdict[str, list[tuple[int, tuple[str, ...]]]] = defaultdict(list)
     for index, rarest in _rarest_values(drawn):
         by_rarest[rarest[0]].append((index, rarest))
-    for item in scored:
+    for item in _telling(scored, told):
         whole = item.prompt + item.answer, f"{item.prompt} {item.answer}"
         known = values((item.document, item.prompt, item.answer, whole))
         for text in by_rarest.keys() & known:
             yield from ((i, item) for i, rarest in by_rarest[text] if known.issuperset(rarest))
+
+
+def _telling(items: Sequence[TaskItem], advance: Advance) -> Iterator[TaskItem]:
+    """Yield items, and tell each that is done."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 def _rarest_values(drawn: Sequence[DrawnText]) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -179,10 +189,11 @@ def overlap_errors(
     compared = {one: items for one, items in drawn.items() if not one.allow_overlap}
     if scored is None or not compared:
         return
-    progress.say("Comparing calibration texts with the items that are scored")
     known = scored.items()
     for calibration, texts in compared.items():
-        found = count_overlap(texts, known)
+        title = f"Comparing texts of {calibration.data} with the items that are scored"
+        with progress.stage(title, len(known), "items") as advance:
+            found = count_overlap(texts, known, advance)
         if found:
             counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             yield CalibrationError(

@@ -13,7 +13,6 @@ from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.tune.held_out import (
-    LOOKED_AT,
     HeldOut,
     hold_out,
     length_problems,
@@ -21,7 +20,7 @@ from lewis_hub.tune.held_out import (
     model_problems,
     option_problems,
 )
-from lewis_hub.tune.objective import Search
+from lewis_hub.tune.objective import LOOKED_AT, Search
 from lewis_hub.tune.space import declared_calibrations
 from lewis_hub.workflow.resolve import resolve_one
 from lewis_hub.workflow.texts import TextSettings
@@ -106,9 +105,9 @@ def written(rows, folder):
     return path
 
 
-def eight_besides_two(path):
-    """Eight texts of a file, besides the two that a merge is fitted on."""
-    api, asked = HfApi(), Calibration(dataset=str(path), text="{text}", samples=2)
+def eight_besides(n_fitted, path):
+    """Eight texts of a file, besides those that a merge is fitted on."""
+    api, asked = HfApi(), Calibration(dataset=str(path), text="{text}", samples=n_fitted)
     donor = resolve_one(str(zoo_folder() / "base"), api)
     data = {asked: resolve_dataset(api, str(path))}
     return hold_out(TextSettings(donor, 42, False, data, (asked,)), 8, None, api, Silent())
@@ -119,7 +118,7 @@ def test_the_first_other_rows_are_held_out_however_many_are_equal(tmp_path):
     rows = [{"text": "equal"}] * 20_000 + [{"text": f"row {n}"} for n in range(40)]
     path = written(rows, tmp_path)
 
-    found = eight_besides_two(path)
+    found = eight_besides(2, path)
 
     assert found.problems == ()
     in_order = draw_rows(len(rows), len(rows), 42)
@@ -134,10 +133,21 @@ def test_of_very_many_equal_rows_not_all_are_looked_at(tmp_path):
         rows[row] = {"text": f"row {row}"}
     path = written(rows, tmp_path)
 
-    found = eight_besides_two(path)
+    found = eight_besides(2, path)
 
     assert found.problems == (
         f"calibration on {path}, split train: 8 texts are needed to measure drift, but 0 are left "
         "besides the 2 that a merge is fitted on. Give fewer --samples, or fewer `samples` in the "
         "calibration.",
     )
+
+
+def test_rows_are_held_out_beside_more_than_a_search_looks_at(tmp_path):
+    n_fitted = LOOKED_AT + 8
+    path = written([{"text": f"row {n}"} for n in range(n_fitted + 20)], tmp_path)
+
+    found = eight_besides(n_fitted, path)
+
+    assert found.problems == ()
+    in_order = draw_rows(n_fitted + 20, n_fitted + 8, 42)
+    assert [tokens.rows for tokens in found.held_out.values()] == [tuple(sorted(in_order[-8:]))]

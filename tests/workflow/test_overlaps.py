@@ -41,9 +41,11 @@ def test_of_many_values_the_one_that_others_lack_tells_texts_apart():
     drawn = drawn_items([listed(n, [*shared, f"own {n}"]) for n in range(5)])
 
     scored = [listed("other", [*shared, f"own {n}"]) for n in (7, 3, 8)]
+    done = []
 
-    assert [(index, item) for index, item in overlaps(drawn, scored)] == [(3, scored[1])]
-    assert count_overlap(drawn, [listed("other", shared)]) == {}
+    assert [*overlaps(drawn, scored, done.append)] == [(3, scored[1])]
+    assert sum(done) == 3
+    assert count_overlap(drawn, [listed("other", shared)], done.append) == {}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,6 @@ def test_of_a_text_with_very_many_values_few_are_compared_with_each_item(own, la
     Counted.n_found = 0
 
     # what is not compared counts as found
-    assert count_overlap(drawn, scored).total() == n_alike
+    assert count_overlap(drawn, scored, [].append).total() == n_alike
 
     assert Counted.n_found <= n * n * (MAX_COMPARED + 1)  # and once to find the text
