@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import fnmatch
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from lewis_hub.localhub.store import (
 )
 
 REGULAR_LIMIT_BYTES = 10 * 2**20
+MAX_PATTERNS = 1000  # of .gitattributes or .gitignore, each compared with the path of each file
 MAX_PATH = 1000  # characters
 MAX_FOLDERS = 50  # in each other: a list of files has an entry for each
 
@@ -87,12 +89,12 @@ def preupload(call: Call) -> dict[str, Any]:
     repo = call.seen_repo()
     call.committer(repo)
     commit = call.commit(repo)
-    attributes = call.store.read_text(commit, ".gitattributes")
-    ignored = call.store.read_text(commit, ".gitignore").split()
+    large = _lfs_patterns(call, commit)
+    ignored = _first_patterns(call.store.read_text(commit, ".gitignore").split())
     modes = []
     for item in parsed(UPLOADS, call.body).files:
         sample = _decoded(item.path, item.sample)
-        is_large = _goes_to_lfs(item.path, item.size, sample, attributes)
+        is_large = _goes_to_lfs(item.path, item.size, sample, large)
         mode = {"path": item.path, "uploadMode": "lfs" if is_large else "regular"}
         if present := commit.files.get(item.path):
             mode["oid"] = present.sha256 if present.lfs else present.oid
@@ -100,13 +102,22 @@ def preupload(call: Call) -> dict[str, Any]:
     return {"files": modes, "commitOid": commit.sha}
 
 
-def _goes_to_lfs(path: str, size_bytes: int, sample: bytes, attributes: str) -> bool:
-    """Whether LFS stores a file, which is decided by its size, first bytes and .gitattributes."""
+def _lfs_patterns(call: Call, commit: Commit) -> list[str]:
+    """The patterns of `.gitattributes` whose files LFS stores."""
+    lines = call.store.read_text(commit, ".gitattributes").splitlines()
+    return _first_patterns(line.split()[0] for line in lines if "filter=lfs" in line)
+
+
+def _first_patterns(patterns: Iterable[str]) -> list[str]:
+    return list(islice(patterns, MAX_PATTERNS))
+
+
+def _goes_to_lfs(path: str, size_bytes: int, sample: bytes, patterns: Sequence[str]) -> bool:
+    """Whether LFS stores a file, which is decided by its size, first bytes and path."""
     if size_bytes == 0:
         return False
     if size_bytes > REGULAR_LIMIT_BYTES or b"\0" in sample:
         return True
-    patterns = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
     return _matches(path, patterns)
 
 
@@ -168,13 +179,13 @@ def _read_changes(call: Call, base: Commit) -> tuple[Value, dict[str, File]]:
             an LFS file was not uploaded, or there is no summary.
     """
     header = Value()
-    changed = dict(base.files)
+    changed, large = dict(base.files), _lfs_patterns(call, base)
     for line in _lines(call.body):
         key, value = line.key, line.value
         if key == "header":
             header = value
         elif key == "file":
-            _put(changed, value.path, _regular_file(call, base, value))
+            _put(changed, value.path, _regular_file(call, value, large))
         elif key == "lfsFile":
             _put(changed, value.path, _uploaded_file(call, value))
         elif key == "deletedFile":
@@ -220,11 +231,10 @@ def _require_files(changed: Mapping[str, File], base: Commit) -> None:
         raise refusal(400, f"{first} and {second} cannot both be files")
 
 
-def _regular_file(call: Call, base: Commit, value: Value) -> File:
+def _regular_file(call: Call, value: Value, large: Sequence[str]) -> File:
     content = _decoded(value.path, value.content)
     sha256 = call.store.blobs.add(content)
-    attributes = call.store.read_text(base, ".gitattributes")
-    if _goes_to_lfs(value.path, len(content), content[:512], attributes):
+    if _goes_to_lfs(value.path, len(content), content[:512], large):
         return lfs_file(sha256, len(content))
     return git_file(content, sha256)
 

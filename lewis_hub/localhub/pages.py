@@ -33,6 +33,7 @@ DARK = "(prefers-color-scheme: dark)"
 PICTURE = re.compile(r"<picture>\s*+<source\s++([^<>]*+)>\s*+<img\s++([^<>]*+)>\s*+</picture>")
 ATTRIBUTE = re.compile(r'(?<![a-z])([a-z]++)="([^"]*+)"')
 MAX_BRACKETS = 20_000  # of a card: so does the time that markdown-it takes for open ones
+MAX_LINES = 20_000  # of a card: markdown-it reads each line again for each block around it
 WITH_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:|/", re.IGNORECASE)
 N_COMMITS = 20
 HUGGING_FACE = "https://huggingface.co"
@@ -76,9 +77,10 @@ def _template(name: str) -> str:
 def render_markdown(text: str, address: Callable[[str], str]) -> str:
     """HTML of a card's Markdown; `address` turns the path of a file into its address.
 
-    A card with far more brackets than links need is shown as plain text.
+    A card with far more brackets or lines than cards have is shown as plain text.
     """
-    if text.count("[") > MAX_BRACKETS:
+    n_lines = text.count("\n") + text.count("\r")
+    if text.count("[") > MAX_BRACKETS or n_lines > MAX_LINES:
         return f"<pre>{escapeHtml(text)}</pre>"
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("autolink", "picture", _read_picture)

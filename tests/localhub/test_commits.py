@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
+from lewis_hub.localhub.commits import MAX_PATTERNS
 from lewis_hub.localhub.server import serve
 
 
@@ -49,6 +50,18 @@ def test_a_binary_file_is_large_whatever_its_name(api, push, hub):
     assert stored["map.png"].size == 5
     assert stored["note.png"] is None
     assert stored["empty.bin"] is None
+
+
+def test_only_the_first_patterns_are_compared_with_each_file(api, push, hub):
+    kinds = [f"*.k{number} filter=lfs" for number in range(MAX_PATTERNS + 1)]
+    push("acme/base", {".gitattributes": "\n".join(kinds).encode()})
+
+    last = MAX_PATTERNS - 1
+    push("acme/base", {f"a.k{last}": b"stored as LFS", f"a.k{last + 1}": b"stored by git"})
+
+    stored = {item.path: item.lfs for item in api.list_repo_tree("acme/base")}
+    assert stored[f"a.k{last}"].size == 13
+    assert stored[f"a.k{last + 1}"] is None
 
 
 def test_a_large_file_that_is_stored_already_is_not_sent_again(api, push, hub):

@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import httpx
 
 from lewis_hub.localhub.hub import Hub
-from lewis_hub.localhub.pages import render_markdown
+from lewis_hub.localhub.pages import MAX_LINES, render_markdown
 
 EVIL = "<img src=x onerror=alert(1)>"
 PNG = b"\x89PNG\r\n\x1a\n\x00fake"
@@ -176,6 +176,12 @@ def test_a_card_is_rendered_in_linear_time(card):
     began = time.process_time()
     assert card[:20].replace("<", "&lt;")[:10] in render_markdown(card, str)
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_a_card_of_very_many_lines_is_plain_text(end):
+    quoted = f"{'> ' * 50}a{end}" + f"a{end}" * MAX_LINES
+    assert render_markdown(quoted, str) == f"<pre>{quoted.replace('>', '&gt;')}</pre>"
 
 
 def test_a_card_of_brackets_is_plain_text():
