@@ -23,6 +23,7 @@ from typing import TextIO
 MOVES_OPEN_FILES = os.name != "nt"  # whether open files can be renamed and deleted
 NOT_RESERVED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 NOT_LOCKED = {errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS}
+MAX_OPEN_FILES = 10_240  # as many as macOS allows
 RENAME_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _turn = Lock()  # of threads that move the position of a file
@@ -51,6 +52,24 @@ def peak_bytes() -> int | None:
     except ImportError:
         return None
     return _resident_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def allow_open_files() -> None:
+    """Let this process open up to MAX_OPEN_FILES files, as far as the system lets it.
+
+    A merge keeps all shards of its models open, and many systems start programs with 256 or 1,024.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    now, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    asked = MAX_OPEN_FILES
+    if highest != resource.RLIM_INFINITY:
+        asked = min(asked, highest)
+    if now != resource.RLIM_INFINITY and now < asked:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (asked, highest))
 
 
 def resident_bytes() -> int | None:

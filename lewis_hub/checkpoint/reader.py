@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import defaultdict
@@ -225,6 +226,8 @@ class TensorReader:
                 try:
                     self._descriptors[shard] = open_binary(self._folder / shard, os.O_RDONLY)
                 except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with it
+                        raise
                     raise self._broken(shard, f"it cannot be read: {error.strerror}") from None
             return self._descriptors[shard]
 

@@ -23,15 +23,16 @@ from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import escape_logs, say, say_json
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL
-from lewis_hub.system import is_out_of_memory, make_nonblocking, write_utf8
+from lewis_hub.system import allow_open_files, is_out_of_memory, make_nonblocking, write_utf8
 from lewis_hub.working_folder import keep_out_of_path
 
 UNUSABLE = {
     *(errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),  # something else is where a file belongs
     *(errno.EINTR, errno.EBUSY, errno.ENODEV),  # disks in a network, and those unplugged
 }
+TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
 BUGS = {errno.ENOENT, errno.EINVAL, errno.EBADF}  # of a call that should not have been made
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."
@@ -94,6 +95,7 @@ def main() -> None:
     sys.excepthook = _print_bug
     write_utf8(sys.stdout, sys.stderr)
     keep_out_of_path()
+    allow_open_files()
     escape_logs()
     _exit_within_a_second_of_ctrl_c()
     code = _run()
@@ -154,6 +156,9 @@ def disk_failure(error: OSError) -> tuple[str, str] | None:
         where = f" (writing {error.filename})" if error.filename else ""
         remedy = "Free some space, then run the same command again: finished work is kept."
         return "DiskFull", f"the disk is full, or a quota or limit is reached{where}.\n{remedy}"
+    if error.errno in TOO_MANY_OPEN:
+        remedy = "Allow more open files, such as with `ulimit -n 10240`, then run it again."
+        return "TooManyFiles", f"{error.filename or 'a file'}: {error.strerror}.\n{remedy}"
     # disks in a network have more: ENOTCONN where they were mounted, ETIMEDOUT, EREMOTEIO
     if error.errno in UNUSABLE or (error.filename is not None and error.errno not in BUGS):
         where = error.filename or "a file"

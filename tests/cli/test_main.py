@@ -2,12 +2,15 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lewis_hub.cli.main import OUT_OF_MEMORY, cli, disk_failure
 from lewis_hub.demo.zoo import zoo_folder
@@ -221,6 +224,40 @@ warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.e
     assert "theirs" not in done.stderr
 
 
+def in_shards(name, folder):
+    """A model of the zoo with a shard for each tensor, and one more for each of 60 others."""
+    shutil.copytree(zoo_folder() / name, folder / name)
+    tensors = load_file(folder / name / "model.safetensors")
+    (folder / name / "model.safetensors").unlink()
+    tensors |= {f"model.other.{number}": torch.ones(2) for number in range(60)}
+    for number, (tensor, value) in enumerate(tensors.items()):
+        save_file({tensor: value}, folder / name / f"{number}.safetensors", {"format": "pt"})
+    weight_map = {tensor: f"{number}.safetensors" for number, tensor in enumerate(tensors)}
+    index = json.dumps({"weight_map": weight_map})
+    (folder / name / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return len(tensors)
+
+
+def test_more_shards_are_merged_than_files_may_be_open_at_first(tmp_path):
+    """All shards of all models are open at once, and macOS starts programs with 256 files."""
+    n_shards = sum(in_shards(name, tmp_path) for name in ("base", "expert-reverse"))
+    recipe = "merge_method: task_arithmetic\nbase_model: ./base\nmodels: [./expert-reverse]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    merge = f"{sys.executable} -m lewis_hub merge recipe.yaml -o"
+    assert n_shards > 150
+
+    def limited(option, output):
+        command = ["bash", "-c", f"ulimit {option} 100 && {merge} {output}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert limited("-Sn", "merged").returncode == 0
+    refused = limited("-n", "refused")
+    assert refused.returncode == 1
+    problem, remedy = refused.stderr.splitlines()[-2:]
+    assert re.fullmatch(rf"lewis-hub: {tmp_path}/.+/\d+.safetensors: Too many open files.", problem)
+    assert remedy == "Allow more open files, such as with `ulimit -n 10240`, then run it again."
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "message"),
     [
@@ -233,6 +270,7 @@ warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.e
         (errno.EACCES, "DiskError", "x: it cannot be read or written (Permission denied)."),
         (errno.EEXIST, "DiskError", "x: it cannot be read or written (File exists)."),
         (errno.EINTR, "DiskError", "x: it cannot be read or written (Interrupted system call)."),
+        (errno.EMFILE, "TooManyFiles", "x: Too many open files."),
         (errno.EBUSY, "DiskError", "x: it cannot be read or written (Device or resource busy)."),
         *(
             (number, "DiskError", f"x: it cannot be read or written ({os.strerror(number)}).")
