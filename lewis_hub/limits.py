@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,10 @@ CHECK_EVERY_S = 0.02
 STOP_AGAIN_S = 2  # longer than what ends in `finally` and `with` takes
 STDERR = 2  # sys.stderr may be none of the system's files
 WATCH = "limit of time and memory"
+END_WITHIN_S = 0.5  # after a limit
+
+_ends: dict[int, tuple[float, str]] = {}  # thread -> when it ends the process, and what is told
+_is_watching = threading.Event()
 
 
 class TooMuchError(Exception):
@@ -66,6 +71,35 @@ def limited(
     finally:
         if last_s is not None:
             faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def ended_after(max_s: float, message: str) -> Iterator[None]:
+    """End the process, with exit code 1, if this thread is in the block for more than `max_s`.
+
+    For code in Rust, which no error can stop, but which lets other threads run meanwhile. It costs
+    microseconds.
+    """
+    thread_id = threading.get_ident()
+    _ends[thread_id] = time.monotonic() + max_s, message
+    if not _is_watching.is_set():
+        _is_watching.set()
+        threading.Thread(target=_end_in_time, name=WATCH, daemon=True).start()
+    try:
+        yield
+    finally:
+        del _ends[thread_id]
+
+
+def _end_in_time() -> None:
+    while True:
+        time.sleep(END_WITHIN_S)
+        for until, message in [*_ends.values()]:
+            if time.monotonic() > until:
+                with suppress(OSError, ValueError):
+                    sys.stderr.write(f"\n{message}\n")
+                    sys.stderr.flush()
+                os._exit(1)
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _within_limits(
             raise refused[0]
         token = IS_LIMITED.set(True)
         try:
-            with _limited_load(error, f"{folder}: {what}"):
+            with limited_load(error, f"{folder}: {what}"):
                 return load(kind, folder, *args, **options)
         except LocatedError as found:
             refused.append(found)
@@ -207,7 +207,12 @@ def limited_model(
 
 
 @contextmanager
-def _limited_load(error: type[LocatedError], where: str) -> Iterator[None]:
+def limited_load(error: type[LocatedError], where: str) -> Iterator[None]:
+    """Limit the time and memory of loading a configuration or a tokenizer.
+
+    Raises:
+        LocatedError: `error`, which names `where`: it took too much.
+    """
     try:
         with (
             limited_memory(MAX_MAPPED_BYTES),

@@ -15,14 +15,16 @@ import base64
 import functools
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.documents import read_json, texts_in
 from lewis_hub.errors import TokenizerError
+from lewis_hub.limits import ended_after
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
@@ -32,6 +34,12 @@ MAX_PADDED = 131_072  # tokens to which a tokenizer pads every text
 MAX_MADE = 5_000_000  # bytes and tokens that it may make of a batch of texts: each takes 300 bytes
 MAX_TIMES = 4  # and so many of each byte of them; NFD makes three of one, in Korean
 PIECE = 1000  # letters that are normalised at a time, to count them
+MAX_TOKEN = 10_000  # letters: of a Unigram model, the library ends by a signal at 160,000
+MAX_WORD = 10_000  # letters of a word of WordPiece, for which it takes the cube of them as time
+MAX_PATTERNS = 20_000  # letters: some take 15 kB of memory each
+MAX_S = 30.0  # to tokenise texts; they take 1 s for each megabyte, and 40 microseconds for each
+BYTES_A_S = 50_000  # for which there is more time
+TEXTS_A_S = 100
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
 NO_LENGTH = 10**20  # transformers takes a length above it for none
 BEFORE = ("normalizer", "pre_tokenizer")
@@ -59,8 +67,12 @@ LETTERS = re.compile(
 def require_modest(label: str, document: Mapping[str, Any]) -> None:
     """Refuse a `tokenizer.json` that makes texts very long: before, as or after their tokens.
 
+    And one with a token, a word or a pattern of such a length that the tokenizers library needs
+    much memory or time, or ends the process.
+
     Raises:
-        TokenizerError: its steps together may exceed MAX_GROWTH, MAX_TOKENS or MAX_WRITTEN.
+        TokenizerError: its steps together may exceed MAX_GROWTH, MAX_TOKENS or MAX_WRITTEN, or a
+            length exceeds MAX_TOKEN, MAX_WORD or MAX_PATTERNS.
     """
     for parts, limit in STEPS.items():
         total = 1
@@ -70,6 +82,42 @@ def require_modest(label: str, document: Mapping[str, Any]) -> None:
                 problem = f"it may make a text more than {limit:,} times as long"
                 remedy = "The file is damaged: use an intact copy."
                 raise TokenizerError(f"{label}: tokenizer.json", problem, remedy)
+    for what, length, limit in (
+        ("a token", _longest_token(document.get("model")), MAX_TOKEN),
+        ("`max_input_chars_per_word`: words", _longest_word(document.get("model")), MAX_WORD),
+        ("patterns", sum(map(len, _patterns(document))), MAX_PATTERNS),
+    ):
+        if length > limit:
+            problem = f"it has {what} of {length:,} letters, the limit is {limit:,}"
+            remedy = "The file is damaged: use an intact copy."
+            raise TokenizerError(f"{label}: tokenizer.json", problem, remedy)
+
+
+def _longest_token(model: object) -> int:
+    """The letters of the longest token of a model, whose vocabulary is a mapping or a list."""
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, list):
+        entries = (entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary)
+        vocabulary = [entry for entry in entries if isinstance(entry, str)]
+    return max(map(len, vocabulary), default=0) if isinstance(vocabulary, list | Mapping) else 0
+
+
+def _longest_word(model: object) -> float:
+    return _number(model.get("max_input_chars_per_word")) if isinstance(model, Mapping) else 0
+
+
+def _patterns(document: Mapping[str, Any]) -> Iterator[str]:
+    """The regular expressions of all steps, and the texts in the place of one."""
+    waiting: list[object] = [document.get(part) for parts in STEPS for part in parts]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            pattern = one.get("pattern")
+            found = pattern.values() if isinstance(pattern, Mapping) else [pattern]
+            yield from (text for text in found if isinstance(text, str))
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
 
 
 def require_modest_padding(where: str, settings: Mapping[str, Any]) -> None:
@@ -107,11 +155,12 @@ def _number(value: object) -> float:
     return value if isinstance(value, int | float) else 0
 
 
-def limit_texts(label: str, tokenizer: Any) -> None:
+def limit_texts(label: str, tokenizer: Any, max_s: float = MAX_S) -> None:
     """Let a tokenizer of transformers refuse texts of which its steps make far more.
 
     It raises a TokenizerError then, before it tokenises them: code in Rust cannot be stopped. All
-    its methods that tokenise call `_encode_plus`.
+    its methods that tokenise call `_encode_plus`. If it takes very long for them, as a regular
+    expression or a long word can, the process ends: after `max_s`, and what texts add to it.
 
     Raises:
         TokenizerError: as `require_modest`, of a tokenizer that may be made of other files.
@@ -122,7 +171,7 @@ def limit_texts(label: str, tokenizer: Any) -> None:
     steps = {name: getattr(backend, name, None) for parts in STEPS for name in parts}
     states = {name: read_json(step.__getstate__()) for name, step in steps.items() if step}
     require_modest(label, states)
-    made = _Made.of(states, backend.normalizer)
+    made, time_left = _Made.of(states, backend.normalizer), _TimeLeft(label, max_s)
     encode: Callable[..., Any] = tokenizer._encode_plus
 
     @functools.wraps(encode)
@@ -134,9 +183,29 @@ def limit_texts(label: str, tokenizer: Any) -> None:
             problem = f"it may make {n_made:,} bytes and tokens of a text of {n_bytes:,} bytes"
             remedy = "Use shorter texts, or a copy of the model with another tokenizer."
             raise TokenizerError(label, f"{problem}, the limit is {limit:,}", remedy)
-        return encode(*args, **options)
+        with time_left.for_texts(len(texts), n_bytes):
+            return encode(*args, **options)
 
     tokenizer._encode_plus = encode_within_limits
+
+
+@dataclass
+class _TimeLeft:
+    """The seconds that a tokenizer may still take; each text that it is given adds some."""
+
+    label: str
+    seconds: float
+
+    @contextmanager
+    def for_texts(self, n_texts: int, n_bytes: int) -> Iterator[None]:
+        """Take the time of the block, and end the process if that is too much."""
+        self.seconds += n_bytes / BYTES_A_S + n_texts / TEXTS_A_S
+        began = time.monotonic()
+        problem = "its tokenizer takes minutes for a few texts"
+        error = TokenizerError(self.label, problem, "Use a copy of the model with another one.")
+        with ended_after(self.seconds, f"lewis-hub: {error}"):
+            yield
+        self.seconds -= time.monotonic() - began
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.documents import MAX_TABLE_BYTES, SURROGATE, read_json
 from lewis_hub.errors import LewisHubError, TokenizerError
+from lewis_hub.loadable import limited_load
 from lewis_hub.text_growth import require_modest
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def load_without_added(label: str, document: Document) -> Tokenizer:
 def _loaded(label: str, document: Document) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    with refused_by_library(label):
+    where = f"{label}: tokenizer.json"
+    with limited_load(TokenizerError, where), refused_by_library(label):
         tokenizer = Tokenizer.from_str(json.dumps(document))
     tokenizer.no_padding()
     tokenizer.no_truncation()

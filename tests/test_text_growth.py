@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.text_growth import limit_texts, require_modest_padding
+from lewis_hub.text_growth import limit_texts, require_modest, require_modest_padding
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,67 @@ def test_long_texts_of_usual_letters_are_tokenised(steps):
     text = "한국어 é word " * 150_000  # 3 MB
 
     assert len(tokenizer_of(**steps)(text)["input_ids"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        (
+            {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b" * 10_001, -2.0]]}},
+            "a token of 10,001 letters, the limit is 10,000",
+        ),
+        (
+            {"model": {"type": "WordLevel", "vocab": {"a" * 10_001: 0}}},
+            "a token of 10,001 letters, the limit is 10,000",
+        ),
+        (
+            {"model": {"type": "WordPiece", "vocab": {}, "max_input_chars_per_word": 10**9}},
+            "`max_input_chars_per_word`: words of 1,000,000,000 letters, the limit is 10,000",
+        ),
+        (
+            {
+                "normalizer": {"type": "Replace", "pattern": {"String": "x"}, "content": ""},
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Split", "pattern": {"Regex": r"[\p{L}]" * 1000}},
+                        {"type": "Split", "pattern": {"Regex": "a" * 13_000}},
+                    ],
+                },
+            },
+            "patterns of 20,001 letters, the limit is 20,000",
+        ),
+    ],
+)
+def test_a_tokenizer_has_no_token_word_or_pattern_of_any_length(document, told):
+    """A token of 160,000 letters ended every command by a signal."""
+    with pytest.raises(TokenizerError) as refused:
+        require_modest("org/model", document)
+
+    remedy = "The file is damaged: use an intact copy."
+    assert str(refused.value) == f"org/model: tokenizer.json: it has {told}.\n{remedy}"
+
+
+SLOW = """
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from lewis_hub.text_growth import limit_texts
+
+words = models.WordPiece({"a": 0, "##a": 1, "?": 2}, unk_token="?", max_input_chars_per_word=10**9)
+loaded = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+limit_texts("org/model", loaded, max_s=1.0)
+print(len(loaded(["a"] * 100)["input_ids"]), flush=True)
+loaded("a" * 60_000 + "b")  # the cube of it: minutes
+"""
+
+
+def test_a_tokenizer_that_takes_very_long_for_a_text_ends_the_process():
+    ended = subprocess.run(
+        [sys.executable, "-c", SLOW], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (ended.returncode, ended.stdout) == (1, "100\n")
+    assert ended.stderr.splitlines()[-2:] == [
+        "lewis-hub: org/model: its tokenizer takes minutes for a few texts.",
+        "Use a copy of the model with another one.",
+    ]
