@@ -20,6 +20,7 @@ from urllib.parse import unquote, urljoin
 import httpx2
 
 from lewis_hub.documents import MAX_JSON_VALUES, count_values
+from lewis_hub.hub.origins import is_asked
 
 if TYPE_CHECKING:
     from lewis_hub.hub.source import SourceFile
@@ -108,9 +109,12 @@ def limit_pages(request: httpx2.Request) -> None:
     """Refuse the next page of a list that does not end: huggingface_hub asks for what it is told.
 
     Raises:
-        DecodingError: it has too many pages.
+        DecodingError: it has too many pages, or it goes on where no Hub is.
     """
     # a redirection of a page has its note, and no address of a page
+    if str(request.url) in PAGES and not is_asked(request.url):
+        place = request.url.copy_with(raw_path=b"/", username=None, password=None)
+        raise httpx2.DecodingError(f"a list goes on elsewhere, at {place}")
     page = request.extensions.get(PAGE) or PAGES.get(str(request.url)) or _Page()
     request.extensions[PAGE] = page
     if page.number > MAX_PAGES:

@@ -39,6 +39,7 @@ from lewis_hub.hub.answers import (
     note_purpose,
     require_true_names,
 )
+from lewis_hub.hub.origins import asking, hide_access_elsewhere, withhold_token
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls.
+    """Limit pauses, silence, speed and size of answers, and who gets tokens, in huggingface_hub.
 
     The limits hold in later sessions, too: where huggingface_hub itself repeats a call, a refused
     connection makes a new one.
@@ -188,8 +189,9 @@ def _limit(session: httpx2.Client) -> httpx2.Client:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
-        requests.extend((note_purpose, limit_pages, limit_silence))
-        answers.extend((hide_unlisted, _require_short_pause, note_next_page))
+        requests.extend((note_purpose, limit_pages, withhold_token, limit_silence))
+        answers.extend((hide_access_elsewhere, hide_unlisted))
+        answers.extend((_require_short_pause, note_next_page))
         answers.extend((require_true_names, limit_body))
     return session
 
@@ -272,7 +274,8 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     """Turn every failure of the Hub inside the block into an error of `hub_repo.error_type`."""
     limit_waiting()
     try:
-        yield
+        with asking(str(hub_repo.api.endpoint)):
+            yield
     except hf.HfHubHTTPError as error:
         raise hub_repo.failed(*_refused(error, hub_repo)) from error
     except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, httpx2.RequestError) as error:

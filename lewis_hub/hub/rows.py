@@ -36,6 +36,7 @@ from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.dataset_cards import require_own_files
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
+from lewis_hub.hub.origins import asking
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
 from lewis_hub.limits import TooMuchError, limited
@@ -129,7 +130,7 @@ def only_pinned(api: HfApi, source: Source) -> Iterator[None]:
     Raises:
         SourceError: in the block or at its end: a file is another one.
     """
-    with only_tables(source):
+    with asking(str(api.endpoint)), only_tables(source):
         yield
     if source.folder:
         require_unchanged(source)
