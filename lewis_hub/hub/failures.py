@@ -39,6 +39,7 @@ from lewis_hub.hub.answers import (
     note_purpose,
     require_true_names,
 )
+from lewis_hub.hub.heads import limit_heads
 from lewis_hub.hub.origins import asking, hide_access_elsewhere, withhold_token
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
@@ -189,6 +190,7 @@ def _limit(session: httpx2.Client) -> httpx2.Client:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
+        limit_heads(session)
         requests.extend((note_purpose, limit_pages, withhold_token, limit_silence))
         answers.extend((hide_access_elsewhere, hide_unlisted))
         answers.extend((_require_short_pause, note_next_page))
