@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from lewis_hub.display import without_credentials
+from lewis_hub.display import shortened, some_of, without_credentials
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.hub.answers import (
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+LONGEST_PART = 2000  # letters of a problem or a remedy, which may repeat what the Hub says
 LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
 N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(
@@ -125,7 +126,8 @@ class HubRepo:
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, each part on a line, without tokens and without credentials in addresses."""
         written = f"{self.name}@{self.revision}" if self.revision else self.name
-        return self.error_type(written, self.redacted(problem), self.redacted(remedy))
+        told = (shortened(self.redacted(part), LONGEST_PART) for part in (problem, remedy))
+        return self.error_type(written, *told)
 
     def another_file(self, path: str) -> SourceError | PublishError:
         """The error of a file that is not the one that the Hub listed."""
@@ -420,7 +422,7 @@ def _revisions(hub_repo: HubRepo) -> str:
     try:
         refs = hub_repo.api.list_repo_refs(hub_repo.name, repo_type=hub_repo.repo_type)
         named = [
-            f"{kind} {', '.join(ref.name for ref in found[:8])}"
+            f"{kind} {some_of([ref.name for ref in found])}"
             for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
             if found
         ]

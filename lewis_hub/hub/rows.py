@@ -23,6 +23,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, constants
 
+from lewis_hub.display import shortened
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
 from lewis_hub.hub.answers import LISTED
@@ -34,7 +35,7 @@ from lewis_hub.hub.cached_rows import (
 )
 from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.dataset_cards import require_own_files
-from lewis_hub.hub.failures import HubRepo, hub_failures, retry
+from lewis_hub.hub.failures import LONGEST_PART, HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
 from lewis_hub.hub.origins import asking
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
@@ -493,4 +494,4 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         if isinstance(cause, MemoryError) or "out of memory" in said:
             remedy = f"Reading them takes over {MAX_MEMORY_BYTES >> 30} GiB of memory: use .jsonl "
             remedy += "or .parquet files with shorter rows."
-    return SourceError(source.pinned, problem, remedy)
+    return SourceError(source.pinned, problem, shortened(remedy, LONGEST_PART))
