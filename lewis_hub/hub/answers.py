@@ -20,7 +20,7 @@ from urllib.parse import unquote, urljoin
 import httpx2
 
 from lewis_hub.documents import MAX_JSON_VALUES, count_values
-from lewis_hub.hub.origins import is_asked
+from lewis_hub.hub.origins import is_asked, place
 
 if TYPE_CHECKING:
     from lewis_hub.hub.source import SourceFile
@@ -115,8 +115,7 @@ def limit_pages(request: httpx2.Request) -> None:
     """
     # a redirection of a page has its note, and no address of a page
     if str(request.url) in PAGES and not is_asked(request.url):
-        place = request.url.copy_with(raw_path=b"/", username=None, password=None)
-        raise httpx2.DecodingError(f"a list goes on elsewhere, at {place}")
+        raise httpx2.DecodingError(f"a list goes on elsewhere, at {place(request.url)}")
     page = request.extensions.get(PAGE) or PAGES.get(str(request.url)) or _Page()
     request.extensions[PAGE] = page
     if page.number > MAX_PAGES:

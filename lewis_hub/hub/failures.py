@@ -40,7 +40,7 @@ from lewis_hub.hub.answers import (
     require_true_names,
 )
 from lewis_hub.hub.heads import limit_heads
-from lewis_hub.hub.origins import asking, hide_access_elsewhere, withhold_token
+from lewis_hub.hub.origins import asking, hide_access_elsewhere, origin, place, withhold_token
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -447,5 +447,9 @@ def _unreachable(error: Exception, hub_repo: HubRepo) -> tuple[str, str]:
         problem = "HF_HUB_OFFLINE is set and the cache does not hold all its files"
         return problem, f"Unset HF_HUB_OFFLINE, then {AGAIN}.{cached}"
     how = "no answer in time" if isinstance(cause, httpx2.TimeoutException) else str(cause)
-    problem = f"cannot reach {hub_repo.api.endpoint} ({how or type(cause).__name__})"
-    return problem, f"Check the network and HF_ENDPOINT, then {AGAIN}.{cached}{use_cache}"
+    host, settings = hub_repo.api.endpoint, "the network and HF_ENDPOINT"
+    asked = getattr(cause, "_request", None)  # `request` fails if there is none
+    if asked is not None and origin(asked.url) != origin(host):
+        host, settings = f"{place(asked.url)}, which {host} names", "that this machine may reach it"
+    problem = f"cannot reach {host} ({how or type(cause).__name__})"
+    return problem, f"Check {settings}, then {AGAIN}.{cached}{use_cache}"

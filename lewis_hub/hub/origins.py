@@ -62,8 +62,8 @@ def is_asked(address: httpx2.URL | str) -> bool:
     if not asked:
         return True
     issuer = os.environ.get("ACTIONS_ID_TOKEN_REQUEST_URL")  # of GitHub, for trusted publishing
-    known = {_origin(hub) for hub in (*asked, constants.ENDPOINT, *WELL_KNOWN, issuer) if hub}
-    found = _origin(address)
+    known = {origin(hub) for hub in (*asked, constants.ENDPOINT, *WELL_KNOWN, issuer) if hub}
+    found = origin(address)
     if found is None:
         return False
     scheme, host, port = found
@@ -71,7 +71,13 @@ def is_asked(address: httpx2.URL | str) -> bool:
     return found in known or (is_upgrade and ("http", host, 80) in known)
 
 
-def _origin(address: httpx2.URL | str) -> Origin | None:
+def place(address: httpx2.URL) -> str:
+    """The beginning of an address, for readers."""
+    return f"{address.scheme}://{address.netloc.decode()}"
+
+
+def origin(address: httpx2.URL | str) -> Origin | None:
+    """Scheme, host and port of an address; None if it is none."""
     try:
         url = httpx2.URL(address)
     except httpx2.InvalidURL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_list_does_not_go_on_at_another_host(hub, push, elsewhere, no_pauses):
         with pytest.raises(PublishError) as error:
             call_hub(HubRepo.to_publish(api, "me/model"), lambda: [*api.list_repo_tree("me/model")])
     assert str(error.value) == (
-        f"me/model: cannot reach {stands.url} (a list goes on elsewhere, at {elsewhere.url}/).\n"
+        f"me/model: cannot reach {stands.url} (a list goes on elsewhere, at {elsewhere.url}).\n"
         "Check the network and HF_ENDPOINT, then run the same command again: finished work is kept."
     )
     assert elsewhere.got == []
@@ -151,3 +152,33 @@ def test_the_issuer_of_identities_gets_its_own_token(monkeypatch, elsewhere):
         call_hub(asked, lambda: get_session().get(f"{elsewhere.url}/id", headers=headers))
         monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_URL", f"{elsewhere.url}/id?v=1")
     assert [token for _, token in elsewhere.got] == [None, "Bearer of-the-workflow"]
+
+
+def test_a_message_names_the_storage_that_cannot_be_reached(hub, no_pauses):
+    hub.api().create_repo("me/merge")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+    def change(_method, target, answer):
+        if "objects/batch" not in target:
+            return answer
+        told = json.loads(answer.body)
+        told["objects"][0]["actions"]["upload"]["href"] = f"{refused}/put?signature=secret"
+        return answer.sending(json.dumps(told).encode())
+
+    with proxy(hub) as stands:
+        answering(stands, change)
+        api = HfApi(endpoint=stands.url, token=hub.write_token)
+        added = [CommitOperationAdd("a.safetensors", b"1" * 99)]
+        with pytest.raises(PublishError) as error:
+            call_hub(
+                HubRepo.to_publish(api, "me/merge"),
+                lambda: api.preupload_lfs_files("me/merge", added),
+            )
+    told, remedy = str(error.value).split("\n")
+    assert told.startswith(f"me/merge: cannot reach {refused}, which {stands.url} names (")
+    assert "secret" not in told
+    assert remedy == (
+        "Check that this machine may reach it, then run the same command again: finished work is "
+        "kept."
+    )
