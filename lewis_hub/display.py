@@ -6,12 +6,14 @@ The caller of long work decides what is shown, and where.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Literal, Protocol
 
+LONGEST_NAME = 200  # letters of a name in a message
+SHOWN_NAMES = 8  # of a list of names in a message
 Advance = Callable[[int], None]  # called with the units done since the last call
 Unit = Literal["bytes", "tokens", "items"]
 
@@ -99,6 +101,18 @@ def size(n_bytes: float) -> str:
 def without_credentials(text: str) -> str:
     """The text with addresses that have no user, no password and no signature."""
     return SIGNED.sub(r"\1...", USER_INFO.sub("", text))
+
+
+def shortened(text: str, longest: int = LONGEST_NAME) -> str:
+    """The beginning of a text that may come from others, as long as a message needs it."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of some names that may come from others, and how many more there are."""
+    shown = ", ".join(shortened(name) for name in names[:SHOWN_NAMES])
+    n_left = len(names) - SHOWN_NAMES
+    return f"{shown} and {n_left:,} more" if n_left > 0 else shown
 
 
 def visible(text: str) -> str:

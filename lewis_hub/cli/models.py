@@ -79,7 +79,7 @@ def evaluate(
     type=click.Choice(["commit", "pull-request"]),
     help="Publish as a commit or as a pull request. [default: the recipe's choice, else commit]",
 )
-@click.option("--tag", help="Tag for the new commit.")
+@click.option("--tag", type=options.TAG, help="Tag for the new commit.")
 @options.flag("--private", help="Create the repo as a private one.")
 @options.flag(
     "--force", help="Push even if the quality gate refused the merge; the commit title says so."

@@ -58,6 +58,12 @@ def _parse_repo(text: str) -> str | None:
     return text if reference.REPO.fullmatch(text) else None
 
 
+def _parse_tag(text: str) -> str | None:
+    from lewis_hub.recipe import reference
+
+    return text if reference.TAG.fullmatch(text) else None
+
+
 def _parse_size(text: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
     if not match or float(match[1]) == 0:
@@ -66,6 +72,7 @@ def _parse_size(text: str) -> int | None:
 
 
 REPO = Format("owner/name", "owner/name such as me/my-merge", _parse_repo)
+TAG = Format("text", "the name of a tag, such as v1.0, by the rules of git", _parse_tag)
 SIZE = Format("size", "a size such as 500MB or 5GB", _parse_size)  # in powers of 1000
 DURATION = Format("duration", "a duration such as 90m or 2h", matching(r"\d+(\.\d+)?[smhd]"))
 

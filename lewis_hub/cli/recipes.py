@@ -14,7 +14,7 @@ import click
 from lewis_hub.cli import options
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, say, terminal_options
-from lewis_hub.display import TextTable
+from lewis_hub.display import TextTable, visible
 from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import LewisHubError
 from lewis_hub.files import text_of
@@ -190,7 +190,7 @@ def report(documents: tuple[Path, ...]) -> None:
     summary = step_summary(results)
     _append_for_github("GITHUB_STEP_SUMMARY", summary)
     url = "".join(str(results.get("commit_url") or "").split())  # a second line is another output
-    outputs = f"status={outcome(results)}\ncommit-url={url}\n"
+    outputs = f"status={outcome(results)}\ncommit-url={visible(url)}\n"
     _append_for_github("GITHUB_OUTPUT", outputs)
     say(summary, nl=False)
 

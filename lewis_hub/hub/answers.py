@@ -20,6 +20,7 @@ from urllib.parse import unquote, urljoin
 import httpx2
 
 from lewis_hub.documents import MAX_JSON_VALUES, count_values
+from lewis_hub.hub.origins import is_asked, place
 
 if TYPE_CHECKING:
     from lewis_hub.hub.source import SourceFile
@@ -34,6 +35,7 @@ MAX_OBJECTS = 600_000  # in an answer, and in all pages of a list: 250,000 files
 MAX_LINE_BYTES = 16 << 20  # of a line of a log
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
+MAX_PARTS = 10_000  # that an upload of one file is cut into: more are not possible in S3
 MAX_PAGES = 1000  # of a list, such as that of a repo's files
 # of a file that huggingface_hub downloads itself, in this context; None: what it announces
 FILE_BYTES: ContextVar[int | None] = ContextVar("FILE_BYTES", default=None)
@@ -44,6 +46,7 @@ LOOKUP = re.compile(
 )
 AT_COMMIT = re.compile(rb"/resolve/([0-9a-f]{40})/")
 PLAIN_TAG = re.compile(r"(?!\.\.?$)[^/\\:\x00]+")
+BATCH = re.compile(rb"\.git/info/lfs/objects/batch(\?|$)")  # where files are uploaded to
 LOG = re.compile(rb"/api/jobs/[^/?]+/[^/?]+/logs(\?|$)")
 
 # `checked`: of a file, by who checks its length; `log`: the lines of a Job, which come as they are
@@ -108,9 +111,11 @@ def limit_pages(request: httpx2.Request) -> None:
     """Refuse the next page of a list that does not end: huggingface_hub asks for what it is told.
 
     Raises:
-        DecodingError: it has too many pages.
+        DecodingError: it has too many pages, or it goes on where no Hub is.
     """
     # a redirection of a page has its note, and no address of a page
+    if str(request.url) in PAGES and not is_asked(request.url):
+        raise httpx2.DecodingError(f"a list goes on elsewhere, at {place(request.url)}")
     page = request.extensions.get(PAGE) or PAGES.get(str(request.url)) or _Page()
     request.extensions[PAGE] = page
     if page.number > MAX_PAGES:
@@ -278,6 +283,8 @@ def limit_body(answer: httpx2.Response) -> None:
             pieces = _decompressed(fast_enough(answer.stream), encoding)
             pieces = _limited(pieces, _too_large("an answer to a lookup"), MAX_LOOKUP_BYTES)
             pieces = _of_short_list(_of_few_values(pieces), _page(answer).received)
+            if BATCH.search(answer.request.url.raw_path):
+                pieces = _of_few_parts(pieces)
     answer.stream = _Body(answer.stream, pieces)
 
 
@@ -362,6 +369,28 @@ def _of_short_list(pieces: Iterable[bytes], received: Received) -> Iterator[byte
         if received.exceeded:
             raise httpx2.DecodingError(f"a list has more than {received.exceeded}")
         yield piece
+
+
+def _of_few_parts(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces, once all are there; an error if a file is to be uploaded in too many parts."""
+    content = b"".join(pieces)
+    try:
+        told = json.loads(content)
+    except (ValueError, RecursionError):
+        told = None  # huggingface_hub refuses it
+    files = told.get("objects") if isinstance(told, dict) else None
+    n_parts = max(map(_n_parts, files), default=0) if isinstance(files, list) else 0
+    if n_parts > MAX_PARTS:
+        problem = f"a file is to be uploaded in {n_parts:,} parts, and {MAX_PARTS:,} are allowed"
+        raise httpx2.DecodingError(problem)
+    yield content
+
+
+def _n_parts(file: object) -> int:
+    """In how many parts a file is to be uploaded, as huggingface_hub counts them."""
+    for key in ("actions", "upload", "header"):
+        file = file.get(key) if isinstance(file, dict) else None
+    return sum(map(str.isdigit, file)) if isinstance(file, dict) else 0
 
 
 def _limited_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:

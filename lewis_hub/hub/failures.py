@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from lewis_hub.display import without_credentials
+from lewis_hub.display import shortened, some_of, without_credentials
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.hub.answers import (
@@ -39,6 +39,8 @@ from lewis_hub.hub.answers import (
     note_purpose,
     require_true_names,
 )
+from lewis_hub.hub.heads import limit_heads
+from lewis_hub.hub.origins import asking, hide_access_elsewhere, origin, place, withhold_token
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+LONGEST_PART = 2000  # letters of a problem or a remedy, which may repeat what the Hub says
 LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
 N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(
@@ -123,7 +126,8 @@ class HubRepo:
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, each part on a line, without tokens and without credentials in addresses."""
         written = f"{self.name}@{self.revision}" if self.revision else self.name
-        return self.error_type(written, self.redacted(problem), self.redacted(remedy))
+        told = (shortened(self.redacted(part), LONGEST_PART) for part in (problem, remedy))
+        return self.error_type(written, *told)
 
     def another_file(self, path: str) -> SourceError | PublishError:
         """The error of a file that is not the one that the Hub listed."""
@@ -163,7 +167,7 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def limit_waiting() -> None:
-    """Limit pauses, silence, and speed and size of answers, in huggingface_hub's calls.
+    """Limit pauses, silence, speed and size of answers, and who gets tokens, in huggingface_hub.
 
     The limits hold in later sessions, too: where huggingface_hub itself repeats a call, a refused
     connection makes a new one.
@@ -188,8 +192,10 @@ def _limit(session: httpx2.Client) -> httpx2.Client:
     session.headers["Accept-Encoding"] = COMPRESSION
     requests, answers = (session.event_hooks[kind] for kind in ("request", "response"))
     if limit_body not in answers:
-        requests.extend((note_purpose, limit_pages, limit_silence))
-        answers.extend((hide_unlisted, _require_short_pause, note_next_page))
+        limit_heads(session)
+        requests.extend((note_purpose, limit_pages, withhold_token, limit_silence))
+        answers.extend((hide_access_elsewhere, hide_unlisted))
+        answers.extend((_require_short_pause, note_next_page))
         answers.extend((require_true_names, limit_body))
     return session
 
@@ -272,7 +278,8 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     """Turn every failure of the Hub inside the block into an error of `hub_repo.error_type`."""
     limit_waiting()
     try:
-        yield
+        with asking(str(hub_repo.api.endpoint)):
+            yield
     except hf.HfHubHTTPError as error:
         raise hub_repo.failed(*_refused(error, hub_repo)) from error
     except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, httpx2.RequestError) as error:
@@ -415,7 +422,7 @@ def _revisions(hub_repo: HubRepo) -> str:
     try:
         refs = hub_repo.api.list_repo_refs(hub_repo.name, repo_type=hub_repo.repo_type)
         named = [
-            f"{kind} {', '.join(ref.name for ref in found[:8])}"
+            f"{kind} {some_of([ref.name for ref in found])}"
             for kind, found in (("branches:", refs.branches), ("tags:", refs.tags))
             if found
         ]
@@ -440,5 +447,9 @@ def _unreachable(error: Exception, hub_repo: HubRepo) -> tuple[str, str]:
         problem = "HF_HUB_OFFLINE is set and the cache does not hold all its files"
         return problem, f"Unset HF_HUB_OFFLINE, then {AGAIN}.{cached}"
     how = "no answer in time" if isinstance(cause, httpx2.TimeoutException) else str(cause)
-    problem = f"cannot reach {hub_repo.api.endpoint} ({how or type(cause).__name__})"
-    return problem, f"Check the network and HF_ENDPOINT, then {AGAIN}.{cached}{use_cache}"
+    host, settings = hub_repo.api.endpoint, "the network and HF_ENDPOINT"
+    asked = getattr(cause, "_request", None)  # `request` fails if there is none
+    if asked is not None and origin(asked.url) != origin(host):
+        host, settings = f"{place(asked.url)}, which {host} names", "that this machine may reach it"
+    problem = f"cannot reach {host} ({how or type(cause).__name__})"
+    return problem, f"Check {settings}, then {AGAIN}.{cached}{use_cache}"

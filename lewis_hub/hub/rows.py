@@ -23,6 +23,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import HfApi, constants
 
+from lewis_hub.display import shortened
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import is_hidden, raise_if_of_the_disk, require_inside
 from lewis_hub.hub.answers import LISTED
@@ -34,8 +35,9 @@ from lewis_hub.hub.cached_rows import (
 )
 from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.dataset_cards import require_own_files
-from lewis_hub.hub.failures import HubRepo, hub_failures, retry
+from lewis_hub.hub.failures import LONGEST_PART, HubRepo, hub_failures, retry
 from lewis_hub.hub.fetch import fetch_files
+from lewis_hub.hub.origins import asking
 from lewis_hub.hub.resolve import require_listed, resolve_dataset
 from lewis_hub.hub.source import Source
 from lewis_hub.limits import TooMuchError, limited
@@ -129,7 +131,7 @@ def only_pinned(api: HfApi, source: Source) -> Iterator[None]:
     Raises:
         SourceError: in the block or at its end: a file is another one.
     """
-    with only_tables(source):
+    with asking(str(api.endpoint)), only_tables(source):
         yield
     if source.folder:
         require_unchanged(source)
@@ -492,4 +494,4 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         if isinstance(cause, MemoryError) or "out of memory" in said:
             remedy = f"Reading them takes over {MAX_MEMORY_BYTES >> 30} GiB of memory: use .jsonl "
             remedy += "or .parquet files with shorter rows."
-    return SourceError(source.pinned, problem, remedy)
+    return SourceError(source.pinned, problem, shortened(remedy, LONGEST_PART))

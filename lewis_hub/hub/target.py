@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lewis_hub.display import shortened, some_of
 from lewis_hub.hub.answers import Received, counted
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, read_answer, retry
 from lewis_hub.hub.fetch import read_file
@@ -326,14 +327,16 @@ def _require_membership(hub_repo: HubRepo, who: Account) -> None:
     """A new repo needs a namespace of the user or of an organisation of theirs."""
     if not who.owns(hub_repo.name):
         namespace, _, name = hub_repo.name.partition("/")
+        user = shortened(who.name)
         raise hub_repo.failed(
-            f"`{who.name}` may not make a repo under `{namespace}`",
-            f"This token's namespaces are {', '.join(who.namespaces)}: push to"
-            f" {who.name}/{name}, or use a token of a member of `{namespace}`.",
+            f"`{user}` may not make a repo under `{namespace}`",
+            f"This token's namespaces are {some_of(who.namespaces)}: push to"
+            f" {user}/{name}, or use a token of a member of `{namespace}`.",
         )
 
 
 def _require_write(hub_repo: HubRepo, name: str) -> None:
+    name = shortened(name)
     with hub_failures(hub_repo):
         try:
             retry(lambda: hub_repo.api.auth_check(hub_repo.name, write=True))

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 from lewis_hub.files import starts_like_path
 
 REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+TAG = re.compile(  # by git's rules for the names of references
+    r"(?!@$|-|refs/|[./])(?!.*(?:\.\.|@\{|//|/\.|\.lock(?:/|$)))[^\x00-\x20\x7f~^:?*\[\\]+(?<![./])"
+)
 
 
 class Part(BaseModel):

@@ -28,7 +28,15 @@ from lewis_hub.recipe.alignment import Alignment
 from lewis_hub.recipe.evaluation import Evaluation
 from lewis_hub.recipe.formats import Exports
 from lewis_hub.recipe.mixture import Mixture
-from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name, listed, present
+from lewis_hub.recipe.reference import (
+    REPO,
+    TAG,
+    ModelReference,
+    Part,
+    allow_name,
+    listed,
+    present,
+)
 from lewis_hub.recipe.tokens import Tokenizer
 
 ApplyTo = Literal["density", "weight", "both"]
@@ -310,6 +318,13 @@ class Publishing(Part):
     def _is_repo(cls, value: str) -> str:
         if not REPO.fullmatch(value):
             raise ValueError(f"{value!r} is not owner/name (letters, digits, `-`, `_`, `.`)")
+        return value
+
+    @field_validator("tag")
+    @classmethod
+    def _is_tag(cls, value: str | None) -> str | None:
+        if value is not None and not TAG.fullmatch(value):
+            raise ValueError(f"{value!r} is not a name that git allows for a tag, such as v1.0")
         return value
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from urllib.parse import quote, urlsplit
 
+from lewis_hub import display
+
 LITERAL = re.compile(r"[A-Za-z0-9 ,./:;%()'-]")  # has no meaning in Markdown inside a line
 PLAIN_CODE = re.compile(r"[ -~]*")  # without characters that tables, HTML or mathematics use:
 NOT_IN_CODE = frozenset("`|<>&\\$")
@@ -88,10 +90,10 @@ def attribute(value: object) -> str:
 
 
 def fenced(content: str, language: str) -> str:
-    """A code block; its fence is longer than any in the content."""
+    """A code block without controls of a terminal; its fence is longer than any in the content."""
     longest = max(map(len, re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = content.rstrip("\n").splitlines()  # any line break becomes a newline
+    lines = map(display.visible, content.rstrip("\n").splitlines())  # any break: a newline
     return "\n".join([f"{fence}{language}", *lines, fence])
 
 

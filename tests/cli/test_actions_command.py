@@ -397,6 +397,23 @@ def test_the_report_of_a_failure_shows_its_message_unchanged(place):
     assert Path("outputs").read_text() == "status=failed\ncommit-url=\n"
 
 
+def test_a_report_has_no_controls_of_a_terminal(place):
+    told = {
+        "status": "failed",
+        "error": {"message": "a\x1b[31m\tb\u202ec\nd\x1be"},
+        "commit_url": "https://hub/me/x/commit/\x1b]0;x\x07\u202ef\n1",
+    }
+    Path("merge.json").write_text(json.dumps(told))
+
+    page = run("actions", "report", "merge.json").stdout
+
+    assert page == Path("page.md").read_text()
+    assert page.endswith("\n\n```text\na\\x1b[31m\tb\\u202ec\nd\\x1be\n```\n")
+    assert Path("outputs").read_text() == (
+        "status=failed\ncommit-url=https://hub/me/x/commit/\\x1b]0;x\\x07\\u202ef1\n"
+    )
+
+
 def test_an_incomplete_run_is_reported_as_failed(place):
     Path("preflight.json").write_text('{"status": "merge", "why": "", "repo": "me/mine"}')
 

@@ -191,6 +191,10 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
             ("merge", "--repo", "$(id)/x"),
             "Invalid value for '--repo': expected owner/name such as me/my-merge, found '$(id)/x'",
         ),
+        (
+            ("push", ".", "me/x", "--tag", "v 1"),
+            "Invalid value for '--tag': expected the name of a tag, such as v1.0, by the rules of",
+        ),
         (("push", "missing", "me/x"), "Invalid value for 'FOLDER': Directory 'missing' does not"),
     ],
 )

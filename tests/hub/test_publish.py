@@ -544,6 +544,29 @@ def test_a_new_repo_in_somebody_elses_namespace_is_refused_before_any_work(hub):
     assert open_target(hub.api("hf_visitor"), "team/merged").head is None
 
 
+@pytest.mark.parametrize(("name", "n_teams"), [("v" * 10**6, 0), ("visitor", 50_000)])
+def test_a_message_repeats_as_many_names_as_one_can_read(hub, name, n_teams):
+    teams = tuple(f"team{i}" for i in range(n_teams))
+    hub.add_token("hf_visitor", name, "write", namespaces=(name, *teams))
+
+    with pytest.raises(PublishError) as raised:
+        open_target(hub.api("hf_visitor"), REPO)
+
+    shown = name if n_teams else "v" * 197 + "..."
+    listed = "visitor, " + ", ".join(teams[:7]) + " and 49,993 more" if n_teams else shown
+    assert str(raised.value) == (
+        f"{REPO}: `{shown}` may not make a repo under `tests`.\n"
+        f"This token's namespaces are {listed}: push to {shown}/merged, or use a token of a "
+        "member of `tests`."
+    )
+
+
+def test_a_long_answer_is_cut_in_a_message():
+    hub_repo = HubRepo.to_publish(HfApi(endpoint="http://hub.example"), REPO)
+    told = str(hub_repo.failed("a" * 10**6, "b" * 10**6))
+    assert told == f"{REPO}: {'a' * 1997}...\n{'b' * 1997}..."
+
+
 def test_somebody_elses_repo_is_refused_before_anything_else_but_takes_proposals(hub, api, folder):
     publish(api, folder, REPO, PLAIN, lambda _: None)
     hub.add_token("hf_visitor", "visitor", "write")

@@ -10,8 +10,10 @@ import json
 from contextlib import suppress
 
 import pytest
+from faulty_proxy import proxy
 from hub_faults import ANY, FAULTS, NEVER, run_concurrently
 from hub_models import push_by_another, watch_requests
+from huggingface_hub import HfApi
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.publish import Publication, publish
@@ -169,3 +171,30 @@ def test_no_call_waits_for_a_day_and_the_pause_is_told(
         "Calls wait at most 60 s. Wait that long, then run",
     }
     assert str(raised.value).startswith(told[status])
+
+
+@pytest.mark.parametrize("n_parts", [10_000, 10_001])
+def test_a_file_is_uploaded_in_as_many_parts_as_the_storage_may_have(hub, tmp_path, n_parts):
+    """The storage says no tag of a part, so the upload ends with the first one."""
+    folder = write(tmp_path / "after", AFTER | {"model.safetensors": b"4" * n_parts})
+    methods = []
+
+    def change(method, target, answer):
+        methods.append(method)
+        if "objects/batch" not in target:
+            return answer.saying(etag=None) if method == "PUT" else answer
+        told = json.loads(answer.body)
+        for one in told["objects"]:
+            upload = one["actions"]["upload"]
+            parts = dict.fromkeys(map(str, range(1, n_parts + 1)), upload["href"])
+            upload["header"] = {"chunk_size": "1", **parts}
+        return answer.sending(json.dumps(told).encode())
+
+    with proxy(hub) as stands:
+        stands.answered = change
+        api = HfApi(endpoint=stands.url, token=hub.write_token)
+        with pytest.raises(PublishError) as error:
+            publish(api, folder, "tests/parts", PUSH, lambda _: None)
+    told = f"cannot reach {stands.url} (a file is to be uploaded in 10,001 parts, and 10,000 are"
+    assert (told in str(error.value)) == (n_parts > 10_000)
+    assert ("PUT" in methods) == (n_parts <= 10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from time import sleep as wait  # not the one that tests replace
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -313,3 +315,61 @@ def test_pull_requests_are_compared_as_far_as_their_answers_have_the_size_of_a_l
     pages = [f"{api.endpoint}/a/b/discussions/{number}" for number in numbers]
     assert [url for url, _ in found] == pages
     assert len(server.asked) == n_found * n_answers + 1  # and the page of the next one
+
+
+def heads(content, pause_s):
+    """A server that first reads a request, and then sends pieces without end."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                threading.Thread(target=send, args=(connection,), daemon=True).start()
+
+    def send(connection):
+        with suppress(OSError), connection:
+            connection.recv(1 << 16)
+            for piece in content():
+                connection.sendall(piece)
+                wait(pause_s)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server, "http://{}:{}".format(*server.getsockname())
+
+
+PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+ANSWER = (
+    b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"name":"me"}'
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "pause_s"),
+    [
+        (lambda: itertools.repeat(PROCESSING), 0.02),
+        (lambda: itertools.repeat(PROCESSING * 1000), 0),
+        (lambda: itertools.repeat(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"), 0.02),
+        (lambda: itertools.chain([b"HTTP/1.1 200 OK\r\n"], itertools.repeat(b"a: b\r\n")), 0.02),
+    ],
+    ids=["processing", "flood", "hints", "one line at a time"],
+)
+def test_a_head_that_does_not_end_is_given_up(monkeypatch, no_pauses, content, pause_s):
+    monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.2)
+    server, url = heads(content, pause_s)
+    began = time.monotonic()
+    with server, pytest.raises(PublishError) as error:
+        account(HubRepo.to_publish(HfApi(endpoint=url, token="hf_test"), "me/merge"))
+    assert str(error.value).startswith(f"me/merge: cannot reach {url} (no answer in time).\n")
+    assert time.monotonic() - began < 15
+
+
+def test_a_server_may_say_that_it_works_before_it_answers(monkeypatch, no_pauses):
+    """Its body may also take longer than its head."""
+    monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.4)
+    body = [ANSWER[i : i + 1] for i in range(len(ANSWER) - 13, len(ANSWER))]
+    pieces = [PROCESSING, PROCESSING, ANSWER[:20], ANSWER[20:-13], *body]
+    server, url = heads(lambda: pieces, 0.05)
+    with server:
+        asked = HubRepo.to_publish(HfApi(endpoint=url, token="hf_test"), "me/merge")
+        assert account(asked).name == "me"

@@ -11,7 +11,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.read import parse_recipe, read_recipe, schema
-from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.reference import TAG, ModelReference
 from lewis_hub.recipe.schema import Conditional, ModelEntry, Recipe
 
 GOOD = """base_model: a/b
@@ -228,6 +228,10 @@ BROKEN = {
     GOOD + "publish: {repo: '$(rm -rf x)/y'}\n": (
         "r.yaml:6: `publish.repo`: '$(rm -rf x)/y' is not owner/name (letters, digits, `-`, `_`, "
         "`.`).\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "publish: {repo: me/x, tag: v1.lock}\n": (
+        "r.yaml:6: `publish.tag`: 'v1.lock' is not a name that git allows for a tag, such as "
+        "v1.0.\n`lewis-hub schema` describes every field."
     ),
     GOOD.replace("base_model: a/b\n", "") + f"guide: {{calibration: {CALIBRATION}}}\n": (
         "r.yaml:5: `guide`: a guide needs a `base_model` to compare with.\nName the base model."
@@ -807,3 +811,19 @@ def test_a_density_of_many_digits_is_refused():
 
     with pytest.raises(RecipeError, match="expected a density between 0 and 1, found 1000"):
         parse_recipe(text % ("0" * 400), "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_allowed"),
+    [
+        *((name, True) for name in ("v1", "v1.0", "a/b", "a@b", "@a", "1-2", "a.locked", "é", "+")),
+        *(
+            (name, False)
+            for name in ("", " ", "a b", "a..b", "a.", ".a", "a/.b", "/a", "a/", "a//b")
+        ),
+        *((name, False) for name in ("@", "a@{b", "a.lock", "a.lock/b", "-a", "refs/tags/a")),
+        *((f"a{letter}b", False) for letter in "\x00\t\n\x1b\x7f~^:?*[\\"),
+    ],
+)
+def test_a_tag_has_a_name_that_git_allows(name, is_allowed):
+    assert bool(TAG.fullmatch(name)) == is_allowed
