@@ -273,6 +273,25 @@ def test_the_documents_that_are_judged_for_a_query_count(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+@pytest.mark.parametrize(("grade", "told"), [(500_000_000, "500,000,000"), (-10_001, "-10,001")])
+def test_a_document_has_no_very_high_grade(grade, told, tmp_path):
+    """trec_eval took 157 s and 4.6 GB for 500 million, and gave 0 to all queries for 2 billion."""
+    tables = {
+        "corpus/test": {"_id": ["1", "2"], "title": ["", ""], "text": ["a", "b"]},
+        "queries/test": {"_id": ["q"], "text": ["a"]},
+        "qrels/test": {"query-id": ["q", "q"], "corpus-id": ["1", "2"], "score": [10_000, 2]},
+    }
+    load_embedding_tasks(own_embedding_task(tmp_path / "low", "Retrieval", tables), {})
+    tables["qrels/test"]["score"] = [1, grade]
+    selected = own_embedding_task(tmp_path / "high", "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == (
+        f"own: its document `2` has the grade {told} for the query `q`, the limit is 10,000.\n"
+        "Choose a task with lower grades."
+    )
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
 def test_the_documents_that_are_found_for_a_query_count(tmp_path, monkeypatch):
     """1,000 for each of 20,000 queries, in 32 kB, took 4.2 GB."""
     monkeypatch.setattr(text_limits, "MAX_BYTES", 10_000_000)
