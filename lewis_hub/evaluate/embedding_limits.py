@@ -12,6 +12,7 @@ from typing import Any
 
 from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.harness import OVERFLOWS
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.loadable import SMALLER
 from lewis_hub.system import limited_memory
@@ -55,7 +56,8 @@ def limit_batches(where: str, model: Any) -> None:
 def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
     """Let a loaded model refuse to give very long vectors, which are kept for all texts.
 
-    It raises an EvaluationError then. Of a sparse model the numbers that are not 0 count.
+    It raises an EvaluationError then. Of a sparse model the numbers that are not 0 count. Vectors
+    without a finite length are refused, too.
     """
     forward: Callable[..., Any] = model.forward
     limit = MAX_NUMBERS if is_sparse else MAX_DIMENSION
@@ -65,7 +67,10 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
         found = forward(*args, **options)
         for key in VECTORS if isinstance(found, Mapping) else ():
             vectors = found.get(key)
-            if vectors is not None and vectors.ndim > 1:
+            if vectors is None:
+                continue
+            _require_finite(where, vectors)
+            if vectors.ndim > 1:
                 many = (vectors != 0).sum(-1).max() if is_sparse else vectors.shape[-1]
                 if many > limit:
                     problem = f"its vector of a text has {int(many):,} numbers, the limit is "
@@ -73,3 +78,10 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
         return found
 
     model.forward = forward_within_limits
+
+
+def _require_finite(where: str, vectors: Any) -> None:
+    """Refuse vectors, or scores, whose squares have no finite sum: mteb would compare 0 instead."""
+    if not vectors.float().square().sum(-1).isfinite().all():
+        problem = "gives texts vectors that are not finite (NaN, or too large), so it cannot be "
+        raise EvaluationError(where, f"{problem}scored.", OVERFLOWS)

@@ -72,6 +72,24 @@ def test_a_model_that_gives_very_long_vectors_is_refused(key):
     )
 
 
+@pytest.mark.parametrize("key", ["sentence_embedding", "scores"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_model_whose_vectors_are_not_finite_is_not_scored(value, key):
+    """mteb replaced NaN, and a cosine of too large numbers is 0: the order was that of the rows."""
+    model = SimpleNamespace(forward=lambda value: {key: torch.tensor([[1.0, 2.0], [value, 0.0]])})
+
+    limit_vectors("org/model", model, is_sparse=False)
+
+    assert model.forward(1e18)[key].shape == (2, 2)
+    with pytest.raises(EvaluationError) as refused:
+        model.forward(value)
+    assert str(refused.value) == (
+        "org/model: gives texts vectors that are not finite (NaN, or too large), so it cannot be "
+        "scored.\nIts activations overflow. Of a merge, lower the weights; of another model, leave "
+        "it out of `compare`."
+    )
+
+
 def test_of_a_sparse_model_only_numbers_that_are_not_0_count():
     def vectors(n):
         found = torch.zeros(2, 50_000)
