@@ -120,6 +120,12 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def line_of(text: str, n_characters: int) -> str:
+    """A text of others as one line, which ends in `...` if it is longer."""
+    line = " ".join(visible(text).split())
+    return line if len(line) <= n_characters else f"{line[: n_characters - 3]}..."
+
+
 def printable(text: str) -> str:
     """A text whose parts may come from others, so that it controls no terminal and no log."""
     return without_commands(visible(without_credentials(text)))

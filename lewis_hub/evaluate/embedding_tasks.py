@@ -40,7 +40,9 @@ KINDS = {  # types of own tasks -> class of mteb
 NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
 MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
-LISTS = ("relevant_docs", "top_ranked")  # of a retrieval task: query -> documents
+RELEVANT = "relevant_docs"
+LISTS = (RELEVANT, "top_ranked")  # of a retrieval task: query -> documents
+MAX_GRADE = 10_000  # trec_eval has 8 bytes, and a step, for each grade up to the highest
 RANKED = 1000  # documents that mteb finds for a query
 JUDGEMENT_BYTES = 200  # of a query and a document, while they are scored
 CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
@@ -163,7 +165,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
 
     Raises:
         EvaluationError: as `locate_embedding_tasks`; data are missing or do not fit the task; or
-            their texts are very long, or very many.
+            their texts are very long, or very many, or grades very high.
     """
     tasks, held = locate_embedding_tasks(selection), HeldTexts()
     for name, task in tasks.items():
@@ -181,6 +183,7 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                     held.add_rows(name, rows)
                     _ = rows[:1]  # a value that Python has not, such as an unknown time zone
                 held.add(name, JUDGEMENT_BYTES * _n_judgements(task))
+                _require_low_grades(name, task)
                 require_few_labels(task, held)
         except LewisHubError:
             raise
@@ -232,11 +235,27 @@ def _tables(task: Any) -> Iterator[Any]:
 
 def _n_judgements(task: Any) -> int:
     """The pairs of a query and a document that a retrieval task lists, or finds: RANKED a query."""
-    parts = (data for split in task.eval_splits for _, data in _subsets(task, split))
-    splits = [data for data in parts if isinstance(data, Mapping)]
+    splits = list(_searched(task))
     listed = [data.get(part) for data in splits for part in LISTS]
     found = sum(len(data["queries"]) * min(RANKED, len(data["corpus"])) for data in splits)
     return found + sum(len(documents) for one in listed if one for documents in one.values())
+
+
+def _require_low_grades(name: str, task: Any) -> None:
+    """Refuse grades of documents that trec_eval takes very long for, or has no number for."""
+    for data in _searched(task):
+        for query, documents in (data.get(RELEVANT) or {}).items():
+            for document, grade in documents.items():
+                if isinstance(grade, int) and abs(grade) > MAX_GRADE:
+                    problem = f"its document `{str(document)[:100]}` has the grade {grade:,} for "
+                    problem += f"the query `{str(query)[:100]}`, the limit is {MAX_GRADE:,}."
+                    raise EvaluationError(name, problem, "Choose a task with lower grades.")
+
+
+def _searched(task: Any) -> Iterator[Mapping[str, Any]]:
+    """The splits of a retrieval task that are scored, in each subset."""
+    for split in task.eval_splits:
+        yield from (data for _, data in _subsets(task, split) if isinstance(data, Mapping))
 
 
 def require_few_labels(task: Any, held: HeldTexts) -> None:

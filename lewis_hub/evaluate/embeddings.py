@@ -28,7 +28,9 @@ from lewis_hub.evaluate.backends import EvaluationSettings, leads_elsewhere
 from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_files import ModelFiles, folder_of, in_folder, normal
 from lewis_hub.evaluate.embedding_limits import (
+    SHORT,
     limit_batches,
+    limit_held_vectors,
     limit_vectors,
 )
 from lewis_hub.evaluate.embedding_modules import (
@@ -48,7 +50,6 @@ from lewis_hub.loadable import only_files_of, require_loadable
 from lewis_hub.tokenizer import panics_as_errors
 
 BATCH_SIZE = 32  # as in mteb
-WORDS = "a few words"
 MAX_PROMPT = 10_000  # letters, before each text
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
@@ -126,7 +127,10 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     limit_batches(str(folder), model)
-    limit_vectors(str(folder), model, is_sparse=_class_of(files) == "SparseEncoder")
+    kind_of_model = _class_of(files)
+    limit_vectors(str(folder), model, is_sparse=kind_of_model == "SparseEncoder")
+    if kind_of_model == "SentenceTransformer":
+        limit_held_vectors(str(folder), model)
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "
@@ -140,7 +144,7 @@ def _require_short_run(folder: Path, model: Any) -> None:
     """Refuse a model that takes very long, or much memory, for a few words."""
     ranks = hasattr(model, "predict")  # pairs of texts
     run = partial(model.predict if ranks else model.encode, show_progress_bar=False)
-    require_short_run(str(folder), model, lambda: run([(WORDS, WORDS)] if ranks else [WORDS]))
+    require_short_run(str(folder), model, lambda: run([(SHORT, SHORT)] if ranks else [SHORT]))
 
 
 def require_embedder(files: ModelFiles) -> None:

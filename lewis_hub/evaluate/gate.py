@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from lewis_hub.display import line_of
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.paired import MeanDifference, paired
 from lewis_hub.evaluate.scores import (
@@ -31,6 +32,7 @@ from lewis_hub.recipe.evaluation import Gate
 
 VERSION = 1
 FILE = "lewis/gate.json"
+LONGEST_REASON = 1000  # characters
 
 Rival = Literal["base", "experts", "uniform", "previous"]
 OnRefusal = Literal["stop", "pull-request"]
@@ -167,6 +169,7 @@ def _check(
     test: PairedTest | MeanDifference | None = None,
     why: str = "",
 ) -> Check:
+    """A check; `why` may quote what an earlier merge was published with, which anyone may write."""
     return Check(
         task=gate.task,
         metric=gate.metric,
@@ -178,7 +181,7 @@ def _check(
         other=other,
         difference=test.difference if test else None,
         ci95=test.ci95 if test else None,
-        why=why,
+        why=line_of(why, LONGEST_REASON),
     )
 
 

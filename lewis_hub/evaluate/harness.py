@@ -44,6 +44,10 @@ GENERATE = "generate_until"  # an output type of lm-eval
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
 LONGEST_CAUSE = 500  # characters
+OVERFLOWS = (  # what to do about a model whose answers are no numbers
+    "Its activations overflow. Of a merge, lower the weights; of another model, leave it out of "
+    "`compare`."
+)
 
 
 @dataclass(frozen=True)
@@ -218,9 +222,7 @@ class _Counter:
         if isinstance(first, float) and math.isnan(first):
             where = str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
             problem = "gives texts likelihoods that are not numbers (NaN), so it cannot be scored."
-            remedy = "Its activations overflow. Of a merge, lower the weights; of another model, "
-            remedy += "leave it out of `compare`."
-            raise NoLikelihoodError(where, problem, remedy)
+            raise NoLikelihoodError(where, problem, OVERFLOWS)
         self.advance(1)
 
 

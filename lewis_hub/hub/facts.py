@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 HUB = "https://huggingface.co"
 LONGEST_EXAMPLE = 200
+OWN = "other"  # the identifier of licences that the Hub has no identifier for
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Licence:
     """A licence as a model card's metadata states it."""
 
     identifier: str  # the Hub's: apache-2.0, gemma, other, ...
-    name: str | None = None  # if the identifier is `other`
+    name: str | None = None  # if the identifier is `other`, as is the link
     link: str | None = None
 
     def __str__(self) -> str:
@@ -47,7 +48,8 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
     """Read the metadata block of the source's README.md; an invalid block counts as empty."""
     card = _metadata(read_small(api, source, "README.md") or b"")
     identifier = " or ".join(sorted(_texts(card.get("license")))).lower()
-    name, link = (_text(card.get(key)) for key in ("license_name", "license_link"))
+    own = card if identifier == OWN else {}  # else they may contradict the identifier
+    name, link = (_text(own.get(key)) for key in ("license_name", "license_link"))
     return ModelFacts(
         source=source.name,
         licence=Licence(identifier, name, link) if identifier else None,

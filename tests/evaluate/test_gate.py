@@ -140,6 +140,20 @@ def test_what_was_published_before_counts_only_on_the_same_items(before, why):
     assert (check.missed, check.ci95, check.why) == (False, None, why)
 
 
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("2\n::error::boom\x1b[2J", "2 ::error::boom\\x1b[2J"), ("2" * 5000, "2" * 970 + "...")],
+)
+def test_what_an_earlier_merge_states_is_one_short_line(version, told):
+    """Anyone may write it, and it is shown in logs of GitHub Actions."""
+    before = Previous("me/x@abc", result(BETTER, version=version))
+
+    (check,) = verdict(gate("previous"), before, merged=result(WORSE)).checks
+
+    end = "" if told.endswith("...") else " of the task, this with 1"
+    assert check.why == f"it was scored with version {told}{end}"
+
+
 @pytest.mark.parametrize("mean", [1e308, float("nan")])
 def test_numbers_that_are_too_large_are_not_compared(mean):
     """They were a traceback after the merge and its scores, as JSON has no infinity."""

@@ -92,6 +92,25 @@ def test_of_texts_that_a_model_continues_only_servers_hold_all_tokens(selection,
     assert refusal(lambda: with_prompts(loaded, settings=served)) == TOO_MANY
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "ter"])
+def test_an_answer_that_sacrebleu_compares_is_not_very_long(metric, selection, tmp_path):
+    """One of 4.3 MB took ter 71 s, after all answers were made."""
+    kind = GENERATED.replace("doc_to_target: a", "doc_to_target: '{{question}}'")
+    selected = selection(["a" * 100_000, "ab " * 33_334], kind=kind, text="a")
+    file = tmp_path / "own.yaml"
+    others = file.read_text().replace("{metric: acc}", "{metric: exact_match}")
+    file.write_text(file.read_text().replace("{metric: acc}", f"{{metric: {metric}}}"))
+    loaded = load_tasks(selected, {})
+
+    assert with_prompts(loaded, limit=1).n_requests == 1
+    assert refusal(lambda: with_prompts(loaded)) == (
+        "own: its answer to an item has 100,002 letters, the limit for bleu, chrf and ter is "
+        "100,000.\nChoose a task with shorter answers."
+    )
+    file.write_text(others)
+    assert with_prompts(load_tasks(selected, {})).n_requests == 2
+
+
 @pytest.mark.parametrize("choices", [[["a", "b"], ["a"] * 10_001], ["ab", "a" * 10_001]])
 def test_an_item_of_very_many_choices_is_refused(choices, selection):
     """Each is a request: 3 million, in 832 bytes, were built for minutes."""
@@ -269,6 +288,25 @@ def test_the_documents_that_are_judged_for_a_query_count(tmp_path, monkeypatch):
 
     assert refusal(lambda: load_embedding_tasks(selected, {})) == TOO_MANY.replace(
         "0.1 GB", "0.0 GB"
+    )
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+@pytest.mark.parametrize(("grade", "told"), [(500_000_000, "500,000,000"), (-10_001, "-10,001")])
+def test_a_document_has_no_very_high_grade(grade, told, tmp_path):
+    """trec_eval took 157 s and 4.6 GB for 500 million, and gave 0 to all queries for 2 billion."""
+    tables = {
+        "corpus/test": {"_id": ["1", "2"], "title": ["", ""], "text": ["a", "b"]},
+        "queries/test": {"_id": ["q"], "text": ["a"]},
+        "qrels/test": {"query-id": ["q", "q"], "corpus-id": ["1", "2"], "score": [10_000, 2]},
+    }
+    load_embedding_tasks(own_embedding_task(tmp_path / "low", "Retrieval", tables), {})
+    tables["qrels/test"]["score"] = [1, grade]
+    selected = own_embedding_task(tmp_path / "high", "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == (
+        f"own: its document `2` has the grade {told} for the query `q`, the limit is 10,000.\n"
+        "Choose a task with lower grades."
     )
 
 

@@ -64,6 +64,17 @@ def test_a_card_with_windows_line_ends_and_a_byte_order_mark_is_read(tmp_path, a
     assert found.licence == Licence("mit")
 
 
+def test_a_licence_that_the_hub_knows_has_no_other_name_and_link(tmp_path, api):
+    """They stood beside `mit` in the card of a merge, whatever they led to."""
+    card = CARD.replace("license: other", "license: mit")
+
+    parent = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
+
+    assert parent.licence == Licence("mit")
+    assert combined_licence([parent], "mit") == Licence("mit")
+    assert combined_licence([parent, facts("a/base", "mit")], None) == Licence("mit")
+
+
 def test_parents_that_agree_pass_their_licence_on():
     parents = [facts("a/base", "gemma"), facts("b/math", "gemma")]
 
