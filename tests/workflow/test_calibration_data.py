@@ -155,6 +155,7 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     assert document["sources"][0]["calibration"].keys() == {"measure", "base"}
 
 
+@pytest.mark.slow
 def test_another_prompt_is_measured_anew_and_the_same_one_is_not(seeded, tmp_path, stage_titles):
     for name in ("zoo_reverse.yaml", "zoo_cipher.yaml"):
         (tmp_path / name).write_text((TASKS / name).read_text())

@@ -268,6 +268,7 @@ def test_a_lock_tells_apart_which_model_is_which_expert(api, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_streamed_mixture_has_the_bytes_of_a_local_one(api, tmp_path):
     asked = parse_recipe(ON_ZOO + "publish: {repo: tests/mixture}\n", "moe.yaml")
     assert asked.publish

@@ -330,6 +330,7 @@ def test_blocks_that_share_weights_are_refused_before_a_download(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_all_matrices_of_an_encoder_decoder_are_fitted(tmp_path):
     small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     config = T5Config(vocab_size=259, decoder_start_token_id=0, **small)
