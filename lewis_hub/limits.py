@@ -81,14 +81,18 @@ def ended_after(max_s: float, message: str) -> Iterator[None]:
     microseconds.
     """
     thread_id = threading.get_ident()
+    around = _ends.get(thread_id)  # a tokenizer may call itself
     _ends[thread_id] = time.monotonic() + max_s, message
     if not _is_watching.is_set():
         _is_watching.set()
-        threading.Thread(target=_end_in_time, name=WATCH, daemon=True).start()
+        threading.Thread(target=_end_in_time, name="limit of time", daemon=True).start()
     try:
         yield
     finally:
-        del _ends[thread_id]
+        if around is None:
+            del _ends[thread_id]
+        else:
+            _ends[thread_id] = around
 
 
 def _end_in_time() -> None:
