@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.harness import OVERFLOWS
+from lewis_hub.evaluate.text_limits import FEWER, MAX_BYTES
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.loadable import SMALLER
 from lewis_hub.system import limited_memory
@@ -21,6 +23,9 @@ BATCH_BYTES = 1 << 30  # of a batch of texts as tokens
 MAX_DIMENSION = 16_384  # numbers in the vector of a text; several times those of large models
 MAX_NUMBERS = 4096  # of a sparse vector, that are not 0: each takes 20 bytes; SPLADE has some 200
 VECTORS = ("sentence_embedding", "scores")  # what models give for a batch, by name
+NUMBER_BYTES = 4
+MADE = 3  # copies of vectors: as they come, in one array, and scaled; searching takes 2.7
+COMPARED = 4  # of those that wait for others, to be compared in pairs: that takes 3.6 of both
 TIMES_OF_TEXT = 1000  # and so much for each letter: a tokenizer takes some 100 to 300 bytes
 MAX_BATCH_LETTERS = 8_000_000  # of all its texts together
 MAX_BATCH_BYTES = 4 << 30
@@ -78,6 +83,37 @@ def limit_vectors(where: str, model: Any, *, is_sparse: bool) -> None:
         return found
 
     model.forward = forward_within_limits
+
+
+def limit_held_vectors(where: str, model: Any) -> None:
+    """Let a loaded model refuse to embed more texts than there is memory for their vectors.
+
+    It raises an EvaluationError then, before the first one runs. mteb gives it all texts at once
+    that it compares; vectors of earlier texts count as long as they are kept.
+    """
+    encode: Callable[..., Any] = model.encode
+    held: dict[int, int] = {}  # number of a call -> bytes
+    width = 0
+
+    @functools.wraps(encode)
+    def encode_within_limits(inputs: Any, *args: Any, **options: Any) -> Any:
+        nonlocal width
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        width = width or encode(texts[:1], show_progress_bar=False).shape[-1]
+        n_texts = len(texts)
+        n_bytes = COMPARED * sum(held.values()) + MADE * n_texts * width * NUMBER_BYTES
+        if n_bytes > MAX_BYTES:
+            problem = f"its vectors have {width:,} numbers, so those of {n_texts:,} texts may take "
+            problem += f"{n_bytes / 1e9:.1f} GB while they are scored, the limit is "
+            raise EvaluationError(where, f"{problem}{MAX_BYTES / 1e9:.1f} GB.", FEWER)
+        found = encode(inputs, *args, **options)
+        if hasattr(found, "nbytes"):  # one array of all
+            call = id(found)
+            held[call] = found.nbytes
+            weakref.finalize(found, held.pop, call, None)
+        return found
+
+    model.encode = encode_within_limits
 
 
 def _require_finite(where: str, vectors: Any) -> None:

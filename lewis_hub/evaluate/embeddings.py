@@ -29,6 +29,7 @@ from lewis_hub.evaluate.chat import limit_tokenizer
 from lewis_hub.evaluate.embedding_files import ModelFiles, folder_of, in_folder, normal
 from lewis_hub.evaluate.embedding_limits import (
     limit_batches,
+    limit_held_vectors,
     limit_vectors,
 )
 from lewis_hub.evaluate.embedding_modules import (
@@ -126,7 +127,10 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         raise _not_loaded(str(folder), error) from error
     limit_tokenizer(str(folder), getattr(model, "tokenizer", None))
     limit_batches(str(folder), model)
-    limit_vectors(str(folder), model, is_sparse=_class_of(files) == "SparseEncoder")
+    kind_of_model = _class_of(files)
+    limit_vectors(str(folder), model, is_sparse=kind_of_model == "SparseEncoder")
+    if kind_of_model == "SentenceTransformer":
+        limit_held_vectors(str(folder), model)
     for name, prompt in (getattr(model, "prompts", None) or {}).items():
         if len(str(prompt)) > MAX_PROMPT:
             problem = f"its prompt `{str(name)[:100]}`, which goes before each text, has "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import embedding_limits
-from lewis_hub.evaluate.embedding_limits import limit_batches, limit_vectors
+from lewis_hub.evaluate.embedding_limits import limit_batches, limit_held_vectors, limit_vectors
+from lewis_hub.evaluate.text_limits import FEWER
 
 REMEDY = "Its files are damaged, or made to do so: use an intact copy of the model."
 
@@ -102,3 +104,28 @@ def test_of_a_sparse_model_only_numbers_that_are_not_0_count():
     assert model.forward(4096)["sentence_embedding"].shape == (2, 50_000)
     with pytest.raises(EvaluationError, match=r"has 4,097 numbers, the limit is 4,096"):
         model.forward(4097)
+
+
+def test_vectors_of_very_many_texts_are_refused_before_they_are_made(monkeypatch):
+    """15,000 pairs, in 1.2 kB, took 8.2 GB by a model of 16,384 numbers."""
+    monkeypatch.setattr(embedding_limits, "MAX_BYTES", 7_800_000)
+    made = []
+
+    def encode(texts, **_):
+        made.append(len(texts))
+        return np.zeros((len(texts), 1000), dtype=np.float32)
+
+    model = SimpleNamespace(encode=encode)
+    limit_held_vectors("org/model", model)
+
+    first = model.encode(["a"] * 300)
+    assert len(model.encode(["b"] * 250)) == 250  # 4 * 1.2 MB and 3 * 1 MB
+    with pytest.raises(EvaluationError) as refused:
+        model.encode(["b"] * 251)
+    assert str(refused.value) == (
+        "org/model: its vectors have 1,000 numbers, so those of 251 texts may take 8.0 GB while "
+        f"they are scored, the limit is 8.0 GB.\n{FEWER}"
+    ).replace("8.0 GB", "0.0 GB")
+    assert made == [1, 300, 250]
+    del first
+    assert len(model.encode(["b"] * 650)) == 650  # the first ones are not kept
