@@ -41,6 +41,7 @@ from lewis_hub.evaluate.text_limits import (
     HeldTexts,
     counting_examples,
     counting_requests,
+    require_short_targets,
 )
 from lewis_hub.files import (
     is_hidden,
@@ -317,6 +318,8 @@ def with_prompts(
             per_letter = TEXT_BYTES if generates and settings.backend == "hf" else TOKEN_BYTES
             with counting_requests(name, task, held, per_letter):
                 build_requests(name, task, limit)
+            with errors_named(name):
+                require_short_targets(name, task)
     return Benchmarks(tasks, loaded.groups, limit, selection.allow_code)
 
 

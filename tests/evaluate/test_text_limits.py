@@ -92,6 +92,25 @@ def test_of_texts_that_a_model_continues_only_servers_hold_all_tokens(selection,
     assert refusal(lambda: with_prompts(loaded, settings=served)) == TOO_MANY
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf", "ter"])
+def test_an_answer_that_sacrebleu_compares_is_not_very_long(metric, selection, tmp_path):
+    """One of 4.3 MB took ter 71 s, after all answers were made."""
+    kind = GENERATED.replace("doc_to_target: a", "doc_to_target: '{{question}}'")
+    selected = selection(["a" * 100_000, "ab " * 33_334], kind=kind, text="a")
+    file = tmp_path / "own.yaml"
+    others = file.read_text().replace("{metric: acc}", "{metric: exact_match}")
+    file.write_text(file.read_text().replace("{metric: acc}", f"{{metric: {metric}}}"))
+    loaded = load_tasks(selected, {})
+
+    assert with_prompts(loaded, limit=1).n_requests == 1
+    assert refusal(lambda: with_prompts(loaded)) == (
+        "own: its answer to an item has 100,002 letters, the limit for bleu, chrf and ter is "
+        "100,000.\nChoose a task with shorter answers."
+    )
+    file.write_text(others)
+    assert with_prompts(load_tasks(selected, {})).n_requests == 2
+
+
 @pytest.mark.parametrize("choices", [[["a", "b"], ["a"] * 10_001], ["ab", "a" * 10_001]])
 def test_an_item_of_very_many_choices_is_refused(choices, selection):
     """Each is a request: 3 million, in 832 bytes, were built for minutes."""
