@@ -99,8 +99,9 @@ def limit_held_vectors(where: str, model: Any) -> None:
     @functools.wraps(encode)
     def encode_within_limits(inputs: Any, *args: Any, **options: Any) -> Any:
         nonlocal width
-        width = width or encode([SHORT], show_progress_bar=False).shape[-1]
-        n_texts = 1 if isinstance(inputs, str) else len(inputs)
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        width = width or encode(texts[:1], show_progress_bar=False).shape[-1]
+        n_texts = len(texts)
         n_bytes = COMPARED * sum(held.values()) + MADE * n_texts * width * NUMBER_BYTES
         if n_bytes > MAX_BYTES:
             problem = f"its vectors have {width:,} numbers, so those of {n_texts:,} texts may take "
