@@ -96,8 +96,8 @@ def ended_after(max_s: float, message: str) -> Iterator[None]:
 
 
 def _end_in_time() -> None:
-    while True:
-        time.sleep(END_WITHIN_S)
+    never = threading.Event()
+    while not never.wait(END_WITHIN_S):
         for until, message in [*_ends.values()]:
             if time.monotonic() > until:
                 with suppress(OSError, ValueError):
