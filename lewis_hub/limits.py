@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ STDERR = 2  # sys.stderr may be none of the system's files
 WATCH = "limit of time and memory"
 END_WITHIN_S = 0.5  # after a limit
 
+_last: list[float] = []  # when the process ends at last, of each block that it is in
 _ends: dict[int, tuple[float, str]] = {}  # thread -> when it ends the process, and what is told
 _is_watching = threading.Event()
 
@@ -52,9 +54,9 @@ def limited(
         TooMuchError: it took too much.
     """
     watch = _Watch(threading.get_ident(), max_s, per, max_bytes)
+    last = nullcontext() if last_s is None else ended_at_last(last_s)
     try:
-        if last_s is not None:
-            faulthandler.dump_traceback_later(last_s, exit=True, file=STDERR)
+        last.__enter__()
         threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
         try:
             with _ignored_stops_untold():
@@ -69,8 +71,32 @@ def limited(
             raise
         raise TooMuchError(watch.problem) from None
     finally:
-        if last_s is not None:
-            faulthandler.cancel_dump_traceback_later()
+        last.__exit__(None, None, None)
+
+
+@contextmanager
+def ended_at_last(last_s: float) -> Iterator[None]:
+    """End the process, with exit code 1, if the block takes more than `last_s`.
+
+    It does so whatever the code is, but stderr says only where it was.
+    """
+    until = time.monotonic() + last_s
+    _last.append(until)
+    _end_at_first()
+    try:
+        yield
+    finally:
+        _last.remove(until)
+        _end_at_first()
+
+
+def _end_at_first() -> None:
+    """A process has one such end: the first of those of all blocks that it is in."""
+    if _last:
+        left_s = max(1, math.ceil(min(_last) - time.monotonic()))
+        faulthandler.dump_traceback_later(left_s, exit=True, file=STDERR)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
@@ -100,7 +126,7 @@ def _end_in_time() -> None:
     while not never.wait(END_WITHIN_S):
         for until, message in [*_ends.values()]:
             if time.monotonic() > until:
-                with suppress(OSError, ValueError):
+                with suppress(Exception):  # there may be no stderr
                     sys.stderr.write(f"\n{message}\n")
                     sys.stderr.flush()
                 os._exit(1)

@@ -22,9 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from lewis_hub.display import printable
 from lewis_hub.documents import read_json, texts_in
 from lewis_hub.errors import TokenizerError
-from lewis_hub.limits import ended_after
+from lewis_hub.limits import ended_after, ended_at_last
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
@@ -33,11 +34,12 @@ MAX_MULTIPLE = 1024  # tokens; the length of a text is padded to a multiple of i
 MAX_PADDED = 131_072  # tokens to which a tokenizer pads every text
 MAX_MADE = 5_000_000  # bytes and tokens that it may make of a batch of texts: each takes 300 bytes
 MAX_TIMES = 4  # and so many of each byte of them; NFD makes three of one, in Korean
-PIECE = 1000  # letters that are normalised at a time, to count them
+PIECE = 100  # letters that are normalised at a time, to count them: nothing stops it meanwhile
 MAX_TOKEN = 10_000  # letters: of a Unigram model, the library ends by a signal at 160,000
 MAX_WORD = 10_000  # letters of a word of WordPiece, for which it takes the cube of them as time
 MAX_PATTERNS = 20_000  # letters: some take 15 kB of memory each
 MAX_S = 30.0  # to tokenise texts; they take 1 s for each megabyte, and 40 microseconds for each
+LAST_S = 10.0  # after them
 BYTES_A_S = 50_000  # for which there is more time
 TEXTS_A_S = 100
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
@@ -163,7 +165,8 @@ def limit_texts(label: str, tokenizer: Any, max_s: float = MAX_S) -> None:
     expression or a long word can, the process ends: after `max_s`, and what texts add to it.
 
     Raises:
-        TokenizerError: as `require_modest`, of a tokenizer that may be made of other files.
+        TokenizerError: as `require_modest`, of the steps of a tokenizer that may be made of other
+            files.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # of a server, or in Python
@@ -178,12 +181,12 @@ def limit_texts(label: str, tokenizer: Any, max_s: float = MAX_S) -> None:
     def encode_within_limits(*args: Any, **options: Any) -> Any:
         texts = [*texts_in((*args[:2], options.get("text"), options.get("text_pair")))]
         n_bytes = _n_bytes(texts)
-        n_made, limit = made.number(texts, n_bytes), MAX_MADE + MAX_TIMES * n_bytes
-        if n_made > limit:
-            problem = f"it may make {n_made:,} bytes and tokens of a text of {n_bytes:,} bytes"
-            remedy = "Use shorter texts, or a copy of the model with another tokenizer."
-            raise TokenizerError(label, f"{problem}, the limit is {limit:,}", remedy)
         with time_left.for_texts(len(texts), n_bytes):
+            n_made, limit = made.number(texts, n_bytes), MAX_MADE + MAX_TIMES * n_bytes
+            if n_made > limit:
+                problem = f"it may make {n_made:,} bytes and tokens of a text of {n_bytes:,} bytes"
+                remedy = "Use shorter texts, or a copy of the model with another tokenizer."
+                raise TokenizerError(label, f"{problem}, the limit is {limit:,}", remedy)
             return encode(*args, **options)
 
     tokenizer._encode_plus = encode_within_limits
@@ -201,11 +204,17 @@ class _TimeLeft:
         """Take the time of the block, and end the process if that is too much."""
         self.seconds += n_bytes / BYTES_A_S + n_texts / TEXTS_A_S
         began = time.monotonic()
-        problem = "its tokenizer takes minutes for a few texts"
+        problem = f"its tokenizer takes {self.seconds:.0f} s longer for its texts than others do"
         error = TokenizerError(self.label, problem, "Use a copy of the model with another one.")
-        with ended_after(self.seconds, f"lewis-hub: {error}"):
-            yield
-        self.seconds -= time.monotonic() - began
+        try:
+            with (
+                # the first cannot end it while texts are normalised, nor can Ctrl-C
+                ended_after(self.seconds, printable(f"lewis-hub: {error}")),
+                ended_at_last(self.seconds + LAST_S),
+            ):
+                yield
+        finally:
+            self.seconds -= time.monotonic() - began
 
 
 @dataclass(frozen=True)

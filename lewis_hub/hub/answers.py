@@ -19,7 +19,7 @@ from urllib.parse import unquote, urljoin
 
 import httpx2
 
-from lewis_hub.documents import MAX_JSON_VALUES, count_values
+from lewis_hub.documents import MAX_JSON_VALUES, DocumentError, count_values, read_json
 from lewis_hub.hub.origins import is_asked, place
 
 if TYPE_CHECKING:
@@ -375,8 +375,10 @@ def _of_few_parts(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The pieces, once all are there; an error if a file is to be uploaded in too many parts."""
     content = b"".join(pieces)
     try:
-        told = json.loads(content)
-    except (ValueError, RecursionError):
+        told = read_json(content, MAX_LOOKUP_BYTES)
+    except DocumentError as error:
+        raise httpx2.DecodingError(f"an answer to a lookup: {error}") from None
+    except ValueError:
         told = None  # huggingface_hub refuses it
     files = told.get("objects") if isinstance(told, dict) else None
     n_parts = max(map(_n_parts, files), default=0) if isinstance(files, list) else 0

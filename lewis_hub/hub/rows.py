@@ -177,7 +177,7 @@ def library() -> Any:
 def only_tables(*sources: Source) -> Iterator[None]:
     """Inside the block `datasets` refuses what is no table, or far larger than its file.
 
-    Of the repos of `sources` it reads the files at their commits.
+    Of the repos of `sources` it reads the files at their commits. Only the Hub gets a token.
     """
     library()
     listed = dict(LISTED.get() or {})
@@ -188,7 +188,8 @@ def only_tables(*sources: Source) -> Iterator[None]:
     tables = TABLES_OF.set((*(TABLES_OF.get() or ()), *sources))
     files = LISTED.set(listed)
     try:
-        yield
+        with asking(constants.ENDPOINT):  # `datasets` asks no other one
+            yield
     finally:
         TABLES_OF.reset(tables)
         LISTED.reset(files)

@@ -79,7 +79,7 @@ def render_markdown(text: str, address: Callable[[str], str]) -> str:
 
     A card with far more brackets or lines than cards have is shown as plain text.
     """
-    n_lines = text.count("\n") + text.count("\r")
+    n_lines = text.count("\n") + text.count("\r") - text.count("\r\n")
     if text.count("[") > MAX_BRACKETS or n_lines > MAX_LINES:
         return f"<pre>{escapeHtml(text)}</pre>"
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])

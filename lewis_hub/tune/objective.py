@@ -136,6 +136,7 @@ def draw_items(
         drawn.append(TuningItems(name, split, rows, *found, commits))
         if not found[0]:
             problem = f"no item of split `{split}` is left that calibration does not draw"
+            problem += f", of the first {LOOKED_AT:,} others" if len(rows) > LOOKED_AT else ""
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
             raise TuningError(name, problem, remedy)
     _refuse_scored(scored, drawn)
