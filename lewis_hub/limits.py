@@ -54,24 +54,21 @@ def limited(
         TooMuchError: it took too much.
     """
     watch = _Watch(threading.get_ident(), max_s, per, max_bytes)
-    last = nullcontext() if last_s is None else ended_at_last(last_s)
-    try:
-        last.__enter__()
-        threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
+    with nullcontext() if last_s is None else ended_at_last(last_s):
         try:
-            with _ignored_stops_untold():
-                yield
-        finally:
+            threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
+            try:
+                with _ignored_stops_untold():
+                    yield
+            finally:
+                watch.end()
+                if watch.problem:  # the code may have caught the first one
+                    raise _StopError
+        except _StopError:
             watch.end()
-            if watch.problem:  # the code may have caught the first one
-                raise _StopError
-    except _StopError:
-        watch.end()
-        if not watch.problem:  # of a limit around this one
-            raise
-        raise TooMuchError(watch.problem) from None
-    finally:
-        last.__exit__(None, None, None)
+            if not watch.problem:  # of a limit around this one
+                raise
+            raise TooMuchError(watch.problem) from None
 
 
 @contextmanager
