@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from huggingface_hub.file_download import are_symlinks_supported
@@ -84,14 +83,14 @@ def link(hub_repo: HubRepo, file: SourceFile) -> Path:
     if path.exists() and path.samefile(blob):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in one step, as another run may read the path at any moment; and it removes unknown links
+    made = blob.with_name(f".{blob.name}.{os.getpid()}-{threading.get_ident()}")
     if are_symlinks_supported(cache_root()):
-        path.unlink(missing_ok=True)  # a link to a blob that was deleted, or to another file
-        with suppress(FileExistsError):  # another run made it at this moment
-            path.symlink_to(os.path.relpath(blob, path.parent))
+        made.unlink(missing_ok=True)  # of a process of the same number that was killed
+        made.symlink_to(os.path.relpath(blob, path.parent))
     else:
-        copy = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-        shutil.copyfile(blob, copy)
-        copy.replace(path)
+        shutil.copyfile(blob, made)
+    made.replace(path)
     return path
 
 

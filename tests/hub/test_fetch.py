@@ -11,6 +11,8 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import XetFileData
 
 from lewis_hub.errors import OutputError, SourceError
+from lewis_hub.hub.cache import link
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import (
     CODE_FILES,
     bytes_to_download,
@@ -440,3 +442,31 @@ def test_a_model_with_a_small_file_of_very_many_values_is_not_loaded(tmp_path, a
         f"{tmp_path}: `generation_config.json` has 4,000,003 values, the limit is 4,000,000.\n"
         "Use an intact copy of the repo or folder."
     )
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_of_the_cache_never_goes_missing_while_it_is_replaced(
+    api, source, monkeypatch, has_links
+):
+    """Another run that shares the cache may read it at any moment, and ended in a traceback."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not has_links)
+    path = fetch(api, source, lambda _: None) / "config.json"
+    file = next(file for file in source.files if file.path == "config.json")
+    path.unlink()
+    path.write_bytes(b"another file")
+    seen = []
+
+    def watched(call):
+        def watch(*args, **options):
+            seen.append(path.read_bytes())
+            return call(*args, **options)
+
+        return watch
+
+    for name in ("symlink", "replace", "rename"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    assert link(HubRepo.of(api, source), file) == path
+
+    assert seen == [b"another file"] * len(seen) != []
+    assert path.read_bytes() == FILES["config.json"]
+    assert [one.name for one in path.parent.iterdir() if one.name.startswith(".")] == []
