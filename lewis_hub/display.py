@@ -122,8 +122,7 @@ def visible(text: str) -> str:
 
 def line_of(text: str, n_characters: int) -> str:
     """A text of others as one line, which ends in `...` if it is longer."""
-    line = " ".join(visible(text).split())
-    return line if len(line) <= n_characters else f"{line[: n_characters - 3]}..."
+    return shortened(" ".join(visible(text).split()), n_characters)
 
 
 def printable(text: str) -> str:

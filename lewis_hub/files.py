@@ -17,6 +17,7 @@ from lewis_hub.system import create_binary
 
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
 OF_THE_DISK = {
     *DISK_FULL,
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EINTR),

@@ -64,9 +64,8 @@ def allow_open_files() -> None:
     except ImportError:
         return
     now, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    asked = MAX_OPEN_FILES
-    if highest != resource.RLIM_INFINITY:
-        asked = min(asked, highest)
+    is_limited = highest != resource.RLIM_INFINITY
+    asked = min(MAX_OPEN_FILES, highest) if is_limited else MAX_OPEN_FILES
     if now != resource.RLIM_INFINITY and now < asked:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (asked, highest))

@@ -25,7 +25,7 @@ from typing import Any
 from lewis_hub.display import printable
 from lewis_hub.documents import read_json, texts_in
 from lewis_hub.errors import TokenizerError
-from lewis_hub.limits import ended_after, ended_at_last
+from lewis_hub.limits import ended_after
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
@@ -39,7 +39,6 @@ MAX_TOKEN = 10_000  # letters: of a Unigram model, the library ends by a signal 
 MAX_WORD = 10_000  # letters of a word of WordPiece, for which it takes the cube of them as time
 MAX_PATTERNS = 20_000  # letters: some take 15 kB of memory each
 MAX_S = 30.0  # to tokenise texts; they take 1 s for each megabyte, and 40 microseconds for each
-LAST_S = 10.0  # after them
 BYTES_A_S = 50_000  # for which there is more time
 TEXTS_A_S = 100
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
@@ -207,11 +206,7 @@ class _TimeLeft:
         problem = f"its tokenizer takes {self.seconds:.0f} s longer for its texts than others do"
         error = TokenizerError(self.label, problem, "Use a copy of the model with another one.")
         try:
-            with (
-                # the first cannot end it while texts are normalised, nor can Ctrl-C
-                ended_after(self.seconds, printable(f"lewis-hub: {error}")),
-                ended_at_last(self.seconds + LAST_S),
-            ):
+            with ended_after(self.seconds, printable(f"lewis-hub: {error}")):
                 yield
         finally:
             self.seconds -= time.monotonic() - began

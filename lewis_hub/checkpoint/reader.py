@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import defaultdict
@@ -17,6 +16,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
 from lewis_hub.documents import MAX_TABLE_BYTES, DocumentError, read_json
 from lewis_hub.errors import BrokenCheckpointError
+from lewis_hub.files import TOO_MANY_OPEN
 from lewis_hub.system import open_binary, read_at
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class TensorReader:
                 try:
                     self._descriptors[shard] = open_binary(self._folder / shard, os.O_RDONLY)
                 except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with it
+                    if error.errno in TOO_MANY_OPEN:  # nothing is wrong with it
                         raise
                     raise self._broken(shard, f"it cannot be read: {error.strerror}") from None
             return self._descriptors[shard]

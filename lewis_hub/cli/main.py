@@ -22,7 +22,7 @@ from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, tr
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import escape_logs, say, say_json
 from lewis_hub.errors import LewisHubError, SourceError
-from lewis_hub.files import DISK_FULL
+from lewis_hub.files import DISK_FULL, TOO_MANY_OPEN
 from lewis_hub.system import allow_open_files, is_out_of_memory, make_nonblocking, write_utf8
 from lewis_hub.working_folder import keep_out_of_path
 
@@ -32,7 +32,6 @@ UNUSABLE = {
     *(errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),  # something else is where a file belongs
     *(errno.EINTR, errno.EBUSY, errno.ENODEV),  # disks in a network, and those unplugged
 }
-TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
 BUGS = {errno.ENOENT, errno.EINVAL, errno.EBADF}  # of a call that should not have been made
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."

@@ -131,7 +131,7 @@ def only_pinned(api: HfApi, source: Source) -> Iterator[None]:
     Raises:
         SourceError: in the block or at its end: a file is another one.
     """
-    with asking(str(api.endpoint)), only_tables(source):
+    with only_tables(source):
         yield
     if source.folder:
         require_unchanged(source)

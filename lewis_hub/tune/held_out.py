@@ -169,8 +169,8 @@ def _further(
     }
     known = {values for drawn in fitted.values() for text in drawn.texts for values in text.fixing}
     data = load_data(settings, calibration, api)
-    order = draw_order(len(data.rows), n_texts, len(rows), settings.seed)
-    order = tuple(i for i in order if i not in rows)
+    looked_at = draw_order(len(data.rows), n_texts, len(rows), settings.seed)
+    order = [i for i in looked_at if i not in rows]
     others, found = _others(data, order, known), list[int]()
     # a text that is passed over is not tokenised: of 400,000 equal ones that took minutes
     while some := list(islice(others, n_texts - len(found))):

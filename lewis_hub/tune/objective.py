@@ -136,7 +136,9 @@ def draw_items(
         drawn.append(TuningItems(name, split, rows, *found, commits))
         if not found[0]:
             problem = f"no item of split `{split}` is left that calibration does not draw"
-            problem += f", of the first {LOOKED_AT:,} others" if len(rows) > LOOKED_AT else ""
+            n_others = n_looked_at(n_samples)
+            are_left = len(rows) > len(calibrated) + n_others
+            problem += f", of the first {n_others:,} others" if are_left else ""
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
             raise TuningError(name, problem, remedy)
     _refuse_scored(scored, drawn)
@@ -146,11 +148,14 @@ def draw_items(
 def draw_order(n_rows: int, n_wanted: int, n_fitted: int, seed: int) -> tuple[int, ...]:
     """The rows that a search looks at, in the order of the seed.
 
-    A merge may be fitted on the first `n_fitted` of them, and the others may be equal to these. A
-    search looks at no more of them than `LOOKED_AT`, or at `LOOKED_AT_PER_ROW` for each of the
-    `n_wanted` rows.
+    A merge may be fitted on the first `n_fitted` of them, and the others may be equal to these.
     """
-    return draw_rows(n_rows, n_fitted + max(LOOKED_AT, LOOKED_AT_PER_ROW * n_wanted), seed)
+    return draw_rows(n_rows, n_fitted + n_looked_at(n_wanted), seed)
+
+
+def n_looked_at(n_wanted: int) -> int:
+    """How many rows a search looks at, at most, beside those that a merge is fitted on."""
+    return max(LOOKED_AT, LOOKED_AT_PER_ROW * n_wanted)
 
 
 def free_items(
