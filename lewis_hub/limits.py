@@ -21,7 +21,6 @@ STOP_AGAIN_S = 2  # longer than what ends in `finally` and `with` takes
 STDERR = 2  # sys.stderr may be none of the system's files
 WATCH = "limit of time and memory"
 END_WITHIN_S = 0.5  # after a limit
-AT_LAST_S = 10.0  # after a limit, where nothing else could end the process
 
 _last: list[float] = []  # when the process ends at last, of each block that it is in
 _ends: dict[int, tuple[float, str]] = {}  # thread -> when it ends the process, and what is told
@@ -101,8 +100,8 @@ def _end_at_first() -> None:
 def ended_after(max_s: float, message: str) -> Iterator[None]:
     """End the process, with exit code 1 and a message, if the block takes more than `max_s`.
 
-    For code in Rust, which no error can stop, but which lets other threads run meanwhile. Where it
-    does not, the process ends AT_LAST_S later, without the message. It costs some 40 microseconds.
+    For code in Rust, which no error can stop, but which lets other threads run meanwhile. It costs
+    some microseconds, and `ended_at_last` and `limited`, which start a thread, some hundred.
     """
     thread_id = threading.get_ident()
     around = _ends.get(thread_id)  # a tokenizer may call itself
@@ -111,8 +110,7 @@ def ended_after(max_s: float, message: str) -> Iterator[None]:
         _is_watching.set()
         threading.Thread(target=_end_in_time, name="limit of time", daemon=True).start()
     try:
-        with ended_at_last(max_s + AT_LAST_S):
-            yield
+        yield
     finally:
         if around is None:
             del _ends[thread_id]

@@ -25,7 +25,7 @@ from typing import Any
 from lewis_hub.display import printable
 from lewis_hub.documents import read_json, texts_in
 from lewis_hub.errors import TokenizerError
-from lewis_hub.limits import ended_after
+from lewis_hub.limits import ended_after, ended_at_last
 
 MAX_GROWTH = 2000  # how much longer the steps of a tokenizer may make a text; ALBERT's: 594
 MAX_WRITTEN = 100  # how much longer it may make what a model wrote
@@ -39,6 +39,7 @@ MAX_TOKEN = 10_000  # letters: of a Unigram model, the library ends by a signal 
 MAX_WORD = 10_000  # letters of a word of WordPiece, for which it takes the cube of them as time
 MAX_PATTERNS = 20_000  # letters: some take 15 kB of memory each
 MAX_S = 30.0  # to tokenise texts; they take 1 s for each megabyte, and 40 microseconds for each
+AT_LAST_S = 10.0  # after it
 BYTES_A_S = 50_000  # for which there is more time
 TEXTS_A_S = 100
 MAX_OVERLAP = 10  # times that it may give each token, where its pieces of a text overlap
@@ -238,7 +239,9 @@ class _Made:
         n_made = n_bytes * self.most
         if n_made > MAX_MADE:  # else they need not be counted
             if self.normalizer:
-                n_bytes = _n_bytes(map(self.normalizer.normalize_str, _pieces(texts)))
+                last_s = MAX_S + n_bytes / BYTES_A_S + AT_LAST_S
+                with ended_at_last(last_s):  # in a piece no other thread runs, nor does Ctrl-C
+                    n_bytes = _n_bytes(map(self.normalizer.normalize_str, _pieces(texts)))
             # in pieces a pattern may find less: what it writes is multiplied all the same
             n_made = min(n_made, n_bytes * self.written)
         return n_made * self.repeats + len(texts) * self.added
