@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
+from lewis_hub.checkpoint.header import MAX_NAME
+from lewis_hub.display import shortened
 from lewis_hub.documents import DocumentError, require_few_values
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
@@ -20,6 +22,7 @@ VERSION = 1
 MAX_SOURCES = 1000  # of a profile
 MAX_VALUES = 3_000_000  # pydantic takes half a kB to tell what is wrong with each
 Document = TypeVar("Document")
+ModuleName = Annotated[str, StringConstraints(max_length=MAX_NAME)]  # or a tensor's
 
 
 def write_document(document: Mapping[str, Any]) -> str:
@@ -41,7 +44,8 @@ def read_document(text: str, file: str, kind: type[Document]) -> Document:
         raise broken_document(file, str(error)) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = f"`{'.'.join(map(str, first['loc']))}`: " if first["loc"] else ""
+        parts = (shortened(str(part)) for part in first["loc"])
+        where = f"`{'.'.join(parts)}`: " if first["loc"] else ""
         raise broken_document(file, f"{where}{first['msg']}") from error
 
 
@@ -79,7 +83,7 @@ class SourceImportance:
     role: Role
     n_tokens: int
     calibration: Mapping[str, Any]  # all facts that fix the tokens, and counts
-    modules: Mapping[str, FiniteFloat]  # module -> its number, in the model's order
+    modules: Mapping[ModuleName, FiniteFloat]  # module -> its number, in the model's order
 
     @property
     def measure(self) -> str:

@@ -189,8 +189,12 @@ class ExpertSchedule:
 
     source: str
     default_density: Density
-    tensors: Mapping[str, Density]  # in the guide's order; if empty, the recipe's densities apply
-    weights: Mapping[str, FiniteFloat] = field(default_factory=dict)  # 1 for all other tensors
+    tensors: Mapping[
+        document.ModuleName, Density
+    ]  # in the guide's order; if empty, the recipe's densities apply
+    weights: Mapping[document.ModuleName, FiniteFloat] = field(
+        default_factory=dict
+    )  # 1 for all other tensors
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""

@@ -6,12 +6,13 @@ Tokens of a new tokenizer are written as combinations of tokens that two models 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lewis_hub.display import Advance
 from lewis_hub.merge.runners import Runner
-from lewis_hub.methods.numerics import torch_threads
+from lewis_hub.methods.numerics import LARGE, torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,7 @@ def pursue(
     import torch
 
     k = min(k, *atoms.shape)
+    targets, atoms = _scaled(targets, atoms)
 
     def solve(first: int) -> Combinations:
         with torch_threads(1):
@@ -63,6 +65,15 @@ def pursue(
         torch.cat([part.coefficients for part in parts]),
         torch.cat([part.errors for part in parts]),
     )
+
+
+def _scaled(targets: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, times a power of two that keeps their squares in float32: coefficients stay equal."""
+    largest = max(abs(float(end)) for values in (targets, atoms) for end in values.aminmax())
+    if not largest or LARGE**-1 <= largest <= LARGE:
+        return targets, atoms
+    scale = math.ldexp(1.0, -math.frexp(largest)[1])
+    return targets * scale, atoms * scale
 
 
 def _pursue(targets: Tensor, atoms: Tensor, k: int) -> Combinations:

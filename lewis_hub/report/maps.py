@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ class Column:
         """Whether values are percentages."""
         return self.scale.startswith("%")
 
-    @property
+    @cached_property
     def pooled(self) -> Grid:
         """All values as one grid, with the module of the highest."""
         grids = list(self.maps.values())
@@ -66,7 +67,7 @@ class Column:
         padded = tuple(row + (nan,) * (width - len(row)) for row in rows)
         return Grid(highest.components, highest.blocks, padded, highest.top)
 
-    @property
+    @cached_property
     def clipped(self) -> Clip | None:
         """The end of the scale if some values exceed it by far."""
         return clip(self.pooled) if self.percent else None

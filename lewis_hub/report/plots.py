@@ -35,6 +35,8 @@ Value = float | bool | str
 
 DPI = 144
 MAX_NUMBERED_BLOCKS = 16  # with more, a cell is too narrow for its number
+MAX_HEIGHT = 40.0  # inches of a map: a picture takes memory for each of its points
+MAX_LABELS = 130  # of rows, at that height
 MAX_LABEL = 48  # characters of a component; names in files may have a thousand
 MAX_MAPS = 50  # of comparisons: two take a second
 MAX_NUMBERS = 100  # each takes about a kilobyte of the file
@@ -206,7 +208,7 @@ def _draw(heat: HeatMap) -> DrawnMap:
     n_columns, n_rows = len(heat.grid.blocks), len(heat.grid.components)
     cell = 0.62 if n_columns <= MAX_NUMBERED_BLOCKS else max(0.118, 9.4 / n_columns)
     left = 0.3 + 0.078 * max(len(row_label(component)) for component in heat.grid.components)
-    width, height = max(cell * n_columns, 3.2), max(0.3 * n_rows, 1.5)
+    width, height = max(cell * n_columns, 3.2), min(max(0.3 * n_rows, 1.5), MAX_HEIGHT)
     across = left + width + 1.0
     lines = textwrap.wrap(drawable(heat.note), int(15 * across) - 4, break_on_hyphens=False)
     below = 0.55 + (0.09 + 0.15 * len(lines) if lines else 0)
@@ -248,7 +250,8 @@ def _draw_image(axes: Axes, heat: HeatMap) -> AxesImage:
         vmin=bottom,
         vmax=top if top > bottom else bottom + 1,
     )
-    axes.set_yticks(range(n_rows), list(map(row_label, grid.components)))
+    labelled = range(0, n_rows, -(-n_rows // MAX_LABELS))
+    axes.set_yticks(labelled, [row_label(grid.components[row]) for row in labelled])
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 24 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import ProfileError
-from lewis_hub.files import path_of, starts_like_path
+from lewis_hub.files import starts_like_path
 
 ORDINARY_PERCENTILE = 95
 MAX_COMPONENTS, MAX_BLOCKS = 500, 1000  # of a map; larger ones show nothing, and take gigabytes
@@ -281,7 +283,8 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def short_name(source: str) -> str:
     """The name of a pinned source for readers: without a repo's commit or a folder's path."""
     name = re.sub(r"@[0-9a-f]{40}$", "", source)
-    return path_of(name).resolve().name if starts_like_path(name) else name
+    # A document of a stranger may name any path: nothing is looked up on the disk.
+    return Path(os.path.normpath(Path.cwd() / name)).name if starts_like_path(name) else name
 
 
 def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:

@@ -125,6 +125,23 @@ def test_a_profile_of_others_has_limits(profile, says, monkeypatch):
         ImportanceProfile.from_json(profile.to_json())
 
 
+def test_a_name_of_a_module_is_no_longer_than_that_of_a_tensor():
+    long, longest = "n " * 501, "n" * 1000
+    kept = replace(PROFILE, sources=(replace(BASE, modules={longest: 1.0}),))
+    assert ImportanceProfile.from_json(kept.to_json()) == kept
+
+    with pytest.raises(ProfileError) as caught:
+        ImportanceProfile.from_json(
+            replace(PROFILE, sources=(replace(BASE, modules={long: 1.0}),)).to_json()
+        )
+
+    shown = long[:197] + "..."
+    assert str(caught.value) == (
+        f"importance.json: `sources.0.modules.{shown}.[key]`: String should have at most 1000 "
+        "characters.\nDelete the file to have it made again."
+    )
+
+
 def test_a_profile_is_written_in_the_models_order():
     lines = PROFILE.to_json().splitlines()
 

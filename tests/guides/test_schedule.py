@@ -273,6 +273,13 @@ def test_a_checkpoint_without_a_matrix_in_a_block_is_refused(name, shape):
     )
 
 
+def test_the_names_of_a_schedule_of_others_have_a_limit():
+    written = DensitySchedule((ExpertSchedule("a/b", 1.0, {"n" * 1001: 0.5}),)).to_json()
+
+    with pytest.raises(ProfileError, match=r"at most 1000 characters\.\n"):
+        DensitySchedule.from_json(written)
+
+
 def test_an_expert_that_was_not_measured_is_an_error():
     for profile in (None, ImportanceProfile("lewis", {}, PROFILE.sources[:3])):
         with pytest.raises(ProfileError) as caught:

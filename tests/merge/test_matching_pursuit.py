@@ -61,6 +61,18 @@ def test_it_ends_where_nothing_is_left():
     assert found.errors.tolist() == [0, 0, pytest.approx(1 / 30**0.5)]
 
 
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
+def test_numbers_whose_squares_float32_has_not_give_the_same_combinations(scale):
+    targets, atoms = drawn(3, 8, seed=1), drawn(20, 8, seed=2)
+    expected = pursue(targets, atoms, 4, Runner(), lambda _: None)
+
+    found = pursue(targets * scale, atoms * scale, 4, Runner(), lambda _: None)
+
+    assert found.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.coefficients, expected.coefficients)
+    torch.testing.assert_close(found.errors, expected.errors)
+
+
 def test_atoms_that_repeat_others_are_not_chosen():
     atom = drawn(1, 8, seed=3)
     atoms = torch.cat([atom, atom, 2 * atom])
