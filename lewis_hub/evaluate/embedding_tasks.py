@@ -41,10 +41,12 @@ NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
 MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
 RELEVANT = "relevant_docs"
-LISTS = (RELEVANT, "top_ranked")  # of a retrieval task: query -> documents
+RANKED_BEFORE = "top_ranked"
+LISTS = (RELEVANT, RANKED_BEFORE)  # of a retrieval task: query -> documents
 MAX_GRADE = 10_000  # trec_eval has 8 bytes, and a step, for each grade up to the highest
 RANKED = 1000  # documents that mteb finds for a query
 JUDGEMENT_BYTES = 200  # of a query and a document, while they are scored
+NEIGHBOUR_BYTES = 250  # of a sentence and the nearest one in another language
 CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
 CHECK_DATA = "Check `dataset` and the columns of its data, your network, and `hf auth login`."
 
@@ -179,10 +181,13 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
         try:
             with own_cache, quiet_libraries(), only_tables(), computed_anew():
                 task.load_data()
+                _convert(task)
                 for rows in _tables(task):
                     held.add_rows(name, rows)
                     _ = rows[:1]  # a value that Python has not, such as an unknown time zone
                 held.add(name, JUDGEMENT_BYTES * _n_judgements(task))
+                held.add(name, NEIGHBOUR_BYTES * _n_neighbours(task))
+                _require_ranked(name, task)
                 _require_low_grades(name, task)
                 require_few_labels(task, held)
         except LewisHubError:
@@ -193,6 +198,12 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
             problem = f"its data `{dataset['path']}` cannot be loaded: {line}"
             raise EvaluationError(name, problem, CHECK_DATA) from error
     return LoadedTasks(selection, commits, tasks, {})
+
+
+def _convert(task: Any) -> None:
+    """Give a retrieval task that has tables of mteb's version 1 those of version 2."""
+    if convert := getattr(task, "convert_v1_dataset_format_to_v2", None):
+        convert(num_proc=None)
 
 
 def scored_embedding_data(loaded: LoadedTasks) -> dict[str, ScoredData]:
@@ -218,7 +229,13 @@ def documents_of(task: Any, split: str) -> Iterator[tuple[str, str, dict[str, An
 
 
 def _subsets(task: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """The data of a split in each subset; mteb leaves the only one unnamed in some tasks."""
+    """The data of a split in each subset; mteb leaves the only one unnamed in some tasks.
+
+    Where each column is a language, and each subset a pair of them, they are one table.
+    """
+    if getattr(task, "parallel_subsets", False):
+        yield "parallel", task.dataset[split]
+        return
     for subset in task.hf_subsets:
         held = task.dataset
         yield subset, held[split] if subset not in held else held[subset][split]
@@ -239,6 +256,26 @@ def _n_judgements(task: Any) -> int:
     listed = [data.get(part) for data in splits for part in LISTS]
     found = sum(len(data["queries"]) * min(RANKED, len(data["corpus"])) for data in splits)
     return found + sum(len(documents) for one in listed if one for documents in one.values())
+
+
+def _n_neighbours(task: Any) -> int:
+    """The sentences that a task of many pairs of languages finds the nearest one for, at once."""
+    if not getattr(task, "parallel_subsets", False):
+        return 0
+    return len(task.hf_subsets) * max(len(task.dataset[split]) for split in task.eval_splits)
+
+
+def _require_ranked(name: str, task: Any) -> None:
+    """Refuse documents to rank that belong to none of the queries: all scores would be 0."""
+    for data in _searched(task):
+        ranked, queries = data.get(RANKED_BEFORE), data["queries"]["id"]
+        if ranked and len(queries) and ranked.keys().isdisjoint(queries):
+            problem = (
+                f"its table `{RANKED_BEFORE}` has documents for none of its queries: it names "
+            )
+            problem += f"`{str(next(iter(ranked)))[:100]}`, and the queries have identifiers such "
+            problem += f"as `{str(queries[0])[:100]}`."
+            raise EvaluationError(name, problem, "Correct the identifiers in its data.")
 
 
 def _require_low_grades(name: str, task: Any) -> None:

@@ -15,7 +15,12 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import harness, text_limits
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks, require_few_labels
+from lewis_hub.evaluate.embedding_tasks import (
+    documents_of,
+    load_embedding_tasks,
+    n_documents,
+    require_few_labels,
+)
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.evaluate.text_limits import FEWER, HeldTexts
@@ -245,7 +250,7 @@ def own_embedding_task(folder, kind, tables):
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), file)
     if kind == "Retrieval":
-        names = ("corpus", "queries", "qrels")
+        names = [name.partition("/")[0] for name in tables]
         parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
         (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
     score = {"STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}[kind]
@@ -308,6 +313,81 @@ def test_a_document_has_no_very_high_grade(grade, told, tmp_path):
         f"own: its document `2` has the grade {told} for the query `q`, the limit is 10,000.\n"
         "Choose a task with lower grades."
     )
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_documents_to_rank_that_belong_to_no_query_are_refused(tmp_path):
+    """All scores were 0."""
+    tables = {
+        "corpus/test": {"_id": ["1"], "title": [""], "text": ["a"]},
+        "queries/test": {"_id": ["q1"], "text": ["a"]},
+        "qrels/test": {"query-id": ["q1"], "corpus-id": ["1"], "score": [1]},
+        "top_ranked/test": {"query-id": ["q1"], "corpus-ids": [["1"]]},
+    }
+    load_embedding_tasks(own_embedding_task(tmp_path / "right", "Retrieval", tables), {})
+    tables["top_ranked/test"]["query-id"] = ["query-1"]
+    selected = own_embedding_task(tmp_path / "wrong", "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == (
+        "own: its table `top_ranked` has documents for none of its queries: it names `query-1`, "
+        "and the queries have identifiers such as `q1`.\nCorrect the identifiers in its data."
+    )
+
+
+def published_task(monkeypatch, task, folder, tables):
+    """The selection of a task of mteb's own, with its data in a folder."""
+    kind = type(task)
+    for name, columns in tables.items():
+        file = folder / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), file)
+    names = [name.partition("/")[0] for name in tables if "/" in name]
+    parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n" if parts else "")
+    data = {"dataset": {"path": str(folder), "revision": "main"}}
+    monkeypatch.setattr(kind, "metadata", kind.metadata.model_copy(update=data))
+    return TaskSelection((kind.metadata.name,), library="mteb")
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_a_retrieval_task_of_mtebs_version_1_has_items(tmp_path, monkeypatch):
+    """93 tasks were refused: mteb makes their tables of version 2 only where it scores them."""
+    import mteb
+
+    selected = published_task(
+        monkeypatch,
+        mteb.get_task("SyntecRetrieval"),
+        tmp_path,
+        {
+            "documents/test": {"id": [7, 8], "content": ["a", "b"], "title": ["", ""]},
+            "queries/test": {"Question": ["what is a?", "and b?"], "Article": [7, 8]},
+        },
+    )
+
+    tasks = load_embedding_tasks(selected, {}).tasks
+
+    assert list(documents_of(tasks["SyntecRetrieval"], "test")) == [
+        ("default", "0", {"id": "0", "text": "what is a?"}),
+        ("default", "1", {"id": "1", "text": "and b?"}),
+    ]
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+def test_a_table_of_many_languages_counts_once(tmp_path, monkeypatch):
+    """For each of 1,916 pairs, 2,000 sentences in 121 languages counted as 12.6 GB, in 102 s."""
+    import mteb
+
+    held, task = HeldTexts(), mteb.get_task("NTREXBitextMining")
+    columns = sorted({one for pair in task.hf_subsets for one in pair.split("-")})
+    tables = {"test": {one: [f"{one} 1", f"{one} 2"] for one in columns}}
+    selected = published_task(monkeypatch, task, tmp_path, tables)
+    monkeypatch.setattr("lewis_hub.evaluate.embedding_tasks.HeldTexts", lambda: held)
+
+    tasks = load_embedding_tasks(selected, {}).tasks
+
+    assert n_documents(tasks) == 2
+    of_the_rows = 2 * (text_limits.ITEM_BYTES + text_limits.COLUMN_BYTES * len(columns))
+    assert held.n_bytes == of_the_rows + 250 * 1916 * 2  # a neighbour of each sentence of a pair
 
 
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
