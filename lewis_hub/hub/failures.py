@@ -70,6 +70,8 @@ MISREAD = (
     *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError),
     httpx2.InvalidURL,  # of a redirection
 )
+PROXIES = {f"{scheme}_PROXY" for scheme in ("ALL", "HTTP", "HTTPS", "NO")}  # that httpx reads
+CERTIFICATES = {"SSL_CERT_FILE", "SSL_CERT_DIR"}
 NO_ANSWER = (httpx2.HTTPError, OSError, ValueError, *MISREAD)  # to a question for a message
 
 
@@ -185,7 +187,21 @@ class _LimitedSessions:
     make: Callable[[], httpx2.Client]
 
     def __call__(self) -> httpx2.Client:
-        return _limit(self.make())
+        try:
+            return _limit(self.make())
+        except (ImportError, httpx2.InvalidURL, ValueError, OSError) as error:
+            raise _unusable_settings(error) from None  # its text may have a proxy's password
+
+
+def _unusable_settings(error: Exception) -> SourceError:
+    """The error of variables of the environment that allow no connection at all."""
+    kinds = CERTIFICATES if isinstance(error, OSError) else PROXIES
+    names = [name for name in os.environ if name.upper() in kinds]
+    problem = f"no connection can be made with {some_of(names) or 'its settings'}"
+    if isinstance(error, ImportError):
+        problem += ": a SOCKS proxy needs the package socksio"
+        return SourceError("the environment", problem, "Install it: `pip install socksio`.")
+    return SourceError("the environment", problem, "Correct these variables, or unset them.")
 
 
 def _limit(session: httpx2.Client) -> httpx2.Client:

@@ -24,7 +24,7 @@ from lewis_hub.recipe.formats import ExportFormat, file_name
 from lewis_hub.workflow.merge import MergedModel, PlanSettings, output_headers
 from lewis_hub.workflow.open import MergeSources
 
-FREE = "Free some space, or name a folder on another disk with -o."
+ELSEWHERE = "name a folder on another disk with -o"
 
 
 def require_exportable(
@@ -88,7 +88,7 @@ def _write_export(
 ) -> ShardResult:
     name, n_bytes = file_name(export), gguf_bytes(plan, export)
     with alone_at(lock_beside(target / name), target / name):
-        require_room(target, n_bytes, f"`{name}`", FREE)
+        require_room(target, n_bytes, f"the bytes of `{name}`", ELSEWHERE)
         partial = target / f".{name}.partial"
         partial.unlink(missing_ok=True)  # it may be a link
         title = f"Exporting {name}"

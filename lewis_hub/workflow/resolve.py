@@ -350,8 +350,8 @@ def each_source(
                 failed.append(error)
     finally:
         pool.shutdown(cancel_futures=True)
-    if len(failed) > 1:
-        raise SourcesError(tuple(str(error).replace("\n", "\n  ") for error in failed))
+    if len(told := dict.fromkeys(map(str, failed))) > 1:
+        raise SourcesError(tuple(one.replace("\n", "\n  ") for one in told))
     if failed:
         raise failed[0]
     return found

@@ -35,7 +35,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path):
-    n_merges = times(8, 240)
+    n_merges = times(4, 240)
     path = os.pathsep.join([str(TESTS), *sys.path])
     done = subprocess.run(
         [sys.executable, "-m", "hardening.changing", tmp_path, str(n_merges), str(SEED)],

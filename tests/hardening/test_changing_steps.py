@@ -152,7 +152,7 @@ def test_a_model_that_is_changed_for_one_step_and_restored_is_refused(place):
     assert weight_bytes(merge(place, "merged", STEPS).output) == clean
 
 
-@pytest.mark.parametrize("calibration", [DATASET, OWN_TASK])
+@pytest.mark.parametrize("calibration", [DATASET, pytest.param(OWN_TASK, marks=pytest.mark.slow)])
 def test_the_steps_of_a_merge_are_calibrated_on_one_state_of_the_rows(calibration, place):
     """The lock named the new rows, the first step had the old ones."""
     text = GUIDED.replace("CALIBRATION", calibration)

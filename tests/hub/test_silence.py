@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import re
 import socket
 import threading
@@ -14,12 +15,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from time import sleep as wait  # not the one that tests replace
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, close_session
 from running_server import running
 
-from lewis_hub.errors import PublishError
+from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub import answers
-from lewis_hub.hub.failures import HubRepo, call_hub, limit_waiting
+from lewis_hub.hub.failures import CERTIFICATES, PROXIES, HubRepo, call_hub, limit_waiting
 from lewis_hub.hub.resolve import MAX_FILES
 from lewis_hub.hub.target import account, open_pull_requests
 
@@ -50,6 +51,40 @@ def impatient(monkeypatch, no_pauses):
     """Wait for a moment only."""
     monkeypatch.setattr(answers, "LONGEST_SILENCE_S", 0.03)
     monkeypatch.setattr(answers, "LONGEST_WORK_S", 0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        (
+            "ALL_PROXY",
+            "socks5://me:secret@127.0.0.1:9",
+            ": a SOCKS proxy needs the package socksio.\nInstall it: `pip install socksio`.",
+        ),
+        (
+            "HTTP_PROXY",
+            "http://me:secret@127.0.0.1:x",
+            ".\nCorrect these variables, or unset them.",
+        ),
+        ("HTTP_PROXY", "ftp://me:secret@127.0.0.1", ".\nCorrect these variables, or unset them."),
+        ("SSL_CERT_FILE", "/nothing/secret", ".\nCorrect these variables, or unset them."),
+    ],
+)
+def test_settings_that_allow_no_connection_are_one_message(name, value, told, monkeypatch):
+    """They were tracebacks of httpx."""
+    for other in os.environ:
+        if other.upper() in {*PROXIES, *CERTIFICATES}:
+            monkeypatch.delenv(other)
+    monkeypatch.setenv(name, value)
+    close_session()
+    try:
+        with pytest.raises(SourceError) as caught:
+            limit_waiting()
+    finally:
+        monkeypatch.undo()
+        close_session()
+
+    assert str(caught.value) == f"the environment: no connection can be made with {name}{told}"
 
 
 def test_a_call_without_a_limit_of_its_own_is_given_up(silent, impatient):

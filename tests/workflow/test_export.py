@@ -6,6 +6,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -187,6 +188,20 @@ def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):
     assert Path("base/model-BF16.gguf").read_bytes() == Path(done["output"]).read_bytes()
     found = gguf.GGUFReader("out/model-BF16.gguf")
     assert len(found.tensors) == 2 + 6 * 9  # the head is that of the embeddings
+
+
+def test_a_disk_without_room_is_one_message(place, monkeypatch):
+    """The message had a remedy inside a remedy."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+
+    base = str(zoo_folder() / "base")
+    done = CliRunner().invoke(cli, ["export", base, "--to", "gguf:bf16", "-o", "out"])
+
+    assert done.exit_code == 1
+    assert str(done.exception).endswith(
+        "the bytes of `model-BF16.gguf` need 0.00 GB, 0.00 GB are free.\n"
+        "Free some space, or name a folder on another disk with -o."
+    )
 
 
 def test_one_run_at_a_time_writes_a_file(place, tmp_path):
