@@ -219,7 +219,7 @@ def scored_embedding_data(loaded: LoadedTasks) -> dict[str, ScoredData]:
 
 def documents_of(task: Any, split: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Subset, identifier and content of every item of a split: a row, or a query."""
-    for subset, data in _subsets(task, split):
+    for subset, data in subsets_of(task, split):
         if isinstance(data, Mapping):  # of a retrieval task
             queries = data["queries"]
             rows = {row["id"]: row for row in queries}
@@ -228,7 +228,7 @@ def documents_of(task: Any, split: str) -> Iterator[tuple[str, str, dict[str, An
             yield from ((subset, str(number), dict(row)) for number, row in enumerate(data))
 
 
-def _subsets(task: Any, split: str) -> Iterator[tuple[str, Any]]:
+def subsets_of(task: Any, split: str) -> Iterator[tuple[str, Any]]:
     """The data of a split in each subset; mteb leaves the only one unnamed in some tasks.
 
     Where each column is a language, and each subset a pair of them, they are one table.
@@ -245,7 +245,7 @@ def _tables(task: Any) -> Iterator[Any]:
     """The tables that a task reads: of its splits, and of a retrieval task queries and corpus."""
     trained_on = getattr(task, "train_split", None)  # of a classifier
     for split in dict.fromkeys([*task.eval_splits, *([trained_on] if trained_on else [])]):
-        for _, data in _subsets(task, split):
+        for _, data in subsets_of(task, split):
             parts = [data["queries"], data["corpus"]] if isinstance(data, Mapping) else [data]
             yield from parts
 
@@ -270,11 +270,9 @@ def _require_ranked(name: str, task: Any) -> None:
     for data in _searched(task):
         ranked, queries = data.get(RANKED_BEFORE), data["queries"]["id"]
         if ranked and len(queries) and ranked.keys().isdisjoint(queries):
-            problem = (
-                f"its table `{RANKED_BEFORE}` has documents for none of its queries: it names "
-            )
-            problem += f"`{str(next(iter(ranked)))[:100]}`, and the queries have identifiers such "
-            problem += f"as `{str(queries[0])[:100]}`."
+            problem = f"its table `{RANKED_BEFORE}` has documents for none of its queries: it "
+            problem += f"names `{str(next(iter(ranked)))[:100]}`, and the queries have identifiers "
+            problem += f"such as `{str(queries[0])[:100]}`."
             raise EvaluationError(name, problem, "Correct the identifiers in its data.")
 
 
@@ -292,7 +290,7 @@ def _require_low_grades(name: str, task: Any) -> None:
 def _searched(task: Any) -> Iterator[Mapping[str, Any]]:
     """The splits of a retrieval task that are scored, in each subset."""
     for split in task.eval_splits:
-        yield from (data for _, data in _subsets(task, split) if isinstance(data, Mapping))
+        yield from (data for _, data in subsets_of(task, split) if isinstance(data, Mapping))
 
 
 def require_few_labels(task: Any, held: HeldTexts) -> None:
@@ -305,7 +303,7 @@ def require_few_labels(task: Any, held: HeldTexts) -> None:
     if task.metadata.type != "Classification" and not has_several:
         return
     for split in {task.train_split, *(task.eval_splits if has_several else ())}:
-        for _, rows in _subsets(task, split):
+        for _, rows in subsets_of(task, split):
             column = task.label_column_name
             labels = {*leaves([*rows[column]])} if has_several else rows.unique(column)
             n_labels = len(labels)

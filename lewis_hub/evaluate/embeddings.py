@@ -39,7 +39,7 @@ from lewis_hub.evaluate.embedding_modules import (
     require_supported,
 )
 from lewis_hub.evaluate.embedding_settings import FILE, require_own_settings
-from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of
+from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of, subsets_of
 from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, require_whole
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
@@ -329,9 +329,8 @@ def _metric(value: float, own: Sequence[float], around: tuple[int, int]) -> Metr
 def _item_values(task: Any, split: str, predictions: Predictions) -> list[float]:
     """A number for each item of a split, whose mean is to be the main score; empty if unknown."""
     found: list[float] = []
-    for subset in task.hf_subsets:
+    for subset, data in subsets_of(task, split):
         kept = predictions.get(subset, {}).get(split)
-        data = task.dataset[split] if subset not in task.dataset else task.dataset[subset][split]
         if kept is None:
             return []
         if task.metadata.main_score == "cosine_spearman":

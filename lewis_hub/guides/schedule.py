@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field, FiniteFloat
 
 from lewis_hub.calibration import profile as document
-from lewis_hub.calibration.profile import OF_PAIRS, ImportanceProfile, Measure
+from lewis_hub.calibration.profile import OF_PAIRS, ImportanceProfile, Measure, ModuleName
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.lewis import Component, component, dominance
@@ -189,12 +189,9 @@ class ExpertSchedule:
 
     source: str
     default_density: Density
-    tensors: Mapping[
-        document.ModuleName, Density
-    ]  # in the guide's order; if empty, the recipe's densities apply
-    weights: Mapping[document.ModuleName, FiniteFloat] = field(
-        default_factory=dict
-    )  # 1 for all other tensors
+    # in the guide's order; if empty, the recipe's densities apply
+    tensors: Mapping[ModuleName, Density]
+    weights: Mapping[ModuleName, FiniteFloat] = field(default_factory=dict)  # 1 for all others
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""

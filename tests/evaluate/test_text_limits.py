@@ -242,17 +242,22 @@ def test_texts_in_lists_count_as_items():
     assert held.n_bytes == 1500 + 17 * 500 + 20 * 4
 
 
+def write_tables(folder, tables):
+    """Write columns as parquet; a table named `a/test` is the split `test` of configuration `a`."""
+    for name, columns in tables.items():
+        file = folder / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), file)
+    names = [name.partition("/")[0] for name in tables if "/" in name]
+    if names:
+        parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
+        (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+
+
 def own_embedding_task(folder, kind, tables):
     """The selection of an own task for embedding models, with these columns by table."""
     data = folder / "data"
-    for name, columns in tables.items():
-        file = data / f"{name}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), file)
-    if kind == "Retrieval":
-        names = [name.partition("/")[0] for name in tables]
-        parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
-        (data / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    write_tables(data, tables)
     score = {"STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}[kind]
     (folder / "own.yaml").write_text(
         f"name: own\ntype: {kind}\ndataset: {{path: {data}}}\neval_splits: [test]\n"
@@ -337,13 +342,7 @@ def test_documents_to_rank_that_belong_to_no_query_are_refused(tmp_path):
 def published_task(monkeypatch, task, folder, tables):
     """The selection of a task of mteb's own, with its data in a folder."""
     kind = type(task)
-    for name, columns in tables.items():
-        file = folder / f"{name}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), file)
-    names = [name.partition("/")[0] for name in tables if "/" in name]
-    parts = "".join(f"- {{config_name: {one}, data_dir: {one}}}\n" for one in names)
-    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n" if parts else "")
+    write_tables(folder, tables)
     data = {"dataset": {"path": str(folder), "revision": "main"}}
     monkeypatch.setattr(kind, "metadata", kind.metadata.model_copy(update=data))
     return TaskSelection((kind.metadata.name,), library="mteb")
