@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lewis_hub.errors import TokenizerError
 from lewis_hub.merge.token_matches import ROLES
 
 ID = re.compile(r"\w+_token_(?:id|index)")
+OF_TEXTS = re.compile(r"\w+_to_id")  # a mapping from names to ids, such as Whisper's `lang_to_id`
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+WORDS = ("bad_words_ids", "force_words_ids")
+PAIRED = {"forced_decoder_ids": 1, "sequence_bias": 0}  # which part of each pair has the ids
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OF_ROLES = tuple(f"{role}_token_id" for role in ROLES)
 
@@ -69,10 +74,9 @@ def new_ids(
         for name, value in dict(_others(document)).items():
             if name in OF_ROLES:
                 written[name] = roles.get(name.removesuffix("_token_id"))
-            elif isinstance(value, list):
-                written[name] = [_moved(model, donor, f"{place}: {name}", i, moved) for i in value]
-            else:
-                written[name] = _moved(model, donor, f"{place}: {name}", value, moved)
+                continue
+            require = partial(_required, model, donor, f"{place}: {name}", moved)
+            written[name] = _moved(name, value, moved if name in SUPPRESSED else require)
     _require_same_positions(model.label, model.config, config)
     return NewIds(config, generation)
 
@@ -96,13 +100,47 @@ def _others(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     inner = document.get("text_config")
     for part in (inner if isinstance(inner, dict) else {}, document):
         for name, value in part.items():
-            values = value if isinstance(value, list) else [value]
-            is_set = all(type(one) is int and one >= 0 for one in values)
-            if ID.fullmatch(name) and name not in SPECIAL and is_set:
+            if name not in SPECIAL and _has_ids(name, value):
                 yield name, value
 
 
-def _moved(model: Configuration, donor: Configuration, where: str, value: int, moved: Moved) -> int:
+def _has_ids(name: str, value: Any) -> bool:
+    if ID.fullmatch(name):
+        values = value if isinstance(value, list) else [value]
+        return all(_is_id(one) for one in values)
+    if OF_TEXTS.fullmatch(name):
+        return isinstance(value, dict)
+    return isinstance(value, list) and name in (*SUPPRESSED, *WORDS, *PAIRED)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0  # -1 is no token
+
+
+def _moved(name: str, value: Any, moved: Moved) -> Any:
+    """Return a setting with new ids in its own structure.
+
+    A token of `SUPPRESSED` that has no new id is left out: nothing can write it.
+    """
+    if isinstance(value, dict):
+        return {key: _moved(name, one, moved) for key, one in value.items()}
+    if isinstance(value, list) and name in PAIRED:
+        return [_moved_part(one, PAIRED[name], moved) for one in value]
+    if isinstance(value, list):
+        found = [_moved(name, one, moved) for one in value]
+        return [one for one in found if one is not None] if name in SUPPRESSED else found
+    return moved(value) if _is_id(value) else value
+
+
+def _moved_part(pair: Any, part: int, moved: Moved) -> Any:
+    if not isinstance(pair, list):
+        return pair
+    return [_moved("", one, moved) if at == part else one for at, one in enumerate(pair)]
+
+
+def _required(
+    model: Configuration, donor: Configuration, where: str, moved: Moved, value: int
+) -> int:
     found = moved(value)
     if found is None:
         problem = f"it is token {value}, which the tokenizer of {donor.label} lacks"

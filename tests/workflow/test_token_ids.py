@@ -61,12 +61,58 @@ def test_other_ids_follow_their_tokens():
     assert found.generation == special | {"forced_bos_token_id": [2, 0]}
 
 
-def test_a_token_that_the_donor_lacks_is_refused():
+def test_the_tokens_of_words_that_are_forbidden_forced_or_weighed_are_moved():
+    generation = {
+        "bad_words_ids": [[8], [9, 8]],
+        "force_words_ids": [[[8, 9], [9]]],
+        "sequence_bias": [[[8, 9], 9], [[9], -2.5]],
+        "forced_decoder_ids": [[8, 9], [9, None]],  # positions 8 and 9
+        "lang_to_id": {"<|de|>": 9},
+        "max_length": 9,
+    }
+    found = ids(({"bad_words_ids": [[9]]}, generation), ({}, {}), {9: 0, 8: 2})
+
+    special = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": None}
+    assert found.config == special | {"bad_words_ids": [[0]]}
+    assert found.generation == special | {
+        "bad_words_ids": [[2], [0, 2]],
+        "force_words_ids": [[[2, 0], [0]]],
+        "sequence_bias": [[[2, 0], 9], [[0], -2.5]],
+        "forced_decoder_ids": [[8, 0], [9, None]],
+        "lang_to_id": {"<|de|>": 0},
+    }
+
+
+def test_a_suppressed_token_that_the_donor_lacks_needs_no_id():
+    generation = {"suppress_tokens": [8, 3, 9], "begin_suppress_tokens": [3, -1]}
+    found = ids(({}, generation), ({}, {}), {9: 0, 8: 2})
+
+    assert found.generation["suppress_tokens"] == [2, 0]
+    assert found.generation["begin_suppress_tokens"] == [-1]
+
+
+@pytest.mark.parametrize(
+    "value", [None, "a", 3, [None], ["a"], [[], [3]], [{"a": "b"}], [[3.5, "a"]]]
+)
+@pytest.mark.parametrize(
+    "name", ["bad_words_ids", "sequence_bias", "forced_decoder_ids", "a_to_id"]
+)
+def test_a_setting_without_ids_stays_as_it_is(name, value):
+    found = ids(({}, {name: value}), ({}, {}), {3: 3})
+
+    assert found.generation.get(name, value) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("image_token_id", 8), ("bad_words_ids", [[8]]), ("sequence_bias", [[[8], 1]])],
+)
+def test_a_token_that_the_donor_lacks_is_refused(name, value):
     with pytest.raises(TokenizerError) as caught:
-        ids(({"image_token_id": 8}, {}), ({}, {}))
+        ids(({name: value}, {}), ({}, {}))
 
     assert str(caught.value) == (
-        "model: config.json: image_token_id: it is token 8, which the tokenizer of donor lacks.\n"
+        f"model: config.json: {name}: it is token 8, which the tokenizer of donor lacks.\n"
         "Choose a donor whose tokenizer has it."
     )
 
