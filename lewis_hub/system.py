@@ -143,6 +143,21 @@ def make_nonblocking(descriptor: int) -> None:
         os.set_blocking(descriptor, False)
 
 
+def open_closed_streams() -> None:
+    """Open the null device in place of the standard streams that were closed before the start.
+
+    The next file that is opened would else be what libraries print to.
+    """
+    for at, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(at)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            stream = open(at, "w" if at else "r", encoding="utf-8", closefd=False)  # noqa: SIM115 (for the whole run)
+            setattr(sys, name, stream)
+
+
 def write_utf8(*streams: TextIO) -> None:
     """Write UTF-8 to pipes and files on Windows too, where Python uses an older encoding."""
     for stream in streams:

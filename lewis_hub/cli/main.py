@@ -12,6 +12,8 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -23,7 +25,13 @@ from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import escape_logs, say, say_json
 from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL, TOO_MANY_OPEN
-from lewis_hub.system import allow_open_files, is_out_of_memory, make_nonblocking, write_utf8
+from lewis_hub.system import (
+    allow_open_files,
+    is_out_of_memory,
+    make_nonblocking,
+    open_closed_streams,
+    write_utf8,
+)
 from lewis_hub.working_folder import keep_out_of_path
 
 UNUSABLE = {
@@ -34,6 +42,7 @@ UNUSABLE = {
 }
 BUGS = {errno.ENOENT, errno.EINVAL, errno.EBADF}  # of a call that should not have been made
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
+SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 INTERRUPTED = "interrupted. Run the same command again to continue."
 EPILOG = """\b
 Examples:
@@ -92,17 +101,18 @@ def main() -> None:
     """Run a command and exit with its code."""
     gc.set_threshold(GC_THRESHOLD)
     sys.excepthook = _print_bug
+    open_closed_streams()
     write_utf8(sys.stdout, sys.stderr)
     keep_out_of_path()
     allow_open_files()
     escape_logs()
     _exit_within_a_second_of_ctrl_c()
     code = _run()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 1
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it, or its disk is full
+            code = code or 1
     # Not sys.exit: threads that wait for a server would keep an interrupted run alive.
     os._exit(code)
 
@@ -111,13 +121,14 @@ def _run() -> int:
     # Hide warnings of libraries: lewis-hub reports what a user must know in its own messages.
     warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
-        _require_endpoint()
+        _require_environment()
         code = cli(standalone_mode=False)  # click returns the code of an `Exit`
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        say(shown.getvalue(), err=True, nl=False)
+        with suppress(OSError):
+            say(shown.getvalue(), err=True, nl=False)
         return error.exit_code
     except LewisHubError as error:
         return _failed(type(error).__name__, str(error), error.exit_code, error.status)
@@ -135,8 +146,8 @@ def _run() -> int:
         return _failed("OutOfMemory", OUT_OF_MEMORY, 1)
 
 
-def _require_endpoint() -> None:
-    """Refuse an address in HF_ENDPOINT that huggingface_hub cannot even be imported with."""
+def _require_environment() -> None:
+    """Refuse what huggingface_hub cannot even be imported with, and a folder that is gone."""
     asked = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         parts = urlsplit(asked)
@@ -147,6 +158,15 @@ def _require_endpoint() -> None:
     if not is_address:
         remedy = "Expected: one such as https://huggingface.co, or no such variable."
         raise SourceError("HF_ENDPOINT", "it is not the address of a Hub", remedy)
+    for name in SECONDS:
+        if not os.environ.get(name, "0").strip().isdecimal():
+            remedy = "Expected: a number such as 10, or no such variable."
+            raise SourceError(name, "it is not a whole number of seconds", remedy)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        remedy = "Change to another one with `cd`, then run the same command again."
+        raise SourceError("The working folder", "it was deleted", remedy) from None
 
 
 def disk_failure(error: OSError) -> tuple[str, str] | None:
@@ -187,7 +207,9 @@ def _print_bug(kind: type[BaseException], bug: BaseException, trace: TracebackTy
 
 
 def _failed(kind: str, message: str, code: int, status: str = "failed") -> int:
-    say(f"lewis-hub: {message}", err=True)
+    with suppress(OSError):  # the other stream may still be read
+        say(f"lewis-hub: {message}", err=True)
     if "--json" in sys.argv:
-        say_json({"status": status, "error": {"kind": kind, "message": message}})
+        with suppress(OSError):
+            say_json({"status": status, "error": {"kind": kind, "message": message}})
     return code

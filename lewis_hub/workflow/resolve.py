@@ -146,7 +146,7 @@ def resolve_one(
     model: ModelReference | Path | str, api: HfApi, *, allow_pickle: bool = False
 ) -> Source:
     """Pin a model outside of a recipe."""
-    reference = _reference(model)
+    reference = model_reference(model)
     if reference.on:
         problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
@@ -155,7 +155,12 @@ def resolve_one(
     return require_whole(api, with_converted(found, code=False))
 
 
-def _reference(model: ModelReference | Path | str) -> ModelReference:
+def model_reference(model: ModelReference | Path | str) -> ModelReference:
+    """Read the name of a model as a user writes it.
+
+    Raises:
+        SourceError: it is none.
+    """
     try:
         return ModelReference.model_validate(model)
     except ValidationError as error:
@@ -270,7 +275,7 @@ def sources_inside(recipe: Recipe, folder: Path) -> list[str]:
 
 def named_inside(models: Iterable[str], folder: Path | None) -> list[str]:
     """Return models that are named in the working folder and are files in a folder."""
-    names = [_reference(one).name for one in models]
+    names = [model_reference(one).name for one in models]
     return [name for name in names if folder and _is_inside(name, folder)]
 
 

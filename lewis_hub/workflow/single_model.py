@@ -63,7 +63,13 @@ from lewis_hub.workflow.open import (
     open_model,
     ties,
 )
-from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
+from lewis_hub.workflow.resolve import (
+    hub_api,
+    model_reference,
+    resolve_data,
+    resolve_inputs,
+    resolve_one,
+)
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.snapshot import snapshot
 from lewis_hub.workflow.tensor_names import with_common_names
@@ -238,7 +244,7 @@ def read_profile(name: Path | str) -> ImportanceProfile:
         name: an `importance.json`, a folder with one, or the repo of a merge.
 
     Raises:
-        SourceError: there is no `importance.json`.
+        SourceError: there is no `importance.json`, or `name` cannot be a name.
         ProfileError: the file cannot be read.
 
     Example:
@@ -257,7 +263,7 @@ def read_profile(name: Path | str) -> ImportanceProfile:
             require_inside(path, found, SourceError)
             return ImportanceProfile.from_json(_text_in(found), str(found))
         raise _without(name)
-    api, reference = hub_api(), ModelReference.model_validate(name)
+    api, reference = hub_api(), model_reference(name)
     source = resolve_model(api, reference.name, reference.revision)
     content = read_small(api, source, IN_A_MERGE)
     if content is None:

@@ -33,6 +33,8 @@ PASSED_ON = (
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
 UNUSED_S = 6 * 3600.0  # the folder of a client that closes no tab is kept for so long
+# Sources, rows, a merge and its zip file. Where the disk has less, no idle folder is kept.
+FREE_BYTES = 4e9 * float(os.environ.get("MAX_GB", "4"))
 RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
 CLOSED: set[Path] = set()  # the folders of closed tabs
 Event = Mapping[str, Any]
@@ -60,7 +62,7 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
     if folder in CLOSED:
         yield {"problem": "This tab was closed."}
         return
-    _delete_unused()
+    _delete_unused(folder)
     (folder / "recipe").mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     process = subprocess.Popen(
@@ -100,13 +102,16 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
         RUNNING.remove((folder, process))
 
 
-def _delete_unused() -> None:
-    """Delete the folders in which nothing has run for long."""
-    used = {folder for folder, _ in RUNNING}
-    for folder in ROOT.glob("*"):  # none if all tabs were closed
+def _delete_unused(own: Path) -> None:
+    """Delete the folders in which nothing has run for long, or the oldest if the disk is full."""
+    used = {own, *(folder for folder, _ in RUNNING)}
+    ages = {}
+    for folder in set(ROOT.glob("*")) - used:  # none if all tabs were closed
         with suppress(OSError):  # it is closed at this moment
-            if folder not in used and time.time() - folder.stat().st_mtime > UNUSED_S:
-                shutil.rmtree(folder, ignore_errors=True)
+            ages[folder] = time.time() - folder.stat().st_mtime
+    for folder in sorted(ages, key=ages.__getitem__, reverse=True):
+        if ages[folder] > UNUSED_S or shutil.disk_usage(ROOT).free < FREE_BYTES:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def close(session: str) -> None:

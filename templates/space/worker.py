@@ -156,7 +156,8 @@ def recipe_in(folder: Path) -> lewis_hub.Recipe:
 
 
 def _recipe(folder: Path, request: Mapping[str, Any]) -> lewis_hub.Recipe:
-    (folder / "recipe" / "recipe.yaml").write_text(request["recipe"], encoding="utf-8")
+    text = request["recipe"].encode("utf-8", errors="replace")  # a browser may send half a letter
+    (folder / "recipe" / "recipe.yaml").write_bytes(text)
     return recipe_in(folder)
 
 
@@ -164,9 +165,8 @@ def _checked(recipe: lewis_hub.Recipe) -> Any:
     report = lewis_hub.check(recipe)
     read = sum(source.size_bytes for source in report.sources)
     # layers or experts that a recipe names several times are written several times
-    n_bytes, what = max(
-        (read, "These models have"), (report.output_bytes, "The merged model would have")
-    )
+    written = report.output_bytes * (1 + len(recipe.export or ()))  # an export is no larger
+    n_bytes, what = max((read, "These models have"), (written, "The merged model would have"))
     _require_small(n_bytes, f"{what} {n_bytes / 1e9:.1f} GB of weights")
     if not report.problems:
         data_bytes = sum(file.size_bytes for data in _datasets(recipe) for file in data.files)

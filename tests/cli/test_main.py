@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -335,4 +336,89 @@ def test_a_cache_that_cannot_be_written_is_one_message(hub, tmp_path):
         rf"lewis-hub: {place}\S*: it cannot be read or written \(Not a directory\)\.\n"
         r"Make it usable, or name other folders: -o for the output, HF_HOME for caches\.\n",
         done.stderr,
+    )
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+@pytest.mark.parametrize("value", ["ten", ""])
+def test_a_setting_that_huggingface_hub_cannot_read_is_one_message(name, value, tmp_path):
+    done = run("check", "recipe.yaml", cwd=tmp_path, **{name: value})
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"lewis-hub: {name}: it is not a whole number of seconds.\n"
+        "Expected: a number such as 10, or no such variable.\n"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a folder that is used")
+@pytest.mark.parametrize("words", [["init", "--base", "a/b", "--expert", "c/d"], ["hub"]])
+def test_a_working_folder_that_was_deleted_is_one_message(words, tmp_path):
+    command = shlex.join([sys.executable, "-m", "lewis_hub", *words])
+    script = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {command}"
+
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "lewis-hub: The working folder: it was deleted.\n"
+        "Change to another one with `cd`, then run the same command again.\n"
+    )
+
+
+NO_RECIPE = (
+    "lewis-hub: none.yaml: the file does not exist.\n"
+    "Name a recipe, or write one with `lewis-hub init`.\n"
+)
+FULL = (
+    "lewis-hub: the disk is full, or a quota or limit is reached.\n"
+    "Free some space, then run the same command again: finished work is kept.\n"
+)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
+@pytest.mark.parametrize(
+    ("words", "streams", "code", "message"),
+    [
+        ("methods --json", ">/dev/full", 1, FULL),
+        ("check none.yaml --json", ">/dev/full", 1, NO_RECIPE),
+        ("check none.yaml --json", ">&-", 1, NO_RECIPE),
+        ("methods --json", ">&-", 0, ""),
+        ("check none.yaml", "2>/dev/full", 1, ""),
+        ("nonsense", "2>/dev/full", 2, ""),
+        ("methods", ">&- 2>&- <&-", 0, ""),
+    ],
+)
+def test_a_stream_that_is_full_or_closed_is_no_traceback(words, streams, code, message, tmp_path):
+    command = shlex.join([sys.executable, "-m", "lewis_hub", *words.split()])
+
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {streams}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_failure_that_nobody_reads_is_one_message(tmp_path):
+    command = shlex.join([sys.executable, "-m", "lewis_hub", "check", "none.yaml", "--json"])
+
+    done = subprocess.run(
+        ["sh", "-c", f"{command} | true"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.stderr == NO_RECIPE
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are Unicode there")
+def test_names_that_are_not_unicode_are_one_message(tmp_path):
+    done = run("compare", b"\xff.json", "other.json", cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "lewis-hub: '\\udcff.json': Input should be a valid string, unable to parse raw data as a "
+        "unicode string.\nWrite owner/name, owner/name@revision or the path of a folder.\n"
     )

@@ -69,6 +69,41 @@ def test_a_stack_that_repeats_layers_is_limited_by_what_it_writes(api, session, 
     assert problem.startswith("The merged model would have 0.1 GB of weights, and this Space ")
 
 
+def test_exports_count_as_what_is_written(api, session, monkeypatch):
+    monkeypatch.setenv("MAX_GB", "0.006")
+    exports = "dtype: float32\nexport: [gguf:f16, gguf:bf16, gguf:q8_0]\n"
+
+    problem = last("check", {"recipe": RECIPE + exports})["problem"]
+
+    assert problem.startswith("The merged model would have 0.0 GB of weights, and this Space ")
+
+
+def test_half_a_letter_in_a_recipe_is_told_as_a_letter_that_is_not_expected(api, session):
+    problem = last("check", {"recipe": RECIPE.replace("models:", "mod\ud800:")})["problem"]
+
+    assert problem.startswith("/recipe/recipe.yaml:3: `mod?`: unknown key `mod?`.")
+
+
+def test_idle_folders_are_deleted_from_the_oldest_on_where_the_disk_is_nearly_full(monkeypatch):
+    folders = [sessions.folder_of(name) for name in ("old", "older", "own", "used")]
+    for folder, age in zip(folders, (100, 200, 300, 400), strict=True):
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    monkeypatch.setattr(sessions, "RUNNING", [(folders[3], None)])
+    gone = []
+    usage = type("Usage", (), {"free": property(lambda _: 1e9 * len(gone))})
+    monkeypatch.setattr(sessions.shutil, "disk_usage", lambda _: usage())
+    monkeypatch.setattr(sessions.shutil, "rmtree", lambda folder, **_: gone.append(folder))
+    monkeypatch.setattr(sessions, "FREE_BYTES", 1e9)
+
+    sessions._delete_unused(folders[2])
+
+    assert gone == [folders[1]]
+    monkeypatch.undo()
+    for folder in folders:
+        folder.rmdir()
+
+
 def test_datasets_above_the_limit_are_refused_before_a_download(api, session, monkeypatch):
     monkeypatch.setenv("MAX_GB", "0.05")
     api.create_repo("lewis/rows", repo_type="dataset", exist_ok=True)
