@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ KINDS = {  # types of own tasks -> class of mteb
     "Retrieval": "AbsTaskRetrieval",
     "STS": "AbsTaskSTS",
 }
+COMMIT = re.compile("[0-9a-f]{40}")
 NAME = re.compile(r"[\w.-]+")
 UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
 MAX_LABELS = 2_000  # published tasks have some hundred; 10,000 take minutes, and gigabytes
@@ -172,14 +173,12 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
     tasks, held = locate_embedding_tasks(selection), HeldTexts()
     for name, task in tasks.items():
         dataset = task.metadata.dataset
-        own_cache: AbstractContextManager[None] = nullcontext()
         if commit := commits.get((dataset["path"], dataset["revision"])):
-            own_cache = at_commit(dataset["path"], commit)
             pinned = {**dataset, "revision": commit}
             pinned.pop("trust_remote_code", None)  # `datasets` runs no code
             task.metadata = task.metadata.model_copy(update={"dataset": pinned})
         try:
-            with own_cache, quiet_libraries(), only_tables(), computed_anew():
+            with quiet_libraries(), guarded_tables(task.metadata.dataset if commit else None):
                 task.load_data()
                 _convert(task)
                 for rows in _tables(task):
@@ -198,6 +197,27 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
             problem = f"its data `{dataset['path']}` cannot be loaded: {line}"
             raise EvaluationError(name, problem, CHECK_DATA) from error
     return LoadedTasks(selection, commits, tasks, {})
+
+
+@contextmanager
+def guarded_tables(pinned: Mapping[str, Any] | None) -> Iterator[None]:
+    """Inside the block mteb reads tables within the limits, of `pinned` those of its commit."""
+    own_cache: AbstractContextManager[None] = nullcontext()
+    if pinned:
+        own_cache = at_commit(pinned["path"], pinned["revision"])
+    with own_cache, only_tables(), computed_anew():
+        yield
+
+
+def guarded_scoring(task: Any) -> AbstractContextManager[None]:
+    """Guard the tables that mteb reads while it scores: what changed in the judgements.
+
+    Only the tasks that follow instructions have such a table.
+    """
+    if task.metadata.type != "InstructionReranking":
+        return nullcontext()
+    dataset = task.metadata.dataset
+    return guarded_tables(dataset if COMMIT.fullmatch(dataset["revision"]) else None)
 
 
 def _convert(task: Any) -> None:

@@ -39,7 +39,12 @@ from lewis_hub.evaluate.embedding_modules import (
     require_supported,
 )
 from lewis_hub.evaluate.embedding_settings import FILE, require_own_settings
-from lewis_hub.evaluate.embedding_tasks import documents_of, metric_of, subsets_of
+from lewis_hub.evaluate.embedding_tasks import (
+    documents_of,
+    guarded_scoring,
+    metric_of,
+    subsets_of,
+)
 from lewis_hub.evaluate.empty_models import limited_load, require_size_of_files, require_whole
 from lewis_hub.evaluate.harness import quiet_libraries, seeded
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
@@ -265,7 +270,7 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
 
     with TemporaryDirectory() as kept:
         try:
-            with panics_as_errors():
+            with panics_as_errors(), guarded_scoring(task):
                 report = mteb.evaluate(
                     model,
                     [task],
