@@ -152,7 +152,8 @@ pickle = flag(
 )
 nan = flag(
     "--allow-nan",
-    help="Where a model contains NaN or infinity, use the base's value instead of stopping.",
+    help="Where a model contains NaN or infinity, use the base's value instead of stopping, or 0 "
+    "if the method reads no base.",
 )
 device = click.option(
     "--device",

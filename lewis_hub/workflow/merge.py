@@ -198,7 +198,8 @@ def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:
         total.update(counts)
     for label, n_tensors in total.items():
         progress.say(
-            f"{n_tensors} tensors of {label} hold NaN or infinity; the base's values replace them."
+            f"{n_tensors} tensors of {label} hold NaN or infinity; the base's values replace them, "
+            "or 0 where the method reads no base or the base itself has them."
         )
 
 

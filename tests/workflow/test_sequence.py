@@ -284,7 +284,10 @@ def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_pat
 
     merge(tmp_path / "out", text, Execution(allow_nan=True), told)
 
-    said = f"1 tensors of {base} hold NaN or infinity; the base's values replace them."
+    said = (
+        f"1 tensors of {base} hold NaN or infinity; the base's values replace them, or 0 where the "
+        "method reads no base or the base itself has them."
+    )
     assert told.said.count(said) == 2  # the matrix, then the norm
     with pytest.raises(NonFiniteError) as caught:
         merge(tmp_path / "other", text)
