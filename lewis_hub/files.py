@@ -30,6 +30,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 if there is none, as of one that another run renames or deletes."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
     """The files that are neither hidden nor in a hidden folder such as .git or .cache, in order.
 

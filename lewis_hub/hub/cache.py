@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.file_download import are_symlinks_supported
 
-from lewis_hub.files import sha256_of
+from lewis_hub.files import sha256_of, size_of
 from lewis_hub.hub.digests import digests_of
 from lewis_hub.hub.source import Source, SourceFile, cache_folder, cache_root, digest_like
 
@@ -30,11 +30,6 @@ def blob_path(repo: str, repo_type: str, file: SourceFile) -> Path:
 def partial_path(blob: Path) -> Path:
     """The file that holds the bytes of a blob until the download is complete."""
     return blob.with_name(f"{blob.name}.partial")
-
-
-def size_of(path: Path) -> int:
-    """The bytes of a file; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
 
 
 def digest_of(part: Path, file: SourceFile) -> str:

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import require_room, write_whole
-from lewis_hub.hub.cache import damaged_files, size_of
+from lewis_hub.files import require_room, size_of, write_whole
+from lewis_hub.hub.cache import damaged_files
 from lewis_hub.hub.changes import require_unchanged
 from lewis_hub.hub.digests import content_sha
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, read_pinned, weight_files

@@ -23,7 +23,7 @@ from huggingface_hub.utils import WeakFileLock
 from lewis_hub.display import Advance
 from lewis_hub.documents import MAX_JSON_VALUES, count_values
 from lewis_hub.errors import SourceError
-from lewis_hub.files import require_inside, require_room
+from lewis_hub.files import require_inside, require_room, size_of
 from lewis_hub.hub.answers import FILE_BYTES
 from lewis_hub.hub.cache import (
     MAX_SMALL_BYTES,
@@ -33,7 +33,6 @@ from lewis_hub.hub.cache import (
     has_digest,
     link,
     partial_path,
-    size_of,
     snapshot_path,
 )
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry, retry_transfer
@@ -186,7 +185,7 @@ def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
 def _bytes_to_download(source: Source, files: Sequence[SourceFile]) -> int:
     blobs = {blob_path(source.name, source.repo_type, file): file for file in files}
     return sum(
-        max(0, file.size_bytes - (size_of(blob) or size_of(partial_path(blob))))
+        max(0, file.size_bytes - (size_of(partial_path(blob)) or size_of(blob)))
         for blob, file in blobs.items()
     )
 

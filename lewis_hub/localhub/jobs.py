@@ -25,6 +25,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from lewis_hub.files import size_of
 from lewis_hub.localhub import files
 from lewis_hub.localhub.call import Answer, Call, parsed, refusal
 from lewis_hub.localhub.hub import Grant
@@ -246,7 +247,7 @@ class Jobs:
         folder = self._bucket(namespace, name)
         if not folder.exists():
             raise refusal(404, "Bucket not found")
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        sizes = [size_of(path) for path in folder.rglob("*") if path.is_file()]
         return {
             "id": f"{namespace}/{name}",
             "private": folder not in self.public,

@@ -26,7 +26,7 @@ from lewis_hub.checkpoint.reader import INDEX, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
 from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError
-from lewis_hub.files import require_room, sha256_of, unwritable, write_whole
+from lewis_hub.files import require_room, sha256_of, size_of, unwritable, write_whole
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan
 from lewis_hub.merge.runners import Backend, Ray, Runner, cpus_of_this_task, threads
 
@@ -75,7 +75,7 @@ def run(
         MergeError: a Ray cluster or one of its workers failed.
         DeviceError: a tensor does not fit on the device.
     """
-    n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
+    n_bytes = plan.n_bytes - sum(size_of(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
     together = _shards_together(locations, backend)
@@ -333,10 +333,6 @@ def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
 def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
     """The shard of an earlier run, if its bytes are unchanged."""
     path, result = output / plan.layout.name, noted(plan, output)
-    if result and _size(path) == result.n_bytes and sha256_of(path) == result.sha256:
+    if result and size_of(path) == result.n_bytes and sha256_of(path) == result.sha256:
         return result
     return None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

@@ -233,8 +233,9 @@ def _locked(lock: Path) -> int:
         try:
             if not try_lock(opened):
                 raise BlockingIOError
-            if lock.exists() and os.path.samestat(os.fstat(opened), lock.stat()):
-                return opened  # else a run that ended has deleted it after it was opened here
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(opened), lock.stat()):
+                    return opened  # else a run that ended has deleted it after it was opened here
         except BaseException:
             os.close(opened)
             raise

@@ -19,7 +19,7 @@ from lewis_hub.checkpoint.ranges import Location, Locations, SourceFiles, Source
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Progress
 from lewis_hub.documents import read_json
-from lewis_hub.files import existing, require_room
+from lewis_hub.files import existing, require_room, size_of
 from lewis_hub.hub import converted
 from lewis_hub.hub.fetch import (
     CODE_FILES,
@@ -103,7 +103,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
 
 def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
     """Refuse disks without room for download and new files; old files in `work` count as free."""
-    left = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    left = sum(size_of(path) for path in work.rglob("*") if path.is_file())
     needs = ((cache_root(), download_bytes), (work, max(0, made_bytes - left)))
     of_disk: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
     for folder, n_bytes in needs:
