@@ -152,8 +152,7 @@ pickle = flag(
 )
 nan = flag(
     "--allow-nan",
-    help="Where a model contains NaN or infinity, use the base's value instead of stopping, or 0 "
-    "if the method reads no base.",
+    help="Where an expert contains NaN or infinity, use the base's value instead of stopping.",
 )
 device = click.option(
     "--device",

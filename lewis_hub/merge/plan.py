@@ -155,6 +155,11 @@ class TensorPlan:
         return not self.weights
 
     @property
+    def has_base(self) -> bool:
+        """Whether the first input is the base, and experts follow."""
+        return 0 < len(self.weights) < len(self.inputs)
+
+    @property
     def is_transposed(self) -> bool:
         """Whether it is a matrix stored as (in, out); known for those with second moments."""
         return any(gram.transposed for gram in self.grams if gram)
@@ -170,7 +175,7 @@ class ShardPlan:
     source_digests: tuple[str, ...]
     layout: ShardLayout
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
-    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `NanReplacingReader`
+    allow_nan: bool = False  # whether experts may hold NaN and infinity; see `NanReplacingReader`
     statistics: Mapping[str, str] = field(default_factory=dict)  # label -> digest, per expert
     arithmetic: Arithmetic = "float32"
 
@@ -224,7 +229,7 @@ class MergePlan:
 
     @property
     def allowing_nan(self) -> MergePlan:
-        """The same plan for sources that may hold NaN and infinity."""
+        """The same plan for experts that may hold NaN and infinity."""
         return MergePlan(tuple(replace(shard, allow_nan=True) for shard in self.shards))
 
     def computed_in(self, arithmetic: Arithmetic) -> MergePlan:

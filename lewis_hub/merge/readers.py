@@ -49,14 +49,10 @@ def input_readers(
         AssemblingReader(rows, own) if rows else reader
         for rows, reader in zip(tensor.assembled or [None] * len(own), own, strict=True)
     ]
-    if not plan.allow_nan:
+    if not (plan.allow_nan and tensor.has_base):
         return tuple(readers)
-    n_bases = len(tensor.inputs) - len(tensor.weights)
-    base = (readers[0], tensor.inputs[0]) if n_bases else None
-    return tuple(
-        NanReplacingReader(reader, None if number < n_bases else base)
-        for number, reader in enumerate(readers)
-    )
+    base, *experts = readers
+    return (base, *(NanReplacingReader(one, base, tensor.inputs[0]) for one in experts))
 
 
 @dataclass(frozen=True)
@@ -241,18 +237,18 @@ class AssemblingReader:
 
 
 class NanReplacingReader:
-    """Reads a tensor whose NaN and infinity are replaced, as `--allow-nan` requires.
+    """Reads a tensor of an expert and replaces NaN and infinity, as `--allow-nan` requires.
 
-    The base's value replaces them, so that the task vector is zero there. If the base's value is
-    not finite either, or does not fit the dtype, or there is no base, it is zero.
+    The base's value replaces them, so that the task vector is zero there. Where the base's value is
+    not finite either, or does not fit the dtype, the tensor is still not finite.
     """
 
-    def __init__(self, own: Reader, base: tuple[Reader, TensorHeader] | None) -> None:
-        self._own, self._base = own, base
+    def __init__(self, own: Reader, base: Reader, start: TensorHeader) -> None:
+        self._own, self._base, self._start = own, base, start
         self.has_replaced = False
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with finite values from `first_byte` on, the first byte of an element."""
+        """Fill `into` with the values from `first_byte` on, the first byte of an element."""
         self._own.read(tensor, first_byte, into)
         if tensor.dtype not in FORMATS:
             return
@@ -261,14 +257,5 @@ class NanReplacingReader:
         broken = ~np.isfinite(widen(bits.view(np.uint8), kind, bits.size))
         if broken.any():
             self.has_replaced = True
-            replacements = self._replacements(kind, first_byte // width, bits.size)
-            bits[broken] = replacements[broken]
-
-    def _replacements(self, kind: int, first: int, n: int) -> npt.NDArray[np.unsignedinteger]:
-        values = np.zeros(n, np.float32)
-        if self._base is not None:
-            values = read_floats(*self._base, first, n)
-            values[~np.isfinite(values)] = 0
-        bits = narrow(values, kind)
-        bits[~np.isfinite(widen(bits.view(np.uint8), kind, n))] = 0
-        return bits
+            values = read_floats(self._base, self._start, first_byte // width, bits.size)
+            bits[broken] = narrow(values, kind)[broken]

@@ -196,9 +196,9 @@ def merge_by_definition(
         NonFiniteError: a source or the result holds NaN or infinity.
     """
     method = registry.find(plan.method)
-    for number, source in zip(tensor.sources, sources, strict=True):
+    for number, source in enumerate(sources):
         if not all_finite(source):
-            raise _broken_source(tensor.output.name, plan.labels[number])
+            raise _broken_source(plan, tensor, number)
     if plan.arithmetic == "float64":
         sources = [source.double() for source in sources]
         moments = moments.in_float64()
@@ -251,15 +251,19 @@ def _make(job: TensorJob, span: Span, kernel: Callable[[Piece], int]) -> None:
 
 
 def _not_finite(job: TensorJob, source: int) -> NonFiniteError:
-    name = job.tensor.output.name
-    labels = [job.context.plan.labels[number] for number in job.tensor.sources]
-    if source < len(labels):
-        return _broken_source(name, labels[source])
+    if source < len(job.tensor.sources):
+        return _broken_source(job.context.plan, job.tensor, source)
     lower = ", or choose `dtype: bfloat16`" if job.tensor.output.dtype == "F16" else ""
     remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights{lower}."
-    return NonFiniteError(name, MERGE, remedy)
+    return NonFiniteError(job.tensor.output.name, MERGE, remedy)
 
 
-def _broken_source(tensor: str, source: str) -> NonFiniteError:
-    remedy = "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
-    return NonFiniteError(tensor, source, remedy)
+def _broken_source(plan: ShardPlan, tensor: TensorPlan, number: int) -> NonFiniteError:
+    """The error for an input that is not finite; only a base's value may replace an expert's."""
+    remedy = "Use another revision of that model."
+    if number >= len(tensor.inputs) - len(tensor.weights):
+        remedy = "Use another revision of that model, or leave it out."
+        if tensor.has_base and not plan.allow_nan:
+            remedy = "Use another revision of that model, leave it out, or use the base's values "
+            remedy += "there with `--allow-nan`."
+    return NonFiniteError(tensor.output.name, plan.labels[tensor.sources[number]], remedy)

@@ -57,7 +57,7 @@ class PlanSettings:
 
     settings: MergeSettings | StackSettings | MixtureSettings  # of whole models, blocks or MLPs
     max_shard_bytes: int  # limit for a file
-    allow_nan: bool  # whether NaN and infinity in sources are replaced by the base's values
+    allow_nan: bool  # whether NaN and infinity in experts are replaced by the base's values
 
     def plan(
         self, schedule: DensitySchedule | None, statistics: Sequence[Statistics] | plans.Fitted = ()
@@ -198,8 +198,7 @@ def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:
         total.update(counts)
     for label, n_tensors in total.items():
         progress.say(
-            f"{n_tensors} tensors of {label} hold NaN or infinity; the base's values replace them, "
-            "or 0 where the method reads no base or the base itself has them."
+            f"{n_tensors} tensors of {label} hold NaN or infinity; the base's values replace them."
         )
 
 

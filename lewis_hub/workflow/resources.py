@@ -45,8 +45,8 @@ class Execution:
         max_memory_bytes: a model that needs more is measured block by block; None: no limit.
         replace: whether an existing output folder may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
-        allow_nan: whether sources may hold NaN and infinity, which are replaced by the base's
-            values, or by 0 where the method reads no base.
+        allow_nan: whether experts may hold NaN and infinity, which are replaced by the base's
+            values.
         allow_pickle: whether sources may have only pickled weights.
         held_out: tasks that are scored later if the recipe scores nothing; calibration does not
             draw their items.

@@ -1,4 +1,4 @@
-"""`--allow-nan`: an entry that is not finite counts as the base's, in every way of merging."""
+"""`--allow-nan`: an entry that is not finite of an expert counts as the base's."""
 
 import pytest
 import torch
@@ -56,47 +56,45 @@ def test_an_experts_odd_entries_count_as_the_bases(zoo, method, dtype):
     assert result.replaced_nan == {"odd": 1}
 
 
-def test_the_bases_odd_entries_are_zero(zoo):
-    base, expert = tensors(0), tensors(1)
-    mended = base.flatten().clone()
-    mended[ODD] = 0
-    odd, whole = (
-        zoo.source(name, {"a": tensor})
-        for name, tensor in (("odd", broken(base)), ("whole", mended.view(base.shape)))
+@pytest.mark.parametrize("method", ["linear", "multislerp", "karcher", "passthrough"])
+def test_where_no_base_is_read_odd_entries_are_an_error_all_the_same(zoo, method):
+    """No value is right there: 0 made a norm, and all that followed it, 0."""
+    odd, other = zoo.source("odd", {"a": broken(tensors(0))}), zoo.source("x", {"a": tensors(1)})
+    experts = [odd] if method == "passthrough" else [other, odd]
+
+    with pytest.raises(NonFiniteError) as raised:
+        merged(zoo, zoo.settings(method, None, experts), "found")
+
+    assert str(raised.value) == (
+        "a holds NaN or infinity in odd.\nUse another revision of that model, or leave it out."
     )
-    experts = [zoo.source("x", {"a": expert}, {"density": 0.4})]
-
-    expected = zoo.merge(zoo.settings("ties", whole, experts), "expected")
-    result, found = merged(zoo, zoo.settings("ties", odd, experts), "found")
-
-    assert found == expected.bytes["model.safetensors"]
-    assert result.replaced_nan == {"odd": 1}
 
 
-def test_without_a_base_odd_entries_are_zero(zoo):
-    first, second = tensors(0), tensors(1)
-    mended = first.flatten().clone()
-    mended[ODD] = 0
-    sources = [zoo.source("first", {"a": broken(first)}), zoo.source("second", {"a": second})]
-    whole = [zoo.source("mended", {"a": mended.view(first.shape)}), sources[1]]
+@pytest.mark.parametrize("method", ["ties", "slerp"])
+def test_the_bases_odd_entries_are_an_error_all_the_same(zoo, method):
+    experts = [zoo.source("x", {"a": tensors(1)})]
+    options = {"parameters": {"t": 0.5}} if method == "slerp" else {}
 
-    expected = zoo.merge(zoo.settings("linear", None, whole), "expected")
-    _, found = merged(zoo, zoo.settings("linear", None, sources), "found")
+    odd = zoo.source("odd", {"a": broken(tensors(0))})
 
-    assert found == expected.bytes["model.safetensors"]
+    with pytest.raises(NonFiniteError) as raised:
+        merged(zoo, zoo.settings(method, odd, experts, **options), "found")
+
+    assert str(raised.value) == (
+        "a holds NaN or infinity in odd.\nUse another revision of that model."
+    )
 
 
-def test_a_spherical_mean_without_a_base_takes_zero_and_not_the_first_model(zoo):
-    first, second = tensors(0), tensors(1)
-    mended = second.flatten().clone()
-    mended[ODD] = 0
-    sources = [zoo.source("first", {"a": first}), zoo.source("second", {"a": broken(second)})]
-    whole = [sources[0], zoo.source("mended", {"a": mended.view(second.shape)})]
+def test_a_bases_value_that_does_not_fit_an_experts_dtype_is_an_error(zoo):
+    base = zoo.source("base", {"a": torch.full((4,), 1e5)})
+    odd = zoo.source("odd", {"a": torch.full((4,), torch.inf, dtype=torch.float16)})
 
-    expected = zoo.merge(zoo.settings("multislerp", None, whole), "expected")
-    _, found = merged(zoo, zoo.settings("multislerp", None, sources), "found")
+    with pytest.raises(NonFiniteError) as raised:
+        merged(zoo, zoo.settings("ties", base, [odd]), "found")
 
-    assert found == expected.bytes["model.safetensors"]
+    assert str(raised.value) == (
+        "a holds NaN or infinity in odd.\nUse another revision of that model, or leave it out."
+    )
 
 
 def test_in_a_stack_each_block_has_the_stand_ins_of_its_own_base(zoo):

@@ -274,21 +274,19 @@ def test_check_counts_no_embedding_as_merged_whole(api, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_path):
+def test_what_is_nan_in_a_tensor_that_is_made_for_the_measurement_is_told(api, tmp_path):
     def broken(found):
-        found[Q][0, 0], found[NORM][0] = torch.nan, torch.inf
+        found["model.embed_tokens.weight"][-1, 0] = torch.nan  # of a token that no text has
         return found
 
-    base, told = copied("base", tmp_path / "base", broken), Recorder()
-    text = RECIPE.replace("zoo/base", str(base))
+    expert, told = copied("expert-cipher", tmp_path / "odd", broken), Recorder()
+    fitted = RECIPE.replace("off_diagonal", "embeddings: true, off_diagonal")
+    text = fitted.replace("zoo/expert-cipher", str(expert))
 
     merge(tmp_path / "out", text, Execution(allow_nan=True), told)
 
-    said = (
-        f"1 tensors of {base} hold NaN or infinity; the base's values replace them, or 0 where the "
-        "method reads no base or the base itself has them."
-    )
-    assert told.said.count(said) == 2  # the matrix, then the norm
+    said = f"1 tensors of {expert} hold NaN or infinity; the base's values replace them."
+    assert told.said.count(said) == 1
     with pytest.raises(NonFiniteError) as caught:
         merge(tmp_path / "other", text)
     assert "--allow-nan" in str(caught.value)
