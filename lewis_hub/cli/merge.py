@@ -170,6 +170,7 @@ def _merge_to_disk(
     private_key: Path | None,
 ) -> None:
     from lewis_hub.workflow import verify
+    from lewis_hub.workflow.publish import stays_here
 
     if private_key:
         verify.require_key(private_key)
@@ -179,7 +180,7 @@ def _merge_to_disk(
     if not published:
         if private_key:
             verify.sign(merged.output, private_key)
-        if target and not (merged.gate and merged.gate.stops):
+        if target and not (merged.gate and stays_here(merged.gate, target)):
             published = lewis_hub.publish(merged.output, target, terminal.progress)
     _finish(terminal, merged, published)
 

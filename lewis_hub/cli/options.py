@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -45,6 +46,19 @@ class Format(click.ParamType[T]):
         if parsed is None:
             self.fail(f"expected {self.expected}, found {value!r}", param, ctx)
         return parsed
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range: `nan` is in none, but no comparison refuses it."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Refuse a number that is not finite, as click refuses one out of the range."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value!r}", param, ctx)
+        return number
 
 
 def matching(pattern: str) -> Callable[[str], str | None]:
@@ -188,7 +202,7 @@ repo = click.option(
 )
 error = click.option(
     "--error",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.0,
     help="Use the lowest rank in each module whose relative error is at most this.",
 )

@@ -41,7 +41,7 @@ COPY_RECIPE = (
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.FiniteRange(min=0, min_open=True),
     help="Time limit in minutes; no new trial starts after it.",
 )
 @click.option(

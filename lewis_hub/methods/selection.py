@@ -139,7 +139,8 @@ def cabs(
 
     Formula:
         merged = base + lambda sum_i w_i prune_i(v_i)
-        prune_i: keeps the d_i m largest of each m entries that experts before i did not keep
+        prune_i: keeps d_i m of each m entries, the largest of those that experts before i did not
+        keep, and if these are too few the largest of the others
 
     Options:
         group: the number of consecutive entries, m, of which each expert keeps the largest

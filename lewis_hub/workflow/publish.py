@@ -301,7 +301,7 @@ def push(
         _require_its_files(folder, lock, sent or {})
     verdict = judge_folder(folder, asked.repo, api)
     missed = verdict if verdict and verdict.missed else None
-    if missed and missed.stops and not force:
+    if missed and stays_here(missed, destination) and not force:
         raise refused(folder, missed, None)
     proposes = missed is not None and not force
     if proposes and lock and (proposed := _proposed_by_us(lock, asked.repo, api)):
@@ -382,6 +382,11 @@ def _require_licence(folder: Path) -> None:
             "Decide which licence a merge of them may have: write `license: ...` into the "
             f"metadata at the top of {CARD}, or set `publish.license` and merge again.",
         )
+
+
+def stays_here(verdict: GateVerdict, destination: Destination) -> bool:
+    """Return whether a merge that missed its gate is not proposed either, as to a new repo."""
+    return verdict.stops or (bool(verdict.missed) and destination.target.head is None)
 
 
 def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> GateRefusedError:

@@ -196,6 +196,11 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
             ("push", ".", "me/x", "--tag", "v 1"),
             "Invalid value for '--tag': expected the name of a tag, such as v1.0, by the rules of",
         ),
+        (
+            ("tune", "--budget", "nan"),
+            "Invalid value for '--budget': expected a finite number, found",
+        ),
+        (("tune", "--budget", "0"), "Invalid value for '--budget': 0.0 is not in the range x>0."),
         (("push", "missing", "me/x"), "Invalid value for 'FOLDER': Directory 'missing' does not"),
     ],
 )

@@ -130,6 +130,19 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
 
 
+def test_a_refused_merge_is_not_proposed_to_a_repo_that_does_not_exist(hub, place, monkeypatch):
+    scored = RECIPE.replace("compare: [base]", "compare: [experts]")
+    monkeypatch.setattr(sys.modules[__name__], "RECIPE", scored)
+    gate = PROPOSES.replace("base, previous", "experts")
+
+    code, told, message = merge(hub, "--push", "-o", "bad", weight=0.0, gate=gate)
+
+    assert (code, told["status"]) == (3, "refused")
+    assert "below the quality gate" in message
+    assert "Nothing was pushed, and the merge is kept." in message
+    assert not hub.api().repo_exists(f"{hub.user}/reverse")
+
+
 def test_a_refused_merge_stays_refused_where_every_merge_is_proposed(hub, place, monkeypatch):
     merge(hub, "--push")
     proposing = RECIPE.replace("license:", "as: pull-request, license:")
