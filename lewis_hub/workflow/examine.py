@@ -44,6 +44,7 @@ from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.align import alignment_problems, alignment_settings
 from lewis_hub.workflow.alignment_needs import AlignmentNeeds, alignment_needs, excessive_costs
 from lewis_hub.workflow.check import CheckReport
+from lewis_hub.workflow.configurations import configuration_notes, label_problems
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.generated import writing_notes
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, output_headers, stack_config
@@ -124,6 +125,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         known = tokens.translations
         sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
         problems += tokens.problems
+        problems += () if recipe.mixed else label_problems(sources.distinct)
         problems += (of_size := size_problems(merged_entries(recipe), sources))
         if not takes_parts and not of_size:
             problems += _misfits(recipe, sources, tokens)
@@ -457,6 +459,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
 
     notes += opening.adapter_notes(sources, is_base)
     notes += heads.copy_notes(donor)
+    notes += configuration_notes(sources.distinct)
     notes += opening.quantised_notes(sources, recipe.output_dtype)
     notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)

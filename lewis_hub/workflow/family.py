@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from lewis_hub.errors import AlignmentError
 from lewis_hub.merge.symmetries import Units, units_of
+from lewis_hub.workflow.configurations import rotary_positions
 from lewis_hub.workflow.open import OpenedSource
-
-THETA = 10_000.0  # if a configuration does not say
 
 
 def require_whole(matched: str, *models: OpenedSource) -> None:
@@ -38,18 +36,9 @@ def require_one_family(
         problem = f"its architecture ({kinds[1]}, {theirs.in_words}) is not that of "
         problem += f"{reference.name} ({kinds[0]}, {ours.in_words})"
         raise AlignmentError(expert.name, problem, remedy)
-    rotary = [_rotary(one.config) for one in (reference, expert)]
+    rotary = [rotary_positions(one.config) for one in (reference, expert)]
     if ours.family.rotary and rotary[0] != rotary[1]:
         found, wanted = (json.dumps(one, sort_keys=True) for one in reversed(rotary))
         problem = f"its rotary positions ({found}) are not those of {reference.name} ({wanted})"
         raise AlignmentError(expert.name, problem, remedy)
     return ours, theirs
-
-
-def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What fixes the frequencies of rotary positions, in older and newer configurations."""
-    stated = config.get("rope_parameters") or config.get("rope_scaling")
-    found = {"rope_theta": config.get("rope_theta") or THETA}
-    found |= stated if isinstance(stated, dict) else {}
-    kind = found.pop("type", None)
-    return found | {"rope_type": found.get("rope_type", kind) or "default"}
