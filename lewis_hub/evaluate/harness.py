@@ -27,7 +27,12 @@ from lewis_hub.errors import EvaluationError, LewisHubError, NoLikelihoodError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
-from lewis_hub.evaluate.text_limits import FEWER, MAX_BYTES, TOKENIZER_BYTES
+from lewis_hub.evaluate.text_limits import (
+    FEWER,
+    MAX_BYTES,
+    TOKENIZER_BYTES,
+    require_short_answer,
+)
 from lewis_hub.hub.rows import library
 from lewis_hub.limits import TooMuchError, limited
 from lewis_hub.methods.numerics import torch_threads
@@ -219,11 +224,18 @@ class _Counter:
     def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ARG002 - their signature
         """Count an answer; a likelihood that is NaN would count as a choice of the first answer."""
         first = res[0] if isinstance(res, tuple) and res else res
+        where = str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
+        if isinstance(res, str):
+            require_short_answer(where, res, *self._asked(req))
         if isinstance(first, float) and math.isnan(first):
-            where = str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
             problem = "gives texts likelihoods that are not numbers (NaN), so it cannot be scored."
             raise NoLikelihoodError(where, problem, OVERFLOWS)
         self.advance(1)
+
+    def _asked(self, request: Any) -> tuple[Mapping[str, Any], int]:
+        """The settings of a request of text, and the tokens that an answer has without any."""
+        settings = request[1] if len(request) > 1 and isinstance(request[1], Mapping) else {}
+        return settings, int(getattr(self.lm, "max_gen_toks", 0) or 0)
 
 
 def configure(task: Any, settings: EvaluationSettings) -> None:

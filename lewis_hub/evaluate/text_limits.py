@@ -26,6 +26,8 @@ LISTED_BYTES = 500  # of each text in lists: mteb makes a vector of it
 # functions of lm-eval that compare by sacrebleu -> letters of a text: a page has 3,000. ter takes
 # the product of the words of both texts: 27 s for 1,000 words each
 MAX_COMPARED = {"bleu": 100_000, "chrf": 100_000, "chrfpp": 100_000, "ter": 5000}
+MAX_ANSWER, ANSWER_LETTERS = 20_000, 100  # of any answer of a model, and for each token of it
+TOKENS_OF_ANSWER = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 MAX_CHOICES = 10_000  # of an item: each is a request
 TEXT_BYTES = 4  # of a letter, which is in the row, its prompt and its log
 TOKEN_BYTES = 12  # of a letter whose token is held, too: one of four letters takes 36 bytes
@@ -96,6 +98,30 @@ def require_short_targets(name: str, task: Any) -> None:
             problem = f"its answer to an item has {n_letters:,} letters, the limit for {metric} is "
             problem += f"{limits[metric]:,}."
             raise EvaluationError(name, problem, "Choose a task with shorter answers.")
+
+
+def require_short_answer(model: str, answer: str, asked: Mapping[str, Any], n_tokens: int) -> None:
+    """Refuse an answer of a model that is far longer than its number of tokens lets expect.
+
+    Filters and metrics of tasks take the square of the letters: gsm8k .6 s for 40,000, which are 4
+    tokens if each has 10,000.
+
+    Args:
+        model: its name, for the error.
+        answer: what it wrote.
+        asked: the settings of the request, as the task gives them to lm-eval.
+        n_tokens: how many tokens it may have if `asked` does not say.
+
+    Raises:
+        EvaluationError: it has more letters than the limit.
+    """
+    stated = [asked[key] for key in TOKENS_OF_ANSWER if isinstance(asked.get(key), int)]
+    most = max(MAX_ANSWER, ANSWER_LETTERS * (stated[0] if stated else n_tokens))
+    if len(answer) > most:
+        problem = f"wrote an answer of {len(answer):,} letters, the limit is {most:,}, or "
+        problem += f"{ANSWER_LETTERS} for each token."
+        remedy = "Its tokenizer has very long tokens: score another model, or other tasks."
+        raise EvaluationError(model, problem, remedy)
 
 
 @contextmanager

@@ -8,7 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError, NoLikelihoodError
@@ -218,6 +224,61 @@ def test_a_model_whose_likelihoods_are_nan_is_not_scored(benchmarks, good_model,
         f"{tmp_path / 'model'}: gives texts likelihoods that are not numbers (NaN), so it cannot "
         "be scored.\nIts activations overflow. Of a merge, lower the weights; of another model, "
         "leave it out of `compare`."
+    )
+
+
+def test_an_answer_of_very_long_tokens_is_refused_before_it_is_compared(tmp_path):
+    """One of gsm8k, of 256 tokens of 10,000 digits, was compared for 40 minutes."""
+    write_repeating_model(tmp_path / "model", "9" * 10_000)
+    write_task(tmp_path)
+    loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
+
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_model(tmp_path / "model", loaded, CPU, ignore)
+
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'}: wrote an answer of 640,000 letters, the limit is 20,000, or 100 "
+        "for each token.\n"
+        "Its tokenizer has very long tokens: score another model, or other tasks."
+    )
+
+
+def test_an_answer_of_long_tokens_of_spaces_or_digits_is_scored(tmp_path):
+    """As of a model that repeats the longest token of its tokenizer."""
+    write_repeating_model(tmp_path / "model", "9" * 128)
+    write_task(tmp_path)
+    loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
+
+    result = evaluate_model(tmp_path / "model", loaded, CPU, ignore)
+
+    assert result.tasks["write"].metrics["exact_match,none"].values == (0.0,)
+
+
+def write_repeating_model(folder, token):
+    """A model that writes one token again and again."""
+    vocabulary = {"<unk>": 0, "<pad>": 1, "<eos>": 2, token: 3, "Question": 4}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Whitespace(), Fuse()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, num_hidden_layers=1, **sizes, **ids))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+        model.lm_head.weight[[0, 1, 2, 4]] = 0.0
+    model.save_pretrained(folder)
+
+
+def write_task(folder):
+    (folder / "rows.jsonl").write_text('{"question": "Question", "answer": "7"}\n')
+    (folder / "write.yaml").write_text(
+        "task: write\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['!'], max_gen_toks: 64}\n"
+        "metric_list: [{metric: exact_match, regexes_to_ignore: ['(?s).*#### ']}]\n"
     )
 
 
