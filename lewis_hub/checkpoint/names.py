@@ -25,6 +25,12 @@ OTHER_HEADS = re.compile(
     r"|output_projection)\.weight$"
 )
 SHARED = re.compile(r"(?:^|(?<=\.))(?:text_)?(?:encoder|decoder)\.embed_tokens\.weight$")
+FORMER = {  # ends of names in older files, which transformers reads as the others
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    ".weight_g": ".parametrizations.weight.original0",
+    ".weight_v": ".parametrizations.weight.original1",
+}
 OWN_BIAS = re.compile(r"(?<=(?:ions|head))\.decoder\.bias$")  # lm_head, cls.predictions
 
 
@@ -73,6 +79,17 @@ def prefixes(own: Collection[str], others: Collection[str]) -> tuple[str, str]:
     if first.endswith(f".{second}"):
         return first.removesuffix(second), ""
     return "", second.removesuffix(first) if second.endswith(f".{first}") else ""
+
+
+def current(name: str) -> str:
+    """The name that today's transformers gives a tensor whose end older versions called else."""
+    former = next((end for end in FORMER if name.endswith(end)), None)
+    return name if former is None else name.removesuffix(former) + FORMER[former]
+
+
+def words(name: str) -> str:
+    """What files of one architecture have in common: the current name, without wrappers."""
+    return _unwrapped(current(name))
 
 
 def renumbered(name: str, number: int) -> str:
