@@ -20,6 +20,18 @@ NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
 WRAPPERS = frozenset({"model", "language_model", "vision_model"})
 TIED = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
+OTHER_HEADS = re.compile(
+    r"(?:^|\.)(?:lm_head\.decoder|predictions\.decoder|generator_lm_head|vocab_projector|proj_out"
+    r"|output_projection)\.weight$"
+)
+SHARED = re.compile(r"(?:^|(?<=\.))(?:text_)?(?:encoder|decoder)\.embed_tokens\.weight$")
+FORMER = {  # ends of names in older files, which transformers reads as the others
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+    ".weight_g": ".parametrizations.weight.original0",
+    ".weight_v": ".parametrizations.weight.original1",
+}
+OWN_BIAS = re.compile(r"(?<=(?:ions|head))\.decoder\.bias$")  # lm_head, cls.predictions
 
 
 def module(name: str) -> str:
@@ -69,6 +81,17 @@ def prefixes(own: Collection[str], others: Collection[str]) -> tuple[str, str]:
     return "", second.removesuffix(first) if second.endswith(f".{first}") else ""
 
 
+def current(name: str) -> str:
+    """The name that today's transformers gives a tensor whose end older versions called else."""
+    former = next((end for end in FORMER if name.endswith(end)), None)
+    return name if former is None else name.removesuffix(former) + FORMER[former]
+
+
+def words(name: str) -> str:
+    """What files of one architecture have in common: the current name, without wrappers."""
+    return _unwrapped(current(name))
+
+
 def renumbered(name: str, number: int) -> str:
     """The same tensor of block `number`; outside the blocks the name is unchanged."""
     found = BLOCK.search(name)
@@ -99,6 +122,21 @@ def is_head(name: str) -> bool:
 def may_be_tied(name: str) -> bool:
     """Whether a tensor is the matrix of the head, which may be that of the embeddings."""
     return block(name) is None and TIED.search(name) is not None
+
+
+def may_copy_table(name: str) -> bool:
+    """Whether a tensor is the matrix of a head, of any architecture, which may be tied."""
+    return may_be_tied(name) or (block(name) is None and OTHER_HEADS.search(name) is not None)
+
+
+def shared_table(name: str) -> str | None:
+    """The table that T5 and BART have for the embeddings of an encoder or decoder: `name`."""
+    return SHARED.sub("shared.weight", name) if SHARED.search(name) else None
+
+
+def bias_of_head(name: str) -> str | None:
+    """The bias that BERT's heads have for that of their last layer: `name`."""
+    return OWN_BIAS.sub(".bias", name) if OWN_BIAS.search(name) else None
 
 
 def may_have_tokens(name: str) -> bool:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import WeakFileLock
 
 from lewis_hub.display import Advance
-from lewis_hub.documents import MAX_JSON_VALUES, count_values
+from lewis_hub.documents import MAX_JSON_VALUES, MAX_TABLE_BYTES, count_values, read_json
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_inside, require_room, size_of
 from lewis_hub.hub.answers import FILE_BYTES
@@ -57,6 +57,7 @@ from lewis_hub.hub.source import (
 )
 
 OF_MODULES = tuple(f"[0-9]_*/{name}" for name in ("*.json", "vocab.txt", "model.safetensors"))
+INDEX = f"{SINGLE}.index.json"
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -93,7 +94,27 @@ def weight_files(source: Source) -> tuple[str, ...]:
     if source.file(SINGLE):
         return (SINGLE,)
     found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
+    if source.shards:
+        return tuple(path for path in found if path in source.shards)
     return tuple(path for path in found if path.startswith("model")) or tuple(found)
+
+
+def with_shards(api: HfApi, source: Source) -> Source:
+    """The source with what its index names, if the names of its files leave open what they are.
+
+    Beside its shards, `model-00001-of-00002.safetensors`, a repo may have `mtp.safetensors`, which
+    its index names, or a `consolidated.safetensors`, which it does not.
+    """
+    found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
+    if source.file(SINGLE) or all(path.startswith("model") for path in found):
+        return source
+    try:
+        index = read_json(read_small(api, source, INDEX) or b"{}", MAX_TABLE_BYTES)
+    except ValueError:  # where it is opened, the message says what is wrong
+        return source
+    located = index.get("weight_map") if isinstance(index, dict) else None
+    shards = located.values() if isinstance(located, dict) else ()
+    return replace(source, shards=frozenset(one for one in shards if isinstance(one, str)))
 
 
 def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | None = None) -> Path:

@@ -1,6 +1,7 @@
 """Resolves a repo and revision, or a folder, to a pinned `Source`.
 
-From the Hub only names, sizes and digests are read; the files of a local folder are hashed.
+From the Hub only names, sizes and digests are read, and an index where these leave open which files
+are weights; the files of a local folder are hashed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lewis_hub.hub.cache import damaged_files, remove
 from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry
+from lewis_hub.hub.fetch import with_shards
 from lewis_hub.hub.source import (
     ADAPTERS,
     FETCH_AGAIN,
@@ -70,7 +72,7 @@ def resolve_model(
     source = _folder(name, path) if path else _repo(HubRepo(api, name, "model", revision))
     if not (allow_pickle and source.is_pickled):
         _require_weights(api, source)
-    return source
+    return with_shards(api, source)
 
 
 def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Source:

@@ -88,6 +88,8 @@ class Source:
     files: tuple[SourceFile, ...]
     folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
     converted: Path | None = None  # the model with its pickled weights as safetensors
+    # what the index names, read only if other files than `model*.safetensors` may be weights, too
+    shards: frozenset[str] = field(default=frozenset(), compare=False)
     # who may read the repo; None: unknown, as offline, or a folder. It does not change the bytes.
     access: Access | None = field(default=None, compare=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
@@ -80,6 +81,14 @@ def _strangers(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
 
 def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     missing, extra = _differing(base, expert)
+    if missing and _shapes_of(base, missing) == _shapes_of(expert, extra):
+        problem = f"has {_listed(extra)} where the base {base.label} has {_listed(missing)}"
+        remedy = (
+            "They have the same shapes: if they are the same parameters, rename them in one of "
+        )
+        remedy += "the two models. `missing: base` would leave out what the expert learned in them."
+        yield Mismatch("missing", expert.label, tuple(missing), problem, remedy)
+        return
     other_depth = "Use models of one architecture and depth, or set `missing: base` to "
     if heads := tuple(filter(names.is_head, missing)):
         problem = f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} "
@@ -96,6 +105,10 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     if rest := tuple(filterfalse(names.is_head, extra)):
         problem = f"has {_listed(rest)}, which the base {base.label} lacks"
         yield Mismatch("extra", expert.label, rest, problem, f"{other_depth}leave them out.")
+
+
+def _shapes_of(one: Checkpoint, found: Sequence[str]) -> Counter[tuple[int, ...]]:
+    return Counter(one.tensors[name].shape for name in found)
 
 
 def _shapes(base: Checkpoint, expert: Checkpoint, assembled: Collection[str]) -> Iterator[Mismatch]:

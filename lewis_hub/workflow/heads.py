@@ -1,12 +1,13 @@
-"""Heads that `config.json` ties to the embeddings: a stored copy is left out of the merge.
+"""Heads and tables that are tied to others: a stored copy is left out of the merge.
 
-Qwen3's smaller models store both. Settings, random bits and statistics go by the names of tensors,
-so that two copies would be merged into different values, of which programs load one or the other.
+Qwen3's smaller models store a head beside the embeddings, and older files of T5 and BART the shared
+table three times. Settings, random bits and statistics go by the names of tensors, so that copies
+would be merged into different values, of which programs load one or the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -21,95 +22,124 @@ from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 
 FIRST_BYTES = 1 << 16  # that a check compares, before weights are downloaded
 PIECE_BYTES = 32 << 20
+# encoder and decoder share a table, also where `tie_word_embeddings: false` gives T5 1.1 a head
+SHARING = frozenset({"t5", "mt5", "umt5", "longt5", "pop2piano", "udop"})
 
 
 def without_copies(sources: MergeSources) -> MergeSources:
-    """Leave out stored heads that are tied to the embeddings, if the donor's configuration ties.
+    """Leave out stored copies of tied tensors, if the donor's configuration ties them.
 
     A source whose configuration lacks `tie_word_embeddings` goes by the donor. A donor without this
-    key ties if it stores no head, or if its architecture does by default, as Gemma.
+    key ties if it stores no head, or if its architecture does by default, as Gemma. Where a source
+    stores copies alone, one of them gets the name that the table has in another source.
     """
-    return sources.replaced(_without_copy) if _is_tied(sources.donor) else sources
+    known: dict[str, TensorHeader] = {}
+    for one in sources.models:
+        known = dict(one.checkpoint.tensors) | known
+    return sources.replaced(
+        partial(_without_copies, known=known, donor_ties=_is_tied(sources.donor))
+    )
 
 
 def _is_tied(donor: OpenedSource) -> bool:
     stated = ties(donor.config)
     if stated is not None:
         return stated
-    return not any(map(names.may_be_tied, donor.checkpoint.tensors)) or _ties_by_default(donor)
+    return not any(map(names.may_copy_table, donor.checkpoint.tensors)) or _ties_by_default(donor)
 
 
 def _ties_by_default(donor: OpenedSource) -> bool:
     from transformers import CONFIG_MAPPING  # imports torch: only here
 
     kind = str(donor.config.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        return False
+    if kind in SHARING or kind not in CONFIG_MAPPING:
+        return kind in SHARING
     return bool(getattr(CONFIG_MAPPING[kind], "tie_word_embeddings", False))
 
 
-def _without_copy(one: OpenedSource) -> OpenedSource:
-    tensors = dict(one.checkpoint.tensors)
-    head = next((name for name in tensors if names.may_be_tied(name)), None)
-    if head is None or ties(one.config) is False or _is_changed(one, tensors[head]):
-        return one
-    stored = tensors.pop(head)
-    table = table_of(one, stored)
-    if table is None:
-        return one
-    return replace(one, checkpoint=replace(one.checkpoint, tensors=tensors), copied_head=stored)
+def _without_copies(
+    one: OpenedSource, known: Mapping[str, TensorHeader], *, donor_ties: bool
+) -> OpenedSource:
+    ties_head = donor_ties and ties(one.config) is not False
+    shares = ties_head or one.config.get("model_type") in SHARING
+    tensors, copies = dict(one.checkpoint.tensors), []
+    for name, copy in one.checkpoint.tensors.items():
+        is_shared = names.shared_table(name) is not None
+        if not (shares if is_shared else ties_head):
+            continue
+        table = _table_of(copy, tensors)
+        if table and not _is_changed(copy, table):
+            copies.append((tensors.pop(name), table))
+        elif not table and (named := _table_of(copy, known)) and named.name not in tensors:
+            tensors[named.name] = replace(tensors.pop(name), name=named.name)
+    return replace(one, checkpoint=replace(one.checkpoint, tensors=tensors), copies=tuple(copies))
 
 
-def table_of(one: OpenedSource, head: TensorHeader) -> TensorHeader | None:
-    """Return the embeddings that a head may be tied to; None if there are none, or several."""
-    tensors = one.checkpoint.tensors.items()
-    tables = [t for name, t in tensors if names.is_token_embedding(name) and t.shape == head.shape]
-    return tables[0] if len(tables) == 1 else None
+def _table_of(copy: TensorHeader, tensors: Mapping[str, TensorHeader]) -> TensorHeader | None:
+    """Return what a tensor may be tied to; None if there is nothing, or it is not clear what."""
+    alike = {n: t for n, t in tensors.items() if t.shape == copy.shape and n != copy.name}
+    owner = names.shared_table(copy.name) or names.bias_of_head(copy.name)
+    if owner is not None or not names.may_copy_table(copy.name):
+        return alike.get(owner or "")
+    tables = [n for n in alike if n.split(".")[-2:] == ["shared", "weight"]]
+    tables = tables or list(filter(names.is_token_embedding, alike))
+    if len(tables) > 1:  # an encoder and a decoder with tables of their own
+        tables = [name for name in tables if name.endswith("decoder.embed_tokens.weight")]
+    return alike[tables[0]] if len(tables) == 1 else None
 
 
-def _is_changed(one: OpenedSource, head: TensorHeader) -> bool:
-    """Return whether an adapter changes the head otherwise than the embeddings."""
-    if head.adapted is None:
+def _is_changed(copy: TensorHeader, table: TensorHeader) -> bool:
+    """Return whether an adapter changes a copy otherwise than the table."""
+    if copy.adapted is None:
         return False
-    tables = (t for name, t in one.checkpoint.tensors.items() if names.is_token_embedding(name))
-    return head.adapted.own not in [table.adapted.own for table in tables if table.adapted]
+    return table.adapted is None or copy.adapted.own != table.adapted.own
 
 
 def copy_notes(donor: OpenedSource) -> list[str]:
-    """Return the note that the merge lacks a tensor of the model it starts from."""
-    if donor.copied_head is None:
-        return []
-    name = donor.copied_head.name
+    """Return notes that the merge lacks tensors of the model it starts from."""
     return [
-        f"{donor.name} stores `{name}`, which its config.json ties to the embeddings: the merge "
-        "stores the embeddings alone."
+        f"{donor.name} stores `{copy.name}`, which its config.json ties to the embeddings: the "
+        "merge stores the embeddings alone."
+        if _is_head(copy)
+        else f"{donor.name} stores `{copy.name}`, which its architecture ties to `{table.name}`: "
+        f"the merge stores `{table.name}` alone."
+        for copy, table in donor.copies
     ]
 
 
+def _is_head(copy: TensorHeader) -> bool:
+    return names.may_copy_table(copy.name)
+
+
 def require_copies(api: HfApi, sources: Iterable[OpenedSource], n_bytes: int | None = None) -> None:
-    """Compare the first `n_bytes` of heads that were left out with the embeddings; None: all bytes.
+    """Compare the first `n_bytes` of copies that were left out with the tables; None: all bytes.
 
     Raises:
-        SourceError: a head differs from the embeddings, or they cannot be read.
+        SourceError: a copy differs from what it is tied to, or they cannot be read.
     """
     for one in sources:
-        head = one.copied_head
-        table = table_of(one, head) if head else None
-        if head is None or table is None or head.is_computed or table.is_computed:
-            continue
         if one.source.is_adapter:  # both are of its base, which is compared itself
             continue
-        if head.dtype != table.dtype or _differ(api, one.source, (head, table), n_bytes):
-            problem = (
-                f"its config.json ties the head to the embeddings, but its file stores a "
-                f"`{head.name}` that differs from `{table.name}`, and programs disagree which of "
-                "the two they load as the head"
-            )
-            remedy = (
-                "Use a copy of the model in which config.json says `tie_word_embeddings: false`, "
-                f"or whose file has no `{head.name}`."
-            )
-            raise SourceError(one.pinned, problem, remedy)
+        for copy, table in one.copies:
+            if copy.is_computed or table.is_computed:
+                continue
+            if copy.dtype != table.dtype or _differ(api, one.source, (copy, table), n_bytes):
+                raise SourceError(one.pinned, *_difference(copy, table))
+
+
+def _difference(copy: TensorHeader, table: TensorHeader) -> tuple[str, str]:
+    """Return the problem and its remedy."""
+    differs = (
+        f"its file stores a `{copy.name}` that differs from `{table.name}`, and programs disagree "
+        "which of the two they load"
+    )
+    without = f"whose file has no `{copy.name}`."
+    if not _is_head(copy):
+        problem = f"its architecture ties `{copy.name}` to `{table.name}`, but {differs}"
+        return problem, f"Use a copy of the model {without}"
+    problem = f"its config.json ties the head to the embeddings, but {differs} as the head"
+    remedy = "Use a copy of the model in which config.json says `tie_word_embeddings: false`, or "
+    return problem, f"{remedy}{without}"
 
 
 def _differ(

@@ -68,8 +68,8 @@ class OpenedSource:
     trained_on: str | None = None  # the base that an adapter's configuration names
     # from the token ids of the texts to its own; None: they are the same
     translation: Translation | None = None
-    # a stored head that is left out of `checkpoint`: it is a copy of the embeddings
-    copied_head: TensorHeader | None = None
+    # stored copies of tensors that are left out of `checkpoint`, each with what it is tied to
+    copies: tuple[tuple[TensorHeader, TensorHeader], ...] = ()
 
     @property
     def pinned(self) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections import namedtuple
 from dataclasses import replace
@@ -49,7 +50,9 @@ OTHERS = {
 @pytest.fixture
 def source(api, push):
     push("tests/model", FILES | OTHERS)
-    return resolve_model(api, "tests/model")
+    found = resolve_model(api, "tests/model")
+    shutil.rmtree(cache_folder("tests/model", "model"))  # with the index: it tells the copies
+    return found
 
 
 def files_in(folder):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 from dataclasses import replace
 
@@ -136,6 +137,36 @@ def test_shards_beside_a_whole_file_are_not_its_weights(tmp_path, api):
     found = resolve_model(api, str(write(tmp_path / "model", MODEL | stale)))
 
     assert weight_files(found) == ("model.safetensors",)
+
+
+def index(*shards):
+    return json.dumps({"weight_map": {f"{shard}.w": shard for shard in shards}}).encode()
+
+
+SHARDS = {"model-00001-of-00001.safetensors": b"x", "mtp.safetensors": b"y"}
+
+
+def test_the_files_that_an_index_names_are_the_weights(tmp_path, api):
+    first, other = SHARDS
+    files = SHARDS | {
+        "consolidated.safetensors": b"z",
+        "model.safetensors.index.json": index(first),
+    }
+    stray = resolve_model(api, str(write(tmp_path / "stray", files)))
+    files["model.safetensors.index.json"] = index(first, other)
+    named = resolve_model(api, str(write(tmp_path / "named", files)))
+
+    assert weight_files(stray) == (first,)
+    assert weight_files(named) == (first, other)
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b'{"weight_map": [1]}', None])
+def test_without_an_index_that_can_be_read_the_names_tell_the_weights(broken, tmp_path, api):
+    files = SHARDS if broken is None else SHARDS | {"model.safetensors.index.json": broken}
+
+    found = resolve_model(api, str(write(tmp_path / "model", files)))
+
+    assert weight_files(found) == ("model-00001-of-00001.safetensors",)
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_config
+from tiny_models import fine_tuned, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import lewis_hub
@@ -98,3 +99,99 @@ def test_a_stored_constant_stays_if_all_sources_store_it(gpt2):
     made = merged(gpt2, BOTH % ("base", "copy"), "made")
 
     assert "h.0.attn.bias" in load_file(made / "model.safetensors")
+
+
+OLD_NORMS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+OLD_CONVOLUTION = {
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+NEW_LLAVA = {  # of today's transformers, which saves the names of the file that it loaded
+    "language_model.lm_head": "lm_head",
+    "language_model.model": "model.language_model",
+    "vision_tower": "model.vision_tower",
+    "multi_modal_projector": "model.multi_modal_projector",
+}
+OTHER_NAMES = {
+    "bert": ("AutoModelForMaskedLM", OLD_NORMS),
+    "wav2vec2": ("AutoModelForCTC", OLD_CONVOLUTION),
+    "llava": ("AutoModelForImageTextToText", NEW_LLAVA),
+}
+
+
+def rename(folder, changes):
+    path = folder / "model.safetensors"
+
+    def renamed(name):
+        for own, other in changes.items():
+            name = name.replace(own, other, 1) if own in name else name
+        return name
+
+    before = load_file(path)
+    after = {renamed(name): tensor for name, tensor in before.items()}
+    assert after.keys() != before.keys()
+    save_file(after, path, {"format": "pt"})
+
+
+def pair(folder, kind, names=("base", "tuned")):
+    model = tiny_model(kind, getattr(transformers, OTHER_NAMES[kind][0]))
+    for seed, name in enumerate(names):
+        fine_tuned(model, seed).save_pretrained(folder / name)
+        tokenizer = (zoo_folder() / "base" / "tokenizer.json").read_bytes()
+        (folder / name / "tokenizer.json").write_bytes(tokenizer)
+
+
+HALF = """base_model: FOLDER/base
+models: [{model: FOLDER/tuned, parameters: {weight: 0.5}}]
+merge_method: task_arithmetic
+"""
+
+
+@pytest.mark.parametrize("kind", OTHER_NAMES)
+@pytest.mark.parametrize("other", ["base", "tuned"])
+def test_names_that_transformers_reads_as_the_same_are_merged_under_the_donor_s(
+    kind, other, tmp_path
+):
+    automatic, changes = OTHER_NAMES[kind]
+    pair(tmp_path, kind)
+    plain = merged(tmp_path, HALF, "plain")
+    rename(tmp_path / other, changes)
+    donor = load_file(tmp_path / "base" / "model.safetensors")
+
+    made = merged(tmp_path, HALF, "made")
+
+    assert load_file(made / "model.safetensors").keys() == donor.keys()
+    wanted, found = (
+        getattr(transformers, automatic).from_pretrained(folder).state_dict()
+        for folder in (plain, made)
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_bert_without_prefix_has_old_norms_too(tmp_path):
+    pair(tmp_path, "bert")
+    wanted = load_file(merged(tmp_path, HALF, "plain") / "model.safetensors")
+    rename(tmp_path / "tuned", OLD_NORMS | {"bert.": ""})
+
+    made = load_file(merged(tmp_path, HALF, "made") / "model.safetensors")
+
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+
+
+def test_unknown_names_for_tensors_of_the_same_shapes_are_not_to_be_left_out(tmp_path):
+    pair(tmp_path, "bert")
+    rename(tmp_path / "tuned", {"pooler.dense": "pooler.linear"} | {"transform.dense": "turn"})
+
+    (problem,) = lewis_hub.check(
+        parse_recipe(HALF.replace("FOLDER", str(tmp_path)), "recipe.yaml")
+    ).problems
+
+    assert problem == (
+        f"{tmp_path}/tuned has cls.predictions.turn.bias, cls.predictions.turn.weight where the "
+        f"base {tmp_path}/base has cls.predictions.transform.dense.bias, "
+        "cls.predictions.transform.dense.weight. They have the same shapes: if they are the same "
+        "parameters, rename them in one of the two models. `missing: base` would leave out what "
+        "the expert learned in them."
+    )
