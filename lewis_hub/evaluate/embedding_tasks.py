@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTa
                 held.add(name, JUDGEMENT_BYTES * _n_judgements(task))
                 held.add(name, NEIGHBOUR_BYTES * _n_neighbours(task))
                 _require_ranked(name, task)
-                _require_low_grades(name, task)
+                _require_whole_identifiers(name, task)
+                _require_fitting_grades(name, task)
                 require_few_labels(task, held)
         except LewisHubError:
             raise
@@ -296,10 +298,30 @@ def _require_ranked(name: str, task: Any) -> None:
             raise EvaluationError(name, problem, "Correct the identifiers in its data.")
 
 
-def _require_low_grades(name: str, task: Any) -> None:
-    """Refuse grades of documents that trec_eval takes very long for, or has no number for."""
+def _require_whole_identifiers(name: str, task: Any) -> None:
+    """Refuse a null character in an identifier: trec_eval, in C, reads what is before it."""
+    for data in _searched(task):
+        listed = [one for part in LISTS for one in (data.get(part) or {}).items()]
+        of_lists = chain.from_iterable((query, *documents) for query, documents in listed)
+        for found in chain(data["queries"]["id"], data["corpus"]["id"], of_lists):
+            if isinstance(found, str) and "\0" in found:
+                problem = f"its identifier {found[:100]!r} has a null character."
+                raise EvaluationError(name, problem, "Correct the identifiers in its data.")
+
+
+def _require_fitting_grades(name: str, task: Any) -> None:
+    """Refuse grades of documents that trec_eval takes very long for, or has no number for.
+
+    Where the highest grade of a query is negative, it writes outside of its memory.
+    """
     for data in _searched(task):
         for query, documents in (data.get(RELEVANT) or {}).items():
+            highest = max((grade for grade in documents.values() if grade is not None), default=0)
+            if highest < 0:
+                problem = f"the highest grade of a document for its query `{str(query)[:100]}` is "
+                problem += f"{highest}, the least is 0."
+                remedy = "Choose a task whose documents that are not relevant have the grade 0."
+                raise EvaluationError(name, problem, remedy)
             for document, grade in documents.items():
                 if isinstance(grade, int) and abs(grade) > MAX_GRADE:
                     problem = f"its document `{str(document)[:100]}` has the grade {grade:,} for "

@@ -283,18 +283,18 @@ def _scored(model: Any, name: str, task: Any, settings: EvaluationSettings) -> T
                         "show_progress_bar": False,
                     },
                 )
+            if not report.task_results:
+                problem = "mteb gave no result: its data may be private"
+                raise EvaluationError(name, problem, "Check `hf auth login`.")
+            file = Path(kept) / task.prediction_file_name
+            predictions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            return _task_result(task, report.task_results[0].scores, predictions)
         except (OSError, LewisHubError):
             raise
         except Exception as error:  # of any class: from the columns of the data
             problem = f"mteb could not score the model: {type(error).__name__}: {error}"
             remedy = "Choose tasks for this kind of model, and check the columns of their data."
             raise EvaluationError(name, problem, remedy) from error
-        file = Path(kept) / task.prediction_file_name
-        predictions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if not report.task_results:
-        problem = "mteb gave no result: its data may be private"
-        raise EvaluationError(name, problem, "Check `hf auth login`.")
-    return _task_result(task, report.task_results[0].scores, predictions)
 
 
 def _task_result(
@@ -310,6 +310,10 @@ def _task_result(
     for split in task.eval_splits:
         values = [float(one["main_score"]) for one in scores[split]]
         value = math.fsum(values) / len(values)
+        if not math.isfinite(value):
+            problem = f"its main score is no number ({value}): its data give none"
+            remedy = "Check its data: similarities that are NaN, or all the same, have none."
+            raise EvaluationError(task.metadata.name, problem, remedy)
         own = _item_values(task, split, predictions)
         around = starts[split], len(documents)
         metrics[metric_of(task, split)] = _metric(value, own, around)
@@ -338,7 +342,8 @@ def _item_values(task: Any, split: str, predictions: Predictions) -> list[float]
         kept = predictions.get(subset, {}).get(split)
         if kept is None:
             return []
-        if task.metadata.main_score == "cosine_spearman":
+        is_similarity = task.metadata.type.startswith(("STS", "VisualSTS"))
+        if is_similarity and task.metadata.main_score == "cosine_spearman":
             found += correlation_parts(data["score"], kept["cosine_scores"])
         elif task.metadata.main_score == "accuracy" and task.metadata.type == "Classification":
             found += _shares_right(data[task.label_column_name], kept)

@@ -320,6 +320,52 @@ def test_a_document_has_no_very_high_grade(grade, told, tmp_path):
     )
 
 
+def searched(queries, documents, grades):
+    """The tables of a task of two queries, and two documents that are judged for each."""
+    return {
+        "corpus/test": {"_id": documents, "title": [""] * 2, "text": ["a", "b"]},
+        "queries/test": {"_id": queries, "text": ["a", "b"]},
+        "qrels/test": {
+            "query-id": [one for one in queries for _ in documents],
+            "corpus-id": documents * 2,
+            "score": grades,
+        },
+    }
+
+
+@pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
+@pytest.mark.parametrize(
+    ("queries", "documents", "grades", "told"),
+    [
+        (
+            *(["p", "q"], ["1", "2"], [1, -1, -5, -2]),
+            "own: the highest grade of a document for its query `q` is -2, the least is 0.\n"
+            "Choose a task whose documents that are not relevant have the grade 0.",
+        ),
+        (
+            *(["p", "q"], ["1", "1\0x"], [1, 0, 0, 1]),
+            "own: its identifier '1\\x00x' has a null character.\n"
+            "Correct the identifiers in its data.",
+        ),
+        (
+            *(["p", "p\0x"], ["1", "2"], [1, 0, 0, 1]),
+            "own: its identifier 'p\\x00x' has a null character.\n"
+            "Correct the identifiers in its data.",
+        ),
+    ],
+)
+def test_what_damages_the_memory_of_trec_eval_is_refused(
+    queries, documents, grades, told, tmp_path
+):
+    """The process ended by a signal, or a score was not that of the data."""
+    whole = searched(["p", "q"], ["1", "2"], [1, -1, 0, -2])
+    load_embedding_tasks(own_embedding_task(tmp_path / "whole", "Retrieval", whole), {})
+    tables = searched(queries, documents, grades)
+    selected = own_embedding_task(tmp_path / "broken", "Retrieval", tables)
+
+    assert refusal(lambda: load_embedding_tasks(selected, {})) == told
+
+
 @pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed")
 def test_documents_to_rank_that_belong_to_no_query_are_refused(tmp_path):
     """All scores were 0."""
