@@ -22,6 +22,7 @@ from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 
 FIRST_BYTES = 1 << 16  # that a check compares, before weights are downloaded
 PIECE_BYTES = 32 << 20
+MAX_COPIES = 100  # of a model, which has five at most: each is compared with all names
 # encoder and decoder share a table, also where `tie_word_embeddings: false` gives T5 1.1 a head
 SHARING = frozenset({"t5", "mt5", "umt5", "longt5", "pop2piano", "udop"})
 
@@ -63,10 +64,13 @@ def _without_copies(
     ties_head = donor_ties and ties(one.config) is not False
     shares = ties_head or one.config.get("model_type") in SHARING
     tensors, copies = dict(one.checkpoint.tensors), []
-    for name, copy in one.checkpoint.tensors.items():
-        is_shared = names.shared_table(name) is not None
-        if not (shares if is_shared else ties_head):
-            continue
+    tied = [
+        copy
+        for name, copy in tensors.items()
+        if _may_be_copy(name, shares=shares, ties_head=ties_head)
+    ]
+    for copy in tied if len(tied) <= MAX_COPIES else ():
+        name = copy.name
         table = _table_of(copy, tensors)
         if table and not _is_changed(copy, table):
             copies.append((tensors.pop(name), table))
@@ -75,12 +79,19 @@ def _without_copies(
     return replace(one, checkpoint=replace(one.checkpoint, tensors=tensors), copies=tuple(copies))
 
 
+def _may_be_copy(name: str, *, shares: bool, ties_head: bool) -> bool:
+    if names.shared_table(name):
+        return shares
+    return ties_head and (names.may_copy_table(name) or names.bias_of_head(name) is not None)
+
+
 def _table_of(copy: TensorHeader, tensors: Mapping[str, TensorHeader]) -> TensorHeader | None:
     """Return what a tensor may be tied to; None if there is nothing, or it is not clear what."""
-    alike = {n: t for n, t in tensors.items() if t.shape == copy.shape and n != copy.name}
     owner = names.shared_table(copy.name) or names.bias_of_head(copy.name)
-    if owner is not None or not names.may_copy_table(copy.name):
-        return alike.get(owner or "")
+    if owner is not None:
+        found = tensors.get(owner)
+        return found if found and found.shape == copy.shape else None
+    alike = {n: t for n, t in tensors.items() if t.shape == copy.shape and n != copy.name}
     tables = [n for n in alike if n.split(".")[-2:] == ["shared", "weight"]]
     tables = tables or list(filter(names.is_token_embedding, alike))
     if len(tables) > 1:  # an encoder and a decoder with tables of their own
