@@ -199,8 +199,8 @@ class EvaluationError(LocatedError):
     """A benchmark is missing, unsafe or without result; `where` is a task, file or folder."""
 
 
-class NoLikelihoodError(EvaluationError):
-    """A model gives a text the likelihood NaN: `where` is its folder."""
+class UnscorableAnswerError(EvaluationError):
+    """A model gives a text the likelihood NaN, or writes far too much: `where` is its folder."""
 
 
 class TuningError(LocatedError):

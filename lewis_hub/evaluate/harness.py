@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
-from lewis_hub.errors import EvaluationError, LewisHubError, NoLikelihoodError
+from lewis_hub.errors import EvaluationError, LewisHubError, UnscorableAnswerError
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
@@ -229,7 +229,7 @@ class _Counter:
             require_short_answer(where, res, *self._asked(req))
         if isinstance(first, float) and math.isnan(first):
             problem = "gives texts likelihoods that are not numbers (NaN), so it cannot be scored."
-            raise NoLikelihoodError(where, problem, OVERFLOWS)
+            raise UnscorableAnswerError(where, problem, OVERFLOWS)
         self.advance(1)
 
     def _asked(self, request: Any) -> tuple[Mapping[str, Any], int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.documents import texts_in
-from lewis_hub.errors import EvaluationError
+from lewis_hub.errors import EvaluationError, UnscorableAnswerError
 from lewis_hub.system import memory_bytes
 
 MAX_LETTERS = 5_000_000  # of a text: a million tokens, more than known benchmarks have
@@ -26,7 +26,8 @@ LISTED_BYTES = 500  # of each text in lists: mteb makes a vector of it
 # functions of lm-eval that compare by sacrebleu -> letters of a text: a page has 3,000. ter takes
 # the product of the words of both texts: 27 s for 1,000 words each
 MAX_COMPARED = {"bleu": 100_000, "chrf": 100_000, "chrfpp": 100_000, "ter": 5000}
-MAX_ANSWER, ANSWER_LETTERS = 20_000, 100  # of any answer of a model, and for each token of it
+# of any answer of a model, and for each token of it: tokenizers have tokens of 128 spaces
+MAX_ANSWER, ANSWER_LETTERS = 20_000, 150
 TOKENS_OF_ANSWER = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 MAX_CHOICES = 10_000  # of an item: each is a request
 TEXT_BYTES = 4  # of a letter, which is in the row, its prompt and its log
@@ -113,7 +114,7 @@ def require_short_answer(model: str, answer: str, asked: Mapping[str, Any], n_to
         n_tokens: how many tokens it may have if `asked` does not say.
 
     Raises:
-        EvaluationError: it has more letters than the limit.
+        UnscorableAnswerError: it has more letters than the limit.
     """
     stated = [asked[key] for key in TOKENS_OF_ANSWER if isinstance(asked.get(key), int)]
     most = max(MAX_ANSWER, ANSWER_LETTERS * (stated[0] if stated else n_tokens))
@@ -121,7 +122,7 @@ def require_short_answer(model: str, answer: str, asked: Mapping[str, Any], n_to
         problem = f"wrote an answer of {len(answer):,} letters, the limit is {most:,}, or "
         problem += f"{ANSWER_LETTERS} for each token."
         remedy = "Its tokenizer has very long tokens: score another model, or other tasks."
-        raise EvaluationError(model, problem, remedy)
+        raise UnscorableAnswerError(model, problem, remedy)
 
 
 @contextmanager

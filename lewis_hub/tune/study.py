@@ -21,9 +21,9 @@ from lewis_hub.errors import (
     GuideError,
     LewisHubError,
     MergeError,
-    NoLikelihoodError,
     NonFiniteError,
     TuningError,
+    UnscorableAnswerError,
 )
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import exchange, load
@@ -323,7 +323,7 @@ def is_of_settings(error: LewisHubError) -> bool:
         return error.source == MERGE
     if isinstance(error, CalibrationModelError):
         return error.where == MERGE
-    return isinstance(error, MergeError | GuideError | NoLikelihoodError)
+    return isinstance(error, MergeError | GuideError | UnscorableAnswerError)
 
 
 class Clock:

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, NoLikelihoodError
+from lewis_hub.errors import EvaluationError, UnscorableAnswerError
 from lewis_hub.evaluate import harness
 from lewis_hub.evaluate.answers import recorded_answers
 from lewis_hub.evaluate.backends import EvaluationSettings
@@ -217,7 +217,7 @@ def test_a_model_whose_likelihoods_are_nan_is_not_scored(benchmarks, good_model,
     weights["lm_head.weight"] = weights["lm_head.weight"] * 1e38
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(NoLikelihoodError) as caught:
+    with pytest.raises(UnscorableAnswerError) as caught:
         evaluate_model(tmp_path / "model", benchmarks, CPU, ignore)
 
     assert str(caught.value) == (
@@ -233,11 +233,11 @@ def test_an_answer_of_very_long_tokens_is_refused_before_it_is_compared(tmp_path
     write_task(tmp_path)
     loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
 
-    with pytest.raises(EvaluationError) as caught:
+    with pytest.raises(UnscorableAnswerError) as caught:
         evaluate_model(tmp_path / "model", loaded, CPU, ignore)
 
     assert str(caught.value) == (
-        f"{tmp_path / 'model'}: wrote an answer of 640,000 letters, the limit is 20,000, or 100 "
+        f"{tmp_path / 'model'}: wrote an answer of 640,000 letters, the limit is 20,000, or 150 "
         "for each token.\n"
         "Its tokenizer has very long tokens: score another model, or other tasks."
     )
@@ -246,7 +246,7 @@ def test_an_answer_of_very_long_tokens_is_refused_before_it_is_compared(tmp_path
 def test_an_answer_of_long_tokens_of_spaces_or_digits_is_scored(tmp_path):
     """As of a model that repeats the longest token of its tokenizer."""
     write_repeating_model(tmp_path / "model", "9" * 128)
-    write_task(tmp_path)
+    write_task(tmp_path, n_tokens=256)
     loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
 
     result = evaluate_model(tmp_path / "model", loaded, CPU, ignore)
@@ -271,13 +271,13 @@ def write_repeating_model(folder, token):
     model.save_pretrained(folder)
 
 
-def write_task(folder):
+def write_task(folder, n_tokens=64):
     (folder / "rows.jsonl").write_text('{"question": "Question", "answer": "7"}\n')
     (folder / "write.yaml").write_text(
         "task: write\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
         f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
         "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
-        "generation_kwargs: {until: ['!'], max_gen_toks: 64}\n"
+        f"generation_kwargs: {{until: ['!'], max_gen_toks: {n_tokens}}}\n"
         "metric_list: [{metric: exact_match, regexes_to_ignore: ['(?s).*#### ']}]\n"
     )
 

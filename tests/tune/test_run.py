@@ -20,11 +20,11 @@ from lewis_hub.errors import (
     CalibrationModelError,
     EvaluationError,
     GuideError,
-    NoLikelihoodError,
     NonFiniteError,
     OutputError,
     RecipeError,
     TuningError,
+    UnscorableAnswerError,
 )
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.harness import load
@@ -460,7 +460,7 @@ def test_a_merge_that_does_not_fit_into_its_dtype_is_a_failed_trial(recipe_file,
         (GuideError("guide.mean_density", "out of reach", ""), True),
         (NonFiniteError("x", "the merged model", ""), True),
         (NonFiniteError("x", "o/expert", ""), False),
-        (NoLikelihoodError("the model", "", ""), True),
+        (UnscorableAnswerError("the model", "", ""), True),
         (CalibrationModelError("the merged model", "the activations are not finite", ""), True),
         (CalibrationModelError("o/expert", "the activations are not finite", ""), False),
         (OutputError("/tuning", "the disk is full", ""), False),
