@@ -22,7 +22,8 @@ VERSION = 1
 N_KEPT = 100
 N_SHOWN = 10
 BEGIN, END = "<!-- lewis-hub: changelog -->", "<!-- lewis-hub: end of changelog -->"
-MAX_CHARACTERS = 300  # of a change in the card
+MAX_CHARACTERS = 300  # of a change in the card or in the message of a commit
+MAX_CHANGES = 100  # of an entry there
 SHORT = 12  # digits of a commit sha, or of a folder's digest
 NAMES = {"model", "base_model", "dataset"}  # their changes are in the differences of the inputs
 ABSENT = "absent"
@@ -172,6 +173,7 @@ def from_json(text: str, file: str = FILE) -> tuple[ChangelogEntry, ...]:
     """
     try:
         document = read_json(text)
+        json.dumps(document, ensure_ascii=False).encode()  # half a letter is a ValueError
         if document["version"] == VERSION:
             entries = Annotated[tuple[ChangelogEntry, ...], Field(fail_fast=True)]
             return TypeAdapter(entries).validate_python(document["entries"])
@@ -191,14 +193,19 @@ def in_card(card: str, entries: Sequence[ChangelogEntry]) -> str:
     return f"{without}\n\n{BEGIN}\n{_section(entries)}\n{END}\n" if entries else f"{without}\n"
 
 
+def shown(changes: Sequence[str]) -> list[str]:
+    """The changes for a card or the message of a commit: the first ones, and their beginnings."""
+    more = len(changes) - MAX_CHANGES
+    listed = [change[:MAX_CHARACTERS] for change in changes[:MAX_CHANGES]]
+    return [*listed, f"{more:,} more changes"] if more > 0 else listed
+
+
 def _section(entries: Sequence[ChangelogEntry]) -> str:
     parts = ["## Changelog"]
     for entry in entries[:N_SHOWN]:
         replaced = markdown.code(entry.replaced[:12])
         parts.append(f"**{entry.day}**, replaces {replaced}:\n")
-        parts[-1] += "".join(
-            f"\n- {markdown.text(change[:MAX_CHARACTERS])}" for change in entry.changes
-        )
+        parts[-1] += "".join(f"\n- {markdown.text(change)}" for change in shown(entry.changes))
     if len(entries) > N_SHOWN:
         parts.append(f"All {len(entries)} entries are in [{FILE}]({FILE}).")
     return "\n\n".join(parts)

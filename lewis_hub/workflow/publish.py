@@ -309,7 +309,7 @@ def push(
     if lock:
         readdress(folder, lock, asked.repo)
     changes = _record_changes(folder, destination.previous)
-    lines = [f"- {change}" for change in changes]
+    lines = [f"- {change}" for change in difference.shown(changes)]
     publication = Publication(
         message=_title(changes, BELOW if missed else TITLE),
         description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),

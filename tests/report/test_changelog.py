@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 
 from lewis_hub.errors import OutputError
-from lewis_hub.report.difference import ChangelogEntry, from_json, in_card, to_json
+from lewis_hub.report.difference import ChangelogEntry, from_json, in_card, shown, to_json
 from lewis_hub.workflow.republish import PUSHED_TO
 
 FIRST = ChangelogEntry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
@@ -91,3 +91,21 @@ def test_a_card_of_empty_lines_and_of_beginnings_takes_no_minutes():
     assert PUSHED_TO.search(f"a{many}b") is None
     assert PUSHED_TO.sub("\n", f"a{many}<!-- lewis-hub: pushed to me/merge -->\nb") == "a\nb"
     assert time.process_time() - began < 5
+
+
+def test_half_a_letter_is_no_part_of_a_changelog():
+    """It was a traceback when the changelog was written, after a merge and its scores."""
+    entry = '{"day": "2026-01-02", "replaced": "0", "digest": "0", "changes": ["CHANGE"]}'
+    document = f'{{"version": 1, "entries": [{entry}]}}'
+    assert from_json(document)[0].changes == ("CHANGE",)
+
+    with pytest.raises(OutputError, match="it is not a changelog of merges"):
+        from_json(document.replace("CHANGE", "\\ud800"))
+
+
+def test_of_very_many_changes_the_first_are_shown():
+    """12 MB of them made a card of 12 MB, at each push."""
+    found = shown(["a" * 1000, *map(str, range(1, 150))])
+
+    assert found == ["a" * 300, *map(str, range(1, 100)), "50 more changes"]
+    assert shown(["a", "b"]) == ["a", "b"]
