@@ -17,7 +17,7 @@ from lewis_hub.display import shortened
 from lewis_hub.workflow.open import OpenedSource
 
 THETA = 10_000.0  # if a configuration does not say
-WITH_LABELS = re.compile(r".*For\w*(?:Classification|Detection|Segmentation)")  # of architectures
+WITH_LABELS = ("Classification", "Detection", "Segmentation")  # ends of architectures
 GENERIC = re.compile(r"LABEL_\d+", re.IGNORECASE)  # that transformers writes if it knows no name
 COMPUTATION = (  # names of one setting in different architectures
     ("hidden_act", "hidden_activation", "activation_function", "act_fn"),
@@ -80,7 +80,7 @@ def _labels(config: Mapping[str, Any]) -> dict[str, set[int]]:
     names, architectures = config.get("id2label"), config.get("architectures")
     if not isinstance(names, dict) or not isinstance(architectures, list):
         return {}
-    if not any(isinstance(one, str) and WITH_LABELS.fullmatch(one) for one in architectures):
+    if not any(isinstance(one, str) and one.endswith(WITH_LABELS) for one in architectures):
         return {}
     found = defaultdict(set)
     for number, name in names.items():

@@ -72,6 +72,17 @@ def test_labels_in_one_order_and_labels_without_meaning_are_merged(
     assert [note for note in report.notes if "which the merge has" in note] == [expected] * notes
 
 
+def test_a_very_long_name_of_an_architecture_is_read_in_no_time(classifiers, tmp_path):
+    """A pattern was matched in quadratic time: 60 kB took a minute."""
+    recipe = classifiers(first=NLI, second=NLI)
+    for name in ("first", "second"):
+        file = tmp_path / name / "config.json"
+        config = json.loads(file.read_text()) | {"architectures": ["For" * 500_000]}
+        file.write_text(json.dumps(config))
+
+    assert not [note for note in lewis_hub.check(recipe).notes if "label" in note]
+
+
 def checked(tmp_path, **changes):
     """The notes on a merge of the zoo with an expert whose `config.json` is changed."""
     folder = tmp_path / "expert"
