@@ -57,7 +57,7 @@ class Completions(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         choices = [{"index": i, **one(folder, p)} for i, p in enumerate(asked["prompt"])]
-        body = json.dumps({"choices": choices}).encode()
+        body = json.dumps({"choices": self.server.edit(choices)}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
@@ -70,9 +70,13 @@ class Completions(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folders: dict[str, str] | None = None) -> Iterator[ThreadingHTTPServer]:
-    """The server; `requests` are those it got, `folders` the models that it knows by a name."""
+    """The server; `requests` are those it got, `folders` the models that it knows by a name.
+
+    `edit` changes the answers to a request.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     server.requests, server.folders = [], folders or {}
+    server.edit = lambda choices: choices
     with running(server) as url:
         server.url = f"{url}/v1/completions"
         yield server

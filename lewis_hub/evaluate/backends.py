@@ -185,7 +185,7 @@ def _vllm(path: str, settings: EvaluationSettings) -> Any:
 
 
 def _server(path: str, settings: EvaluationSettings) -> Any:
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lewis_hub.evaluate.completions import CheckedCompletions  # imports lm-eval: only here
 
     config = read_json((Path(path) / "config.json").read_bytes())
     if not isinstance(config, dict):
@@ -200,4 +200,4 @@ def _server(path: str, settings: EvaluationSettings) -> Any:
         **({"max_length": n_positions} if isinstance(n_positions, int) else {}),
         **settings.backend_args,
     }
-    return LocalCompletionsAPI(tokenizer=path, trust_remote_code=False, **args)
+    return CheckedCompletions(tokenizer=path, trust_remote_code=False, **args)

@@ -110,6 +110,76 @@ def test_results_under_other_settings_are_not_compared(own_tasks, good_model):
     assert check.why == ("it was scored with the default settings, this with max_gen_toks 2")
 
 
+def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_model, server):
+    args = {"base_url": server.url, "num_concurrent": 2}
+
+    plain = result(own_tasks, poor_model, "after", "choose")
+    told = result(
+        *(own_tasks, poor_model, "after", "choose"),
+        **{"backend": "local-completions", "backend_args": args, "batch_size": 4},
+    )
+
+    assert told.tasks == plain.tasks
+
+
+def without_echo(choices):
+    """The log probability of the new token alone."""
+    for choice in choices:
+        choice["logprobs"] = {name: found[-1:] for name, found in choice["logprobs"].items()}
+    return choices
+
+
+def with_likelihoods(value):
+    def edit(choices):
+        for choice in choices:
+            choice["logprobs"]["token_logprobs"][-2] = value
+        return choices
+
+    return edit
+
+
+def with_text(value):
+    return lambda choices: [choice | {"text": value} for choice in choices]
+
+
+NO_LIKELIHOODS = (
+    r"the server was asked for the log probabilities of \d+ tokens and one more, and gave "
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "edit", "problem"),
+    [
+        ("choose", without_echo, NO_LIKELIHOODS + "1$"),
+        ("choose", with_likelihoods(True), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", with_likelihoods(2.0), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", with_likelihoods(None), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", lambda found: found[:-1], "the server gave 0 answers to 1 prompts$"),
+        ("after", with_text(None), "the server gave an answer without a text$"),
+        ("after", with_text(["one"]), "the server gave an answer without a text$"),
+        ("after", lambda found: [*found, found[0]], "the server gave 2 answers to 1 prompts$"),
+        (
+            *("after", lambda found: [one | {"index": 7} for one in found]),
+            "the server did not number its 1 answers from 0$",
+        ),
+    ],
+)
+def test_answers_that_do_not_fit_the_requests_are_no_scores(
+    own_tasks, good_model, server, task, edit, problem
+):
+    """A server that ignores `echo` gave all texts the likelihood 1."""
+    served = {"backend": "local-completions", "backend_args": {"base_url": server.url}}
+    server.edit = edit
+    try:
+        with pytest.raises(EvaluationError) as caught:
+            result(own_tasks, good_model, task, **served)
+    finally:
+        server.edit = lambda choices: choices
+
+    told = str(caught.value).splitlines()[0].rstrip(".")
+    assert re.fullmatch(f"{server.url}: {problem}", told)
+
+
 def test_a_server_that_is_not_there_is_one_message(own_tasks, good_model):
     pytest.importorskip("tenacity")
     args = {"base_url": NOWHERE, "max_retries": 1}
