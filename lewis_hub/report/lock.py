@@ -225,9 +225,6 @@ def _require_possible(lock: Lock) -> None:
     for path, file in lock.outputs.items():
         if not 0 <= file.n_bytes < 2**63:
             raise ValueError(f"no file has the size of `{path[:100]}`")
-    for part in ("evaluate", "publish"):
-        if not isinstance(lock.recipe.get(part), Mapping | None):
-            raise ValueError(f"`recipe.{part}` is no mapping")
 
 
 def _n_characters(value: Any, above: int = 0) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -112,7 +112,8 @@ def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
 def same_merge(found: Lock, planned: Lock) -> bool:
     """Return whether a merge is the planned one, with its scoring, licence and exports."""
     asked, stated = (one.recipe.get("publish") for one in (planned, found))
-    licensed = asked is None or asked.get("license") == (stated or {}).get("license")
+    stated = stated if isinstance(stated, Mapping) else {}  # a repo's lock may hold any value
+    licensed = asked is None or asked.get("license") == stated.get("license")
     exported = {*exports_in(planned.recipe)} <= {*exports_in(found.recipe)}
     return same_model(found, planned) and licensed and exported
 

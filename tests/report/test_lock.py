@@ -412,8 +412,6 @@ def test_a_small_lock_that_is_written_out_as_a_large_one_is_refused(changes):
         ({"inputs": ()}, "it has no inputs"),
         ({"outputs": {"x": OutputFile("0" * 64, 10**400)}}, "no file has the size of `x`"),
         ({"outputs": {"x": OutputFile("0" * 64, -1)}}, "no file has the size of `x`"),
-        ({"recipe": RECIPE | {"publish": "me/x"}}, "`recipe.publish` is no mapping"),
-        ({"recipe": RECIPE | {"evaluate": [1]}}, "`recipe.evaluate` is no mapping"),
     ],
 )
 def test_a_lock_of_no_merge_is_refused_though_it_is_sealed(changes, says):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,14 @@ def test_scores_that_are_not_asked_for_are_not_missed():
     )
 
     assert [same_merge(found, one) for one in planned] == [True, True, False]
+
+
+@pytest.mark.parametrize("stated", ["me/x", [1], None])
+def test_a_lock_in_a_repo_that_says_odd_things_of_publishing_is_another_merge(stated):
+    """`merge --push` ended in a traceback."""
+    planned = Lock((), (), {"publish": {"license": "mit"}}, "ties", 1, None, None, 42, 1, {}, {})
+
+    assert not same_merge(replace(planned, recipe={"publish": stated}), planned)
 
 
 def test_scores_by_other_task_files_are_not_those_of_the_planned_merge():
