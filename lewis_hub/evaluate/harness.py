@@ -224,13 +224,16 @@ class _Counter:
     def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ARG002 - their signature
         """Count an answer; a likelihood that is NaN would count as a choice of the first answer."""
         first = res[0] if isinstance(res, tuple) and res else res
-        where = str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
         if isinstance(res, str):
-            require_short_answer(where, res, *self._asked(req))
+            require_short_answer(self._model, res, *self._asked(req))
         if isinstance(first, float) and math.isnan(first):
             problem = "gives texts likelihoods that are not numbers (NaN), so it cannot be scored."
-            raise UnscorableAnswerError(where, problem, OVERFLOWS)
+            raise UnscorableAnswerError(self._model, problem, OVERFLOWS)
         self.advance(1)
+
+    @property
+    def _model(self) -> str:
+        return str(getattr(self.lm.tokenizer, "name_or_path", "the model"))
 
     def _asked(self, request: Any) -> tuple[Mapping[str, Any], int]:
         """The settings of a request of text, and the tokens that an answer has without any."""

@@ -93,10 +93,15 @@ def weight_files(source: Source) -> tuple[str, ...]:
         return tuple(file.path for file in whole or shards)
     if source.file(SINGLE):
         return (SINGLE,)
-    found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
+    found = _safetensors(source)
     if source.shards:
         return tuple(path for path in found if path in source.shards)
     return tuple(path for path in found if path.startswith("model")) or tuple(found)
+
+
+def _safetensors(source: Source) -> list[str]:
+    """The files that may hold weights of a model."""
+    return [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
 
 
 def with_shards(api: HfApi, source: Source) -> Source:
@@ -105,8 +110,7 @@ def with_shards(api: HfApi, source: Source) -> Source:
     Beside its shards, `model-00001-of-00002.safetensors`, a repo may have `mtp.safetensors`, which
     its index names, or a `consolidated.safetensors`, which it does not.
     """
-    found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
-    if source.file(SINGLE) or all(path.startswith("model") for path in found):
+    if source.file(SINGLE) or all(path.startswith("model") for path in _safetensors(source)):
         return source
     try:
         index = read_json(read_small(api, source, INDEX) or b"{}", MAX_TABLE_BYTES)

@@ -153,7 +153,7 @@ SILENT: dict[str, dict[str, Any]] = {
     | {"use_sliding_window": False},
 }
 SILENT_ALL = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
-THETA = 10000.0
+THETA = 10_000.0  # of rotary positions, if a configuration does not say
 
 
 def mixture_config(

@@ -83,10 +83,9 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     missing, extra = _differing(base, expert)
     if missing and _shapes_of(base, missing) == _shapes_of(expert, extra):
         problem = f"has {_listed(extra)} where the base {base.label} has {_listed(missing)}"
-        remedy = (
-            "They have the same shapes: if they are the same parameters, rename them in one of "
-        )
-        remedy += "the two models. `missing: base` would leave out what the expert learned in them."
+        remedy = "They have the same shapes: if they are the same parameters, rename them in one "
+        remedy += "of the two models. `missing: base` would leave out what the expert learned in "
+        remedy += "them."
         yield Mismatch("missing", expert.label, tuple(missing), problem, remedy)
         return
     other_depth = "Use models of one architecture and depth, or set `missing: base` to "

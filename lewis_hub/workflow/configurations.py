@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lewis_hub.display import shortened
+from lewis_hub.merge.architectures import THETA
 from lewis_hub.workflow.open import OpenedSource
 
-THETA = 10_000.0  # if a configuration does not say
 WITH_LABELS = ("Classification", "Detection", "Segmentation")  # ends of architectures
 GENERIC = re.compile(r"LABEL_\d+", re.IGNORECASE)  # that transformers writes if it knows no name
 COMPUTATION = (  # names of one setting in different architectures
@@ -24,6 +24,7 @@ COMPUTATION = (  # names of one setting in different architectures
     ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     ("sliding_window",),
 )
+Difference = tuple[str, str, str]  # what differs, as found in the other model, and as in the donor
 
 
 def label_problems(models: Sequence[OpenedSource]) -> list[str]:
@@ -44,7 +45,7 @@ def label_problems(models: Sequence[OpenedSource]) -> list[str]:
             problems.append(
                 f"{one.name}: its label `{shortened(label)}` is number {here} in its config.json, "
                 f"but number {there} in that of {first.name}: the rows of their heads mean "
-                f"different labels. Reorder the rows of its head and its labels, or leave it out."
+                "different labels. Reorder the rows of its head and its labels, or leave it out."
             )
     return problems
 
@@ -87,9 +88,6 @@ def _labels(config: Mapping[str, Any]) -> dict[str, set[int]]:
         if isinstance(name, str) and re.fullmatch(r"[0-9]{1,9}", str(number)):
             found[name.strip().lower()].add(int(number))
     return {} if any(map(GENERIC.fullmatch, found)) else dict(found)
-
-
-Difference = tuple[str, str, str]  # what differs, as found in the other model, and as in the donor
 
 
 def _differing_labels(donor: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Difference]:

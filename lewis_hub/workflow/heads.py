@@ -111,15 +111,11 @@ def copy_notes(donor: OpenedSource) -> list[str]:
     return [
         f"{donor.name} stores `{copy.name}`, which its config.json ties to the embeddings: the "
         "merge stores the embeddings alone."
-        if _is_head(copy)
+        if names.may_copy_table(copy.name)
         else f"{donor.name} stores `{copy.name}`, which its architecture ties to `{table.name}`: "
         f"the merge stores `{table.name}` alone."
         for copy, table in donor.copies
     ]
-
-
-def _is_head(copy: TensorHeader) -> bool:
-    return names.may_copy_table(copy.name)
 
 
 def require_copies(api: HfApi, sources: Iterable[OpenedSource], n_bytes: int | None = None) -> None:
@@ -145,7 +141,7 @@ def _difference(copy: TensorHeader, table: TensorHeader) -> tuple[str, str]:
         "which of the two they load"
     )
     without = f"whose file has no `{copy.name}`."
-    if not _is_head(copy):
+    if not names.may_copy_table(copy.name):
         problem = f"its architecture ties `{copy.name}` to `{table.name}`, but {differs}"
         return problem, f"Use a copy of the model {without}"
     problem = f"its config.json ties the head to the embeddings, but {differs} as the head"

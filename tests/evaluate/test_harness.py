@@ -230,8 +230,7 @@ def test_a_model_whose_likelihoods_are_nan_is_not_scored(benchmarks, good_model,
 def test_an_answer_of_very_long_tokens_is_refused_before_it_is_compared(tmp_path):
     """One of gsm8k, of 256 tokens of 10,000 digits, was compared for 40 minutes."""
     write_repeating_model(tmp_path / "model", "9" * 10_000)
-    write_task(tmp_path)
-    loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
+    loaded = writing_task(tmp_path, n_tokens=64)
 
     with pytest.raises(UnscorableAnswerError) as caught:
         evaluate_model(tmp_path / "model", loaded, CPU, ignore)
@@ -246,8 +245,7 @@ def test_an_answer_of_very_long_tokens_is_refused_before_it_is_compared(tmp_path
 def test_an_answer_of_long_tokens_of_spaces_or_digits_is_scored(tmp_path):
     """As of a model that repeats the longest token of its tokenizer."""
     write_repeating_model(tmp_path / "model", "9" * 128)
-    write_task(tmp_path, n_tokens=256)
-    loaded = with_prompts(load_tasks(TaskSelection(("write",), include=tmp_path), {}))
+    loaded = writing_task(tmp_path, n_tokens=256)
 
     result = evaluate_model(tmp_path / "model", loaded, CPU, ignore)
 
@@ -271,7 +269,8 @@ def write_repeating_model(folder, token):
     model.save_pretrained(folder)
 
 
-def write_task(folder, n_tokens=64):
+def writing_task(folder, n_tokens):
+    """A task of one item, whose answer of so many tokens is compared as that of gsm8k."""
     (folder / "rows.jsonl").write_text('{"question": "Question", "answer": "7"}\n')
     (folder / "write.yaml").write_text(
         "task: write\ndataset_path: json\noutput_type: generate_until\ntest_split: test\n"
@@ -280,6 +279,7 @@ def write_task(folder, n_tokens=64):
         f"generation_kwargs: {{until: ['!'], max_gen_toks: {n_tokens}}}\n"
         "metric_list: [{metric: exact_match, regexes_to_ignore: ['(?s).*#### ']}]\n"
     )
+    return with_prompts(load_tasks(TaskSelection(("write",), include=folder), {}))
 
 
 def test_a_truncated_weight_file_is_told_by_its_folder(benchmarks, good_model, tmp_path):
