@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from importlib.util import find_spec
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
-from huggingface_hub import CommitOperationAdd
+from published_tasks import published, scored
 from sentence_models import embedder
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.embedding_tasks import load_embedding_tasks, locate_embedding_tasks
-from lewis_hub.evaluate.embeddings import evaluate_embedder
-from lewis_hub.evaluate.tasks import TaskSelection
 
 pytestmark = [
     pytest.mark.slow,  # loads sentence-transformers and mteb
     pytest.mark.skipif(not find_spec("mteb"), reason="mteb is not installed"),
 ]
 TASK = "Core17InstructionRetrieval"
-REPO = f"mteb/{TASK}"
 N = 4
 QUERIES = [f"q{i}-{kind}" for i in range(N) for kind in ("og", "changed")]
 TABLES = {
@@ -42,36 +34,13 @@ TABLES = {
 }
 
 
-def put(api, **changed):
-    """Publish the task's dataset with other tables; returns its commit."""
-    files = {}
-    for name, rows in {**TABLES, **changed}.items():
-        file = io.BytesIO()
-        pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), file)
-        files[f"{name}.parquet"] = file.getvalue()
-    configs = [
-        {
-            "config_name": "default" if name == "test" else name,
-            "data_files": [{"split": name, "path": f"{name}.parquet"}],
-        }
-        for name in TABLES
-    ]
-    files["README.md"] = f"---\n{yaml.safe_dump({'configs': configs})}---\n".encode()
-    api.create_repo(REPO, repo_type="dataset", exist_ok=True)
-    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-    return api.create_commit(REPO, operations, commit_message="Rows", repo_type="dataset").oid
-
-
-def load(commit):
-    selection = TaskSelection((TASK,), library="mteb")
-    dataset = locate_embedding_tasks(selection)[TASK].metadata.dataset
-    return load_embedding_tasks(selection, {(REPO, dataset["revision"]): commit}).tasks
+def loaded(api, **changed):
+    """The task with other tables in its dataset."""
+    return published(api, TASK, {**TABLES, **changed})
 
 
 def score(folder, tasks):
-    settings = EvaluationSettings(backend="mteb")
-    result = evaluate_embedder(folder, tasks, settings, lambda _: None)
-    [metric] = result.tasks[TASK].metrics.values()
+    [metric] = scored(folder, tasks, TASK).metrics.values()
     return metric.value
 
 
@@ -82,9 +51,9 @@ def test_what_changed_in_the_judgements_is_read_within_the_limits(hub, tmp_path)
         pa.array([0, 40_000_000], pa.int32()), pa.repeat("d0", 40_000_000)
     )
     wide = pa.table({"query-id": pa.array(["q0"]), "corpus-ids": ids})
-    tasks = load(put(hub.api(), qrel_diff=wide))
+    tasks = loaded(hub.api(), qrel_diff=wide)
 
     with pytest.raises(EvaluationError, match="mteb could not score the model"):
         score(model, tasks)
 
-    assert -1 <= score(model, load(put(hub.api()))) <= 1
+    assert -1 <= score(model, loaded(hub.api())) <= 1
