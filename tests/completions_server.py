@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 
 import torch
 from running_server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+LOADING = Lock()  # transformers changes its classes while it loads a model
+
 
 @cache
-def loaded(folder: str):
+def load(folder: str):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def loaded(folder: str):
+    with LOADING:
+        return load(folder)
 
 
 @torch.no_grad()
@@ -51,6 +59,10 @@ class Completions(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append(asked)
+        if self.server.answer:
+            with suppress(ConnectionError):  # the client has gone
+                self.server.answer(self)
+            return
         one = scored if asked.get("echo") else lambda f, p: generated(f, p, asked)
         folder = self.server.folders.get(asked["model"], asked["model"])
         if not Path(folder).is_dir():
@@ -58,11 +70,16 @@ class Completions(BaseHTTPRequestHandler):
             return
         choices = [{"index": i, **one(folder, p)} for i, p in enumerate(asked["prompt"])]
         body = json.dumps({"choices": self.server.edit(choices)}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        self.send(200, headers, [body])
+
+    def send(self, status: int, headers: dict[str, str], pieces: Iterable[bytes]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        for piece in pieces:
+            self.wfile.write(piece)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -72,11 +89,11 @@ class Completions(BaseHTTPRequestHandler):
 def serving(folders: dict[str, str] | None = None) -> Iterator[ThreadingHTTPServer]:
     """The server; `requests` are those it got, `folders` the models that it knows by a name.
 
-    `edit` changes the answers to a request.
+    `edit` changes the answers to a request, and `answer`, if it is set, sends another one.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
     server.requests, server.folders = [], folders or {}
-    server.edit = lambda choices: choices
+    server.edit, server.answer = lambda choices: choices, None
     with running(server) as url:
         server.url = f"{url}/v1/completions"
         yield server

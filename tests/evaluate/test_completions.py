@@ -1,0 +1,179 @@
+"""What a server of completions answers: the scores of transformers, or one message."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import re
+import time
+
+import pytest
+from completions_server import serving
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.harness import evaluate_model
+from lewis_hub.evaluate.tasks import TaskSelection
+
+NOWHERE = "http://127.0.0.1:9/v1/completions"
+ESC = chr(27)
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("tenacity")
+    with serving() as server:
+        yield server
+
+
+def result(own_tasks, folder, *tasks, **settings):
+    asked = EvaluationSettings(**settings)
+    loaded = load_tasks(TaskSelection(tasks, include=own_tasks), {})
+    return evaluate_model(folder, with_prompts(loaded, 10, asked), asked, lambda _: None)
+
+
+def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_model, server):
+    args = {"base_url": server.url, "num_concurrent": 2}
+
+    plain = result(own_tasks, poor_model, "after", "choose")
+    told = result(
+        *(own_tasks, poor_model, "after", "choose"),
+        **{"backend": "local-completions", "backend_args": args, "batch_size": 4},
+    )
+
+    assert told.tasks == plain.tasks
+
+
+def without_echo(choices):
+    """The log probability of the new token alone."""
+    for choice in choices:
+        choice["logprobs"] = {name: found[-1:] for name, found in choice["logprobs"].items()}
+    return choices
+
+
+def with_likelihoods(value):
+    def edit(choices):
+        for choice in choices:
+            choice["logprobs"]["token_logprobs"][-2] = value
+        return choices
+
+    return edit
+
+
+def with_text(value):
+    return lambda choices: [choice | {"text": value} for choice in choices]
+
+
+NO_LIKELIHOODS = (
+    r"the server was asked for the log probabilities of \d+ tokens and one more, and gave "
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "edit", "problem"),
+    [
+        ("choose", without_echo, NO_LIKELIHOODS + "1$"),
+        ("choose", with_likelihoods(True), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", with_likelihoods(2.0), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", with_likelihoods(None), NO_LIKELIHOODS + "none, or what is none$"),
+        ("choose", lambda found: found[:-1], "the server gave 0 answers to 1 prompts$"),
+        ("after", with_text(None), "the server gave an answer without a text$"),
+        ("after", with_text(["one"]), "the server gave an answer without a text$"),
+        ("after", lambda found: [*found, found[0]], "the server gave 2 answers to 1 prompts$"),
+        (
+            *("after", lambda found: [one | {"index": 7} for one in found]),
+            "the server did not number its 1 answers from 0$",
+        ),
+    ],
+)
+def test_answers_that_do_not_fit_the_requests_are_no_scores(
+    own_tasks, good_model, server, task, edit, problem
+):
+    """A server that ignores `echo` gave all texts the likelihood 1."""
+    served = {"backend": "local-completions", "backend_args": {"base_url": server.url}}
+    server.edit = edit
+    try:
+        with pytest.raises(EvaluationError) as caught:
+            result(own_tasks, good_model, task, **served)
+    finally:
+        server.edit = lambda choices: choices
+
+    told = str(caught.value).splitlines()[0].rstrip(".")
+    assert re.fullmatch(f"{server.url}: {problem}", told)
+
+
+def test_a_server_that_is_not_there_is_one_message(own_tasks, good_model):
+    pytest.importorskip("tenacity")
+    args = {"base_url": NOWHERE, "max_retries": 1}
+
+    with pytest.raises(EvaluationError) as caught:
+        result(own_tasks, good_model, "after", backend="local-completions", backend_args=args)
+
+    assert str(caught.value).startswith(
+        f"{NOWHERE}: the server did not answer: ConnectionRefusedError: "
+    )
+    assert str(caught.value).endswith("Start it, or correct `base_url`.")
+
+
+def compressed(request):
+    content = gzip.compress(b" " * 10_000_000)
+    request.send(200, {"content-encoding": "gzip"}, [content])
+
+
+def endless(request):
+    request.send(200, {}, itertools.repeat(b" " * 65536))
+
+
+def slow(request):
+    request.send(200, {}, (time.sleep(0.2) or b" " for _ in itertools.count()))
+
+
+def slow_head(request):
+    request.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+    for _ in range(1000):
+        time.sleep(0.2)
+        request.wfile.write(b"x")
+
+
+def page(request):
+    request.send(200, {"content-type": "text/html"}, [b"<html>Please sign in</html>"])
+
+
+def deep(request):
+    request.send(200, {}, [b"[" * 100_000])
+
+
+def failing(request):
+    request.send(500, {}, [f"{ESC}]0;title\a\n::error::no".encode() + b"x" * 100_000])
+
+
+@pytest.mark.parametrize("num_concurrent", [1, 2])
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (compressed, r"the server compressed its answer \(gzip\), unasked"),
+        (endless, r"the server answered more than 1,[01]\d\d,\d{3} bytes to a request"),
+        (slow, "the server did not answer: TimeoutError: it took more than 1 s"),
+        (slow_head, "the server did not answer: TimeoutError: it took more than 1 s"),
+        (page, r"the answer of the server is no JSON: Expecting value: line 1 .*"),
+        (deep, "the answer of the server cannot be read: its values are in each other more .*"),
+        (failing, r"the server answered 500: \\x1b]0;title\\x07 ::error::nox{160,200}\."),
+    ],
+)
+def test_the_answers_of_a_server_have_limits(
+    own_tasks, good_model, caplog, answer, problem, num_concurrent
+):
+    pytest.importorskip("tenacity")
+    started = time.monotonic()
+    with serving() as server:
+        server.answer = answer
+        args = {"base_url": server.url, "num_concurrent": num_concurrent}
+        args |= {"timeout": 1, "max_retries": 1}
+        with pytest.raises(EvaluationError) as caught:
+            result(own_tasks, good_model, "after", backend="local-completions", backend_args=args)
+
+    told = str(caught.value).splitlines()[0].rstrip(".") + "."
+    assert re.match(f"{re.escape(server.url)}: {problem}", told)
+    assert time.monotonic() - started < 20
+    assert ESC not in caplog.text
