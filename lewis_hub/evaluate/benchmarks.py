@@ -429,6 +429,11 @@ def build_requests(name: str, task: Any, limit: int | None) -> None:
     with errors_named(name):
         reset_fewshot(task)
         task.build_all_requests(limit=limit)
+        for steps in getattr(
+            task, "_filters", ()
+        ):  # lm-eval makes them again, once the model has answered
+            for make in steps.filters:
+                make()
 
 
 @contextmanager

@@ -63,6 +63,24 @@ def test_settings_that_a_task_s_python_asserts_are_named(refusal, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ("regex_pattern: '(['", "PatternError: unterminated character set at position 1"),
+        (
+            "regex: a",
+            "TypeError: RegexFilter.__init__() got an unexpected keyword argument 'regex'",
+        ),
+    ],
+)
+def test_a_filter_that_cannot_be_made_is_told_before_the_model_runs(refusal, settings, cause):
+    steps = f"filter_list: [{{name: own, filter: [{{function: regex, {settings}}}]}}]\n"
+
+    message = refusal("test_split:", f"{steps}test_split:").replace(": error: ", ": PatternError: ")
+
+    assert message == f"after: cannot be built: {cause}.\n{FILE_REMEDY}"
+
+
+@pytest.mark.parametrize(
     ("old", "new", "cause"),
     [
         ("doc_to_target:", 'doc_to_choice: "[{{word}}"\ndoc_to_target:', "SyntaxError: "),
