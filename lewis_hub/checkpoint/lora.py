@@ -290,7 +290,7 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
         module: file.target(f"{module}.weight", next(iter(parts.values())).name)
         for module, parts in modules.items()
     }
-    squares = _squares_transposed(file.config, modules, targets)
+    squares = _squares_transposed(file, modules, targets)
     for module, target in targets.items():
         update = _update(file, module, modules[module], target, squares_transposed=squares)
         before = changes.get(target.name)
@@ -355,23 +355,40 @@ def _require_shape(file: _AdapterFile, target: TensorHeader, tensor: TensorHeade
 
 
 def _squares_transposed(
-    config: AdapterConfig,
+    file: _AdapterFile,
     modules: Mapping[str, UpdateParts],
     targets: Mapping[str, TensorHeader],
 ) -> bool:
     """Whether square weights are stored as (in, out), which their shapes do not show.
 
-    The other weights of the blocks show it. PEFT sets `fan_in_fan_out` for each module in turn, so
-    the saved value is that of the last module, such as a head.
+    The other weights of the blocks show it: those that the adapter changes, or those of the base
+    by their biases. PEFT sets `fan_in_fan_out` for each module in turn, so the saved value is that
+    of the last module, such as a head.
     """
-    seen = set()
-    for module, parts in modules.items():
-        shape = targets[module].shape
-        if names.block(module) is not None and set(LINEAR) <= set(parts):
-            a, b = (parts[part].shape for part in LINEAR)
-            if len(set(shape)) == 2 and len(a) == len(b) == 2:
-                seen.add(shape == (a[1], b[0]))
-    return seen.pop() if len(seen) == 1 else config.fan_in_fan_out
+    changed = {
+        targets[module].shape == (parts["lora_A"].shape[-1], parts["lora_B"].shape[0])
+        for module, parts in modules.items()
+        if _shows_order(targets[module])
+        and all(len(parts[part].shape) == 2 for part in LINEAR if part in parts)
+        and set(LINEAR) <= set(parts)
+    }
+    seen = changed or _orders_by_bias(file.base)
+    return seen.pop() if len(seen) == 1 else file.config.fan_in_fan_out
+
+
+def _orders_by_bias(base: Checkpoint) -> set[bool]:
+    """Whether weights of blocks are stored as (in, out): their biases have `out` values."""
+    found = set()
+    for weight in filter(_shows_order, base.tensors.values()):
+        bias = base.tensors.get(f"{names.module(weight.name)}.bias")
+        if bias and len(bias.shape) == 1 and bias.shape[0] in weight.shape:
+            found.add(bias.shape == weight.shape[1:])
+    return found
+
+
+def _shows_order(weight: TensorHeader) -> bool:
+    """Whether a weight is a matrix in a block, and not square."""
+    return names.block(weight.name) is not None and len({*weight.shape}) == len(weight.shape) == 2
 
 
 def _update(

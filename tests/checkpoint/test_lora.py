@@ -201,13 +201,25 @@ def test_a_square_weight_lies_as_the_others_in_the_blocks_do(put):
         "base_model.model.model.layers.0.up.lora_B.weight": torch.zeros(4, 2),
     }
 
+    plain = {name: tensor for name, tensor in BASE.items() if not name.endswith("up.bias")}
+
     def transposed(tensors, **config):
-        header = put(tensors, **config).tensors["model.layers.0.q.weight"]
+        header = put(tensors, plain, **config).tensors["model.layers.0.q.weight"]
         return header.adapted.update.transposed
 
     assert transposed(FITTING) is False
     assert transposed(FITTING, fan_in_fan_out=True) is True
     assert transposed(FITTING | others) is True
+
+
+@pytest.mark.parametrize(("n_values", "is_transposed"), [(6, False), (4, True)])
+def test_a_square_weight_lies_as_weights_with_a_bias_do(put, n_values, is_transposed):
+    """PEFT writes the order of the module that it came to last: of an untied head, not of GPT-2."""
+    base = BASE | {"model.layers.0.up.bias": torch.zeros(n_values)}
+
+    for written in (False, True):
+        found = put(FITTING, base, fan_in_fan_out=written).tensors["model.layers.0.q.weight"]
+        assert found.adapted.update.transposed is is_transposed
 
 
 def named(module, a, b, **more):
