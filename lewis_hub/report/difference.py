@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from lewis_hub.display import line_of
 from lewis_hub.documents import read_json
 from lewis_hub.errors import OutputError
 from lewis_hub.report import markdown
@@ -196,7 +197,7 @@ def in_card(card: str, entries: Sequence[ChangelogEntry]) -> str:
 def shown(changes: Sequence[str]) -> list[str]:
     """The changes for a card or the message of a commit: the first ones, and their beginnings."""
     more = len(changes) - MAX_CHANGES
-    listed = [change[:MAX_CHARACTERS] for change in changes[:MAX_CHANGES]]
+    listed = [line_of(change, MAX_CHARACTERS) for change in changes[:MAX_CHANGES]]
     return [*listed, f"{more:,} more changes"] if more > 0 else listed
 
 

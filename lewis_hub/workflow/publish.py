@@ -128,23 +128,6 @@ def same_model(found: Lock, planned: Lock) -> bool:
     return found.digest == planned.digest and (scoring is None or scored)
 
 
-def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
-    """Write the importance profile of the merge in the target repo to a file, if it has one."""
-    return published_file(previous, IMPORTANCE, api, scratch)
-
-
-def published_file(
-    previous: PreviousMerge | None, path: str, api: HfApi, scratch: Path
-) -> list[Path]:
-    """Copy a file of the merge in the target repo, if it is there as the lock has it."""
-    document = previous.read(path, api) if previous else None
-    if document is None:
-        return []
-    file = scratch / f"published-{Path(path).name}"
-    write_whole(file, document)
-    return [file]
-
-
 def lock_in(folder: Path) -> Lock | None:
     """Return the lock of a folder; None if it has no valid lock.
 
@@ -196,6 +179,28 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
     """Check before any work that a push can succeed."""
     target = open_target(api, asked.repo, asked.landing)
     return Destination(asked, target, previous_merge(target, api))
+
+
+def published_file(
+    path: str, destination: Destination | None, api: HfApi, scratch: Path
+) -> list[Path]:
+    """Copy measurements of the merge in the target repo, if they are there as its lock has them."""
+    document = _measured(path, destination, api) if destination else None
+    if document is None:
+        return []
+    file = scratch / f"published-{Path(path).name}"
+    write_whole(file, document)
+    return [file]
+
+
+def _measured(path: str, destination: Destination, api: HfApi) -> str | None:
+    """Return measurements that the target repo has; None if it is someone else's.
+
+    Nothing in a file shows that it was measured, so its authors must be those who could replace the
+    merge itself: not those of a repo that only takes pull requests.
+    """
+    is_own = destination.asked.landing == "commit"
+    return destination.previous.read(path, api) if destination.previous and is_own else None
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
@@ -310,9 +315,10 @@ def push(
     if lock:
         readdress(folder, lock, asked.repo)
     changes = _record_changes(folder, destination.previous)
-    lines = [f"- {change}" for change in difference.shown(changes)]
+    listed = difference.shown(changes)
+    lines = [f"- {change}" for change in listed]
     publication = Publication(
-        message=_title(changes, BELOW if missed else TITLE),
+        message=_title(listed, BELOW if missed else TITLE),
         description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
@@ -468,10 +474,11 @@ def preflight(
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
         url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
-    require_free_tag(Destination(asked, target, previous), api)
-    if previous and job.guide:
-        place, profile = job.guide.beside[0] / "importance.json", previous.read(IMPORTANCE, api)
-        if profile and not place.exists():
+    destination = Destination(asked, target, previous)
+    require_free_tag(destination, api)
+    if job.guide:
+        place, profile = job.guide.beside[0] / "importance.json", None
+        if not place.exists() and (profile := _measured(IMPORTANCE, destination, api)):
             require_no_links_among(place.parent)
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)

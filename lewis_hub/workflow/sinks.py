@@ -26,13 +26,7 @@ from lewis_hub.merge.workspace import Workspace, beside, open_workspace, unfinis
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.generated import FILE as GENERATED
 from lewis_hub.workflow.merge import report_nan, write_weights
-from lewis_hub.workflow.publish import (
-    Destination,
-    PreviousMerge,
-    published_file,
-    published_importance,
-    push,
-)
+from lewis_hub.workflow.publish import IMPORTANCE, Destination, published_file, push
 from lewis_hub.workflow.resources import DiskNeeds
 
 
@@ -63,15 +57,13 @@ class FolderSink:
     def profiles(self, beside: Sequence[Path]) -> list[Path]:
         """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
         folders = (self.work.scratch, self.work.output / "lewis", *beside)
-        previous = self.destination.previous if self.destination else None
-        published = published_importance(previous, self.api, self.work.scratch)
+        published = published_file(IMPORTANCE, self.destination, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
 
     def texts(self, beside: Sequence[Path]) -> list[Path]:
         """Return files with texts that experts wrote: as `profiles`, but of several folders."""
-        previous = self.destination.previous if self.destination else None
         folders = (self.work.scratch, self.work.output / "lewis", *beside)
-        return written_in(folders, previous, self.api)
+        return written_in(folders, self.destination, self.api)
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Backend
@@ -114,14 +106,14 @@ class HubSink:
         return open_ranges(self.api, sources)
 
     def profiles(self, beside: Sequence[Path]) -> list[Path]:
-        """Return profiles in the workspace, on the Hub and beside the recipe."""
-        published = published_importance(self.destination.previous, self.api, self.work.scratch)
-        near = (folder / "importance.json" for folder in beside)
-        return [self.work.scratch / "importance.json", *published, *near]
+        """Return profiles in the workspace, beside the recipe and on the Hub."""
+        published = published_file(IMPORTANCE, self.destination, self.api, self.work.scratch)
+        folders = (self.work.scratch, *beside)
+        return [*(folder / "importance.json" for folder in folders), *published]
 
     def texts(self, beside: Sequence[Path]) -> list[Path]:
         """Return files with texts that experts wrote: as `profiles`, but of several folders."""
-        return written_in((self.work.scratch, *beside), self.destination.previous, self.api)
+        return written_in((self.work.scratch, *beside), self.destination, self.api)
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Backend
@@ -185,9 +177,9 @@ def work_folder(output: Path) -> Path:
     return beside(output, ".stream")
 
 
-def written_in(folders: Sequence[Path], previous: PreviousMerge | None, api: HfApi) -> list[Path]:
+def written_in(folders: Sequence[Path], destination: Destination | None, api: HfApi) -> list[Path]:
     """Return files with texts that experts wrote, the first to write to, the last from the Hub."""
-    published = published_file(previous, f"lewis/{GENERATED}", api, folders[0])
+    published = published_file(f"lewis/{GENERATED}", destination, api, folders[0])
     return [*(folder / GENERATED for folder in folders), *published]
 
 

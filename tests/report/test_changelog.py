@@ -107,5 +107,12 @@ def test_of_very_many_changes_the_first_are_shown():
     """12 MB of them made a card of 12 MB, at each push."""
     found = shown(["a" * 1000, *map(str, range(1, 150))])
 
-    assert found == ["a" * 300, *map(str, range(1, 100)), "50 more changes"]
+    assert found == ["a" * 297 + "...", *map(str, range(1, 100)), "50 more changes"]
     assert shown(["a", "b"]) == ["a", "b"]
+
+
+def test_changes_are_lines_without_control_characters():
+    """They are the message of a commit, too, and texts of the lock before are those of others."""
+    told = "name: \x1b[31mred\n\n::error::x\x07 → \u202ea"
+
+    assert shown([told]) == [r"name: \x1b[31mred ::error::x\x07 → \u202ea"]

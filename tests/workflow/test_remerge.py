@@ -218,6 +218,21 @@ def test_a_repo_that_is_not_what_its_lock_says_is_made_whole(hub, zoo, files):
 
 
 @pytest.mark.slow  # each merge measures
+def test_measurements_of_a_repo_that_only_takes_proposals_are_not_taken(hub, guided):
+    """Nothing shows that the numbers of its owner were measured."""
+    merge()
+    recipe = Path("recipe.yaml").read_text()
+    Path("recipe.yaml").write_text(recipe.replace("gamma: 0.3", "gamma: 0.4"))
+    _, of_its_own = merge()
+    recipe = recipe.replace("license:", "as: pull-request, license:")
+    Path("recipe.yaml").write_text(recipe.replace("gamma: 0.3", "gamma: 0.5"))
+
+    _, of_others = merge()
+
+    assert "Calibrating: 0 tokens" in of_its_own
+    assert "Calibrating: 0 tokens" not in of_others
+
+
 def test_measurements_that_are_not_those_of_the_lock_are_not_taken(hub, guided):
     merge()
     told = json.loads(published(hub, guided, "lewis/importance.json"))
