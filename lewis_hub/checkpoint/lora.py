@@ -78,7 +78,6 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: tuple[str, ...] = Field((), strict=False, fail_fast=True)
     init_lora_weights: bool | str = True
@@ -362,8 +361,8 @@ def _squares_transposed(
     """Whether square weights are stored as (in, out), which their shapes do not show.
 
     The other weights of the blocks show it: those that the adapter changes, or those of the base
-    by their biases. PEFT sets `fan_in_fan_out` for each module in turn, so the saved value is that
-    of the last module, such as a head.
+    by their biases. The saved `fan_in_fan_out` does not count: PEFT goes by the classes of modules,
+    sets it for each in turn, and so saves that of the last one, such as a head.
     """
     changed = {
         targets[module].shape == (parts["lora_A"].shape[-1], parts["lora_B"].shape[0])
@@ -373,7 +372,7 @@ def _squares_transposed(
         and set(LINEAR) <= set(parts)
     }
     seen = changed or _orders_by_bias(file.base)
-    return seen.pop() if len(seen) == 1 else file.config.fan_in_fan_out
+    return seen == {True}
 
 
 def _orders_by_bias(base: Checkpoint) -> set[bool]:

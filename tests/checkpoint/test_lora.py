@@ -208,13 +208,13 @@ def test_a_square_weight_lies_as_the_others_in_the_blocks_do(put):
         return header.adapted.update.transposed
 
     assert transposed(FITTING) is False
-    assert transposed(FITTING, fan_in_fan_out=True) is True
+    assert transposed(FITTING, fan_in_fan_out=True) is False  # as PEFT reads it
     assert transposed(FITTING | others) is True
 
 
 @pytest.mark.parametrize(("n_values", "is_transposed"), [(6, False), (4, True)])
 def test_a_square_weight_lies_as_weights_with_a_bias_do(put, n_values, is_transposed):
-    """PEFT writes the order of the module that it came to last: of an untied head, not of GPT-2."""
+    """PEFT saves the order of the module that it came to last: of a head, not of GPT-2's blocks."""
     base = BASE | {"model.layers.0.up.bias": torch.zeros(n_values)}
 
     for written in (False, True):
