@@ -52,6 +52,9 @@ class Silent:
         """Ignore the note."""
 
 
+SILENT = Silent()
+
+
 def shared(advance: Advance, n_passes: int) -> Advance:
     """Scale the units of `n_passes` passes over the same work to those of one."""
     done, reported = 0, 0

@@ -50,8 +50,17 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
             continue
         require_inside(folder, path, error)
         if path.is_file():
+            _require_utf8(path.relative_to(folder), str(folder), error)
             found.append(path)
     return found
+
+
+def _require_utf8(name: Path, where: str, error: type[LocatedError]) -> None:
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        problem = f"the name of a file in it is not UTF-8: {ascii(str(name))}"
+        raise error(where, problem, "Rename or delete the file.") from None
 
 
 def part_of(folder: Path, path: Path) -> Path | None:

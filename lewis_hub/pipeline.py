@@ -95,7 +95,11 @@ class Merged:
 
 
 def check(
-    recipe: Recipe, *, allow_pickle: bool = False, max_memory_bytes: int | None = None
+    recipe: Recipe,
+    *,
+    allow_pickle: bool = False,
+    max_memory_bytes: int | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> CheckReport:
     """Check a merge before the download: only headers and JSON files are read, no weights.
 
@@ -103,6 +107,7 @@ def check(
         recipe: the recipe.
         allow_pickle: whether sources may have only pickled weights.
         max_memory_bytes: a model that needs more is measured block by block; None: no limit.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: a source cannot be found or read. Sources that do not fit together are
@@ -116,13 +121,18 @@ def check(
     if parts := parts_of(recipe):
         require_sources(recipe, hub_api())
         first = [one for one in parts if not used(one, [str(part.name) for part in parts])]
-        checks = partial(check, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes)
+        checks = partial(
+            check,
+            allow_pickle=allow_pickle,
+            max_memory_bytes=max_memory_bytes,
+            progress=progress,
+        )
         return together(
             {str(one.name): checks(one) for one in first}, examine_parameters((*parts, recipe))
         )
     api = hub_api()
     execution = Execution(max_memory_bytes=max_memory_bytes, allow_code=True)
-    inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
+    inputs = resolve_inputs(recipe, api, shown(progress), allow_pickle=allow_pickle)
     examined = examine(recipe, execution, inputs, api)
     result, notes = examined.report, [*examined.report.notes]
     problems = result.problems

@@ -50,7 +50,7 @@ def verify(
     """
     progress, api = shown(progress), hub_api()
     execution = execution or Execution()
-    source = resolve_one(model, api)
+    source = resolve_one(model, api, progress)
     lock = verification.read_lock(source, api)
     verdict = verification.verify_files(source, lock, api, progress, public_key)
     if not rebuild:
@@ -59,7 +59,7 @@ def verify(
         output = Path(folder) / "merged"
         same = replace(execution, max_shard_bytes=lock.max_shard_bytes, measures_again=True)
         rounds_differently = _make_again(lock, source, output, same, progress)
-        again = verification.read_lock(resolve_one(output, api), api)
+        again = verification.read_lock(resolve_one(output, api, progress), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()
         if differing and rounds_differently:
             stored = fetch.download(api, [source], progress)[source.pinned]

@@ -47,7 +47,12 @@ def check(
     space and memory that the merge needs. The exit code is 1 if there is a problem.
     """
     recipe = options.read_recipe(recipe_file)  # before the slow imports, to report a typo at once
-    report = lewis_hub.check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes)
+    report = lewis_hub.check(
+        recipe,
+        allow_pickle=allow_pickle,
+        max_memory_bytes=max_memory_bytes,
+        progress=terminal.progress,
+    )
     terminal.finish(report.to_json(), report.table, "", *report.lines)
     if report.problems:
         raise click.exceptions.Exit(1)

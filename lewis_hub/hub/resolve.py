@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePath
@@ -17,10 +18,11 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from lewis_hub.display import Progress
 from lewis_hub.errors import SourceError
 from lewis_hub.files import path_of, starts_like_path, visible_files
 from lewis_hub.hub.cache import damaged_files, remove
-from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of
+from lewis_hub.hub.digests import content_sha, digests_of, git_sha1_of, remember_digests
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry
 from lewis_hub.hub.fetch import with_shards
@@ -73,6 +75,17 @@ def resolve_model(
     if not (allow_pickle and source.is_pickled):
         _require_weights(api, source)
     return with_shards(api, source)
+
+
+def read_local_folders(names: Iterable[str], progress: Progress) -> None:
+    """Hash those of the models that are folders here, with progress, and store the digests.
+
+    `resolve_model` needs them, and tells what is wrong with a name or a folder.
+    """
+    with suppress(SourceError, OSError):
+        folders = [path for name in dict.fromkeys(names) if (path := path_of(name)).is_dir()]
+        files = [file for folder in folders for file in visible_files(folder, SourceError)]
+        remember_digests(files, progress)
 
 
 def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Source:

@@ -91,7 +91,7 @@ def examine_sources(
 ) -> Examined:
     """Pin, open and check the sources, as far as possible before pickled weights are converted."""
     execution.require_usable()
-    inputs = resolve.resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
+    inputs = resolve.resolve_inputs(recipe, api, progress, allow_pickle=execution.allow_pickle)
     pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
     if pickled:
         check.require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)

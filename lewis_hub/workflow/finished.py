@@ -81,7 +81,7 @@ def export_model(
     api, progress = hub_api(), shown(progress)
     if output is not None:
         require_no_link(output)
-    source = resolve_one(model, api)
+    source = resolve_one(model, api, progress)
     opened = open_model(api, source)
     plan = plan_gguf(opened.checkpoint, opened.config, small_files(source, api))
     target = output or source.folder or Path()

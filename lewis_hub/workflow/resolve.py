@@ -13,13 +13,20 @@ from huggingface_hub import HfApi
 from pydantic import ValidationError
 
 from lewis_hub.checkpoint.lora import read_config
+from lewis_hub.display import SILENT, Progress
 from lewis_hub.errors import GuideError, RecipeError, SourceError, SourcesError
 from lewis_hub.files import path_of, visible_files
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.failures import is_transient
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
+from lewis_hub.hub.resolve import (
+    is_path,
+    missing_path_error,
+    read_local_folders,
+    resolve_dataset,
+    resolve_model,
+)
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
@@ -143,7 +150,11 @@ class Inputs:
 
 
 def resolve_one(
-    model: ModelReference | Path | str, api: HfApi, *, allow_pickle: bool = False
+    model: ModelReference | Path | str,
+    api: HfApi,
+    progress: Progress = SILENT,
+    *,
+    allow_pickle: bool = False,
 ) -> Source:
     """Pin a model outside of a recipe."""
     reference = model_reference(model)
@@ -151,6 +162,7 @@ def resolve_one(
         problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
         raise SourceError(str(reference), problem, remedy)
+    read_local_folders([reference.name], progress)
     found = resolve_model(api, reference.name, reference.revision, allow_pickle=allow_pickle)
     return require_whole(api, with_converted(found, code=False))
 
@@ -285,7 +297,9 @@ def _is_inside(place: str, folder: Path) -> bool:
     return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
-def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
+def resolve_inputs(
+    recipe: Recipe, api: HfApi, progress: Progress = SILENT, *, allow_pickle: bool = False
+) -> Inputs:
     """Pin every source of a recipe.
 
     Raises:
@@ -306,6 +320,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
 
     entries = merged_entries(recipe)
     named = [*([recipe.base_model] if recipe.base_model else []), *(one.model for one in entries)]
+    read_local_folders((find_place(one.name, recipe.locate) for one in named), progress)
     found = each_source(dict.fromkeys(named), model)
     base = require_whole(api, found[recipe.base_model]) if recipe.base_model else None
     experts = tuple(found[entry.model] for entry in entries)

@@ -119,7 +119,7 @@ def evaluate_model(
     execution.require_usable()
     api = hub_api()
     how = settings_of(asked, execution.device)
-    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
+    source = resolve_one(model, api, progress, allow_pickle=execution.allow_pickle)
     selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     library_of(selected).require_tasks(selected)
     tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
@@ -191,7 +191,7 @@ def extract_lora(
 
     output, progress, api = Path(output), shown(progress), hub_api()
     settings = settings or LoraSettings()
-    sources = [resolve_one(base, api), resolve_one(model, api)]
+    sources = [resolve_one(base, api, progress), resolve_one(model, api, progress)]
     opened_base = open_model(api, sources[0], "base")
     opened = with_common_names(MergeSources(opened_base, (open_model(api, sources[1]),)))
     opened = heads.without_copies(opened)
@@ -325,7 +325,7 @@ def measure_model(
     require_no_links_among(output)
     require_writable(output)
     api = hub_api()
-    source = resolve_one(model, api)
+    source = resolve_one(model, api, progress)
     data = resolve_data([calibration], api, _in_working_folder)
     texts = TextSettings(source, seed, execution.allow_code, data, (calibration,))
     drawn = draw(texts, calibration, api, progress)

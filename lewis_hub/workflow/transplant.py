@@ -119,7 +119,7 @@ def transplant_tokenizer(
     output, progress, api = Path(output), shown(progress), hub_api()
     settings, execution = settings or TransplantSettings(), execution or Execution()
     execution.require_usable()
-    opened = [open_model(api, resolve_one(one, api)) for one in (model, donor)]
+    opened = [open_model(api, resolve_one(one, api, progress)) for one in (model, donor)]
     job = compile_transplant(opened[0], opened[1], settings, execution.max_shard_bytes, api)
     found = None if execution.replace else complete_in(output)
     if found and found.digest == job.planned.digest:

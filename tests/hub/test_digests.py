@@ -1,11 +1,12 @@
 import hashlib
 import os
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from lewis_hub.hub import digests
-from lewis_hub.hub.digests import REMEMBERED_BYTES, digests_of
+from lewis_hub.hub.digests import REMEMBERED_BYTES, digests_of, remember_digests
 
 OLD = bytes(REMEMBERED_BYTES)
 NEW = b"\1" + OLD[1:]
@@ -13,6 +14,18 @@ NEW = b"\1" + OLD[1:]
 
 def sha256(content):
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+class Told:
+    """A progress that keeps what it is told."""
+
+    def __init__(self):
+        self.stages, self.done = [], []
+
+    @contextmanager
+    def stage(self, *told):
+        self.stages.append(told)
+        yield self.done.append
 
 
 @pytest.fixture
@@ -82,3 +95,30 @@ def test_a_broken_note_is_not_believed(settled, hashed):
 
     assert digests_of([settled]) == [sha256(OLD)]
     assert hashed == [settled, settled]
+
+
+def test_many_bytes_are_read_with_progress_and_then_known(settled, hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "LONG_BYTES", 2 * REMEMBERED_BYTES)
+    other, small = tmp_path / "other.safetensors", tmp_path / "config.json"
+    other.write_bytes(NEW + b"more")
+    small.write_bytes(b"{}")
+    told = Told()
+
+    remember_digests([settled, other, small], told)
+
+    n_bytes = 2 * REMEMBERED_BYTES + 4
+    assert told.stages == [("Reading local files", n_bytes, "bytes")]
+    assert sum(told.done) == n_bytes
+    assert max(told.done) <= 1 << 20
+    assert digests_of([settled, other]) == [sha256(OLD), sha256(NEW + b"more")]
+    assert hashed == []
+    remember_digests([settled, other], told)
+    assert len(told.stages) == 1
+
+
+def test_few_bytes_are_not_read_in_advance(settled, hashed):
+    told = Told()
+
+    remember_digests([settled], told)
+
+    assert (told.stages, hashed) == ([], [])

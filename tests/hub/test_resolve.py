@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -167,6 +168,17 @@ def test_without_an_index_that_can_be_read_the_names_tell_the_weights(broken, tm
     found = resolve_model(api, str(write(tmp_path / "model", files)))
 
     assert weight_files(found) == ("model-00001-of-00001.safetensors",)
+
+
+def test_a_name_that_is_not_utf8_is_one_message(tmp_path, api):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / os.fsdecode(b"notes\xff.txt")).write_text("")
+
+    with pytest.raises(SourceError) as caught:
+        resolve_model(api, str(tmp_path))
+
+    problem = r"the name of a file in it is not UTF-8: 'notes\udcff.txt'"
+    assert str(caught.value) == f"{tmp_path}: {problem}.\nRename or delete the file."
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):
