@@ -16,7 +16,9 @@ MAX_COMPARED = 200_000  # letters of names: 2 s if all are the same, which is th
 BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.")
 EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
-NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
+NO_TOKENS = re.compile(
+    r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type|score\.|classifier)"
+)
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
 WRAPPERS = frozenset({"model", "language_model", "vision_model"})
 TIED = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
@@ -140,7 +142,7 @@ def bias_of_head(name: str) -> str | None:
 
 
 def may_have_tokens(name: str) -> bool:
-    """Whether a tensor may have one row for each token: outside the blocks, no position table."""
+    """Whether a tensor may have a row for each token: outside the blocks, no positions or labels."""
     return block(name) is None and NO_TOKENS.search(name) is None
 
 

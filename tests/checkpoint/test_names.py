@@ -78,9 +78,10 @@ def test_other_tensors_are_no_heads(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["wpe.weight", "bert.embeddings.position_embeddings.weight", "pos_embed"]
+    "name",
+    ["wpe.weight", "bert.embeddings.position_embeddings.weight", "pos_embed", "score.weight"],
 )
-def test_positions_are_no_tokens(name):
+def test_positions_and_labels_are_no_tokens(name):
     assert not names.may_have_tokens(name)
     assert not names.is_token_embedding(name)
 
