@@ -142,7 +142,7 @@ def bias_of_head(name: str) -> str | None:
 
 
 def may_have_tokens(name: str) -> bool:
-    """Whether a tensor may have a row for each token: outside the blocks, no positions or labels."""
+    """Whether a tensor may have a row for each token: no block, no positions and no labels."""
     return block(name) is None and NO_TOKENS.search(name) is None
 
 

@@ -196,8 +196,8 @@ def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ..
     """The tensors with a row per token: embeddings, heads and their biases, whatever their names.
 
     They are outside the blocks and have `n_tokens` rows, or as many as the first input embedding.
-    A table of positions or labels of the same length is recognised by its name. Tables without values do not
-    count: a header can have any number of them, each with a million rows.
+    A table of positions or labels of the same length is recognised by its name. Tables without
+    values do not count: a header can have any number of them, each with a million rows.
     """
     tensors = {
         name: tensor.shape
