@@ -8,13 +8,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from lewis_hub.audit_hook import opening_only
+from lewis_hub.display import shortened
 from lewis_hub.documents import texts_in
 from lewis_hub.errors import EvaluationError, LewisHubError, SourceError
 from lewis_hub.evaluate.backends import EvaluationSettings
@@ -60,6 +61,7 @@ CHECK_DATA = (
     "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
     "working folder), your network, and whether the dataset needs `hf auth login`."
 )
+MAX_RECURSIVE = 2  # of `**` in a pattern: the time is a power of the depth of the folders
 LOCK = "lock.json"  # of a merge, beside the copies of its task files
 UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
@@ -138,13 +140,22 @@ def _data_files(data: TaskData, folder: Path) -> Iterable[Path]:
     if within is not None:
         return tables_beside(within, folder)
     names = [str(Path(data.data_dir or "") / file) for file in data.files]
-    files = [Path(file) for name in names for file in (name, *_matching(name))]
+    files = [Path(file) for name in names for file in (name, *_matching(name, data.task))]
     for file in files:
         require_no_link_out(folder, file, EvaluationError)
     return files
 
 
-def _matching(name: str) -> list[str]:
+def _matching(name: str, task: str) -> list[str]:
+    """The files that a pattern matches; of one that tries the same folders very often, an error."""
+    parts = Path(name).parts
+    first = next((n for n, part in enumerate(parts) if has_magic(part)), len(parts))
+    if ".." in parts[first:] or parts.count("**") > MAX_RECURSIVE:
+        problem = (
+            f"`data_files` has the pattern `{shortened(name)}`, which finds a file in many ways"
+        )
+        remedy = f"Write `..` before the first wildcard, and `**` at most {MAX_RECURSIVE} times."
+        raise EvaluationError(task, problem, remedy)
     return glob(name, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
 
 

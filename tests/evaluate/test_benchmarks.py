@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.cli.main import disk_failure
+from lewis_hub.display import shortened
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.benchmarks import load_tasks, own_files, with_prompts
 from lewis_hub.evaluate.tasks import TaskSelection
 
 FILE_REMEDY = "Check the task's file: its keys, splits, columns and metrics."
@@ -60,6 +61,26 @@ def test_settings_that_a_task_s_python_asserts_are_named(refusal, tmp_path):
     message = refusal("test_split:", "process_docs: !function own.docs\ntest_split:")
 
     assert message == f"after: cannot be built: AssertionError: no tokenizer.\n{FILE_REMEDY}"
+
+
+@pytest.mark.parametrize("pattern", ["*/../" * 16 + "rows.jsonl", "**/" * 40 + "rows.jsonl"])
+def test_a_pattern_of_data_files_that_leads_through_folders_often_is_refused(
+    own_tasks, tmp_path, pattern
+):
+    """Nine steps `*/..` took 13 s for three folders, and each more three times as long."""
+    text = (own_tasks / "after.yaml").read_text().replace("test.jsonl", pattern)
+    (tmp_path / "after.yaml").write_text(text)
+    folders = tmp_path / "/".join("abcdefghijklmnopqrst")
+    folders.mkdir(parents=True)
+
+    with pytest.raises(EvaluationError) as raised:
+        own_files(["after"], tmp_path)
+
+    found = f"{own_tasks}/{pattern}"
+    assert str(raised.value) == (
+        f"after: `data_files` has the pattern `{shortened(found)}`, which finds a file in many "
+        "ways.\nWrite `..` before the first wildcard, and `**` at most 2 times."
+    )
 
 
 @pytest.mark.parametrize(
