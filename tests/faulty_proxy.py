@@ -55,6 +55,7 @@ def _refusing(status, pause_s):
     return lambda answer: Answer(status, {"retry-after": str(pause_s)}, b"").sending(b"{}")
 
 
+FOR_EVER = f'"api";r=0;t={"9" * 5000}'
 FAULTS = {  # name -> what becomes of an answer
     "another range": _other_range,
     "other bytes": lambda answer: answer.sending(bytes(len(answer.body))),
@@ -72,6 +73,7 @@ FAULTS = {  # name -> what becomes of an answer
     "429 for a day": _refusing(429, 86_400),
     "503": _refusing(503, 1),
     "500 for a day": _refusing(500, 86_400),
+    "429 for ever": lambda _: Answer(429, {"ratelimit": FOR_EVER}, b"").sending(b"{}"),
 }
 
 

@@ -138,6 +138,9 @@ def _beside(file: TaskFile, folder: Path) -> set[Path]:
 def _data_files(data: TaskData, folder: Path) -> Iterable[Path]:
     within = data.repo or (None if data.files else data.data_dir)
     if within is not None:
+        if "\0" in within:
+            problem = "the path of its data has a null character."
+            raise EvaluationError(data.task, problem, "Correct `dataset_path` or `data_dir`.")
         return tables_beside(within, folder)
     names = [str(Path(data.data_dir or "") / file) for file in data.files]
     files = [Path(file) for name in names for file in (name, *_matching(name, data.task))]

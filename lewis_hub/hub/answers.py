@@ -35,6 +35,8 @@ MAX_OBJECTS = 600_000  # in an answer, and in all pages of a list: 250,000 files
 MAX_LINE_BYTES = 16 << 20  # of a line of a log
 COMPRESSION = "gzip"  # the only one that lookups ask for
 PIECE_BYTES = 1 << 16  # decompressed at a time
+PAUSE_DIGITS = 9  # of the seconds that an answer asks for: 30 years
+LONG_PAUSE = re.compile(rf"\d{{{PAUSE_DIGITS},}}")
 MAX_PARTS = 10_000  # that an upload of one file is cut into: more are not possible in S3
 MAX_PAGES = 1000  # of a list, such as that of a repo's files
 # of a file that huggingface_hub downloads itself, in this context; None: what it announces
@@ -211,6 +213,16 @@ def _entry(path: str, file: SourceFile | None) -> dict[str, object]:
     lfs = {"oid": oid, "size": file.size_bytes, "pointerSize": 0}
     entry: dict[str, object] = {"type": "file", "path": path, "oid": oid, "size": file.size_bytes}
     return entry | ({"lfs": lfs} if kind == "sha256" else {})
+
+
+def limit_pauses(answer: httpx2.Response) -> None:
+    """Shorten the numbers of headers that ask for a pause: huggingface_hub takes them as they are.
+
+    One of 400 digits cannot be a float, and one of 5,000 no int.
+    """
+    for name in ("RateLimit", "RateLimit-Policy", "Retry-After"):
+        if value := answer.headers.get(name):
+            answer.headers[name] = LONG_PAUSE.sub("9" * PAUSE_DIGITS, value)
 
 
 REDIRECTED: dict[str, str] = {}  # address that a HEAD was redirected to -> the commit that it asked

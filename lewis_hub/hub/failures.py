@@ -34,6 +34,7 @@ from lewis_hub.hub.answers import (
     hide_unlisted,
     limit_body,
     limit_pages,
+    limit_pauses,
     limit_silence,
     note_next_page,
     note_purpose,
@@ -210,7 +211,7 @@ def _limit(session: httpx2.Client) -> httpx2.Client:
     if limit_body not in answers:
         limit_heads(session)
         requests.extend((note_purpose, limit_pages, withhold_token, limit_silence))
-        answers.extend((hide_access_elsewhere, hide_unlisted))
+        answers.extend((limit_pauses, hide_access_elsewhere, hide_unlisted))
         answers.extend((_require_short_pause, note_next_page))
         answers.extend((require_true_names, limit_body))
     return session

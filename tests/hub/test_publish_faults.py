@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from contextlib import suppress
 
 import pytest
@@ -171,6 +172,23 @@ def test_no_call_waits_for_a_day_and_the_pause_is_told(
         "Calls wait at most 60 s. Wait that long, then run",
     }
     assert str(raised.value).startswith(told[status])
+
+
+@pytest.mark.parametrize("n_digits", [400, 5000])
+@pytest.mark.parametrize("header", ["Retry-After", "RateLimit"])
+@pytest.mark.parametrize("call", ["/api/models/.*/revision/", "objects/batch", "/commit/main"])
+def test_a_pause_of_any_number_of_digits_is_one_message(hub, api, prepare, call, header, n_digits):
+    repo, folder, _ = prepare()
+    seconds = "9" * n_digits
+    asked = {"Retry-After": seconds, "RateLimit": f'"api";r=0;t={seconds}'}[header]
+    hub.fail(call, 429, times=NEVER).headers = {header: asked}
+
+    with pytest.raises(PublishError) as raised:
+        publish(api, folder, repo, PUSH, lambda _: None)
+
+    assert content(hub, repo) == BEFORE
+    problem = f"{repo}: {hub.url} limits the rate of requests (429).\nWait "
+    assert re.match(re.escape(problem) + r"(999999999|1000000000) s, then run", str(raised.value))
 
 
 @pytest.mark.parametrize("n_parts", [10_000, 10_001])
