@@ -34,7 +34,14 @@ DAMAGED = "The file is damaged: use an intact copy."
 # settings of training and of running, or that the tensors show: they change no weight
 IGNORED = frozenset(
     {"auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"}
-    | {"lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"}
+    | {
+        "fan_in_fan_out",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+    }
     | {"runtime_config", "target_modules", "task_type"}
 )
 INITIALISED = (True, False, "gaussian", "orthogonal")  # these leave the base's weights unchanged
@@ -61,6 +68,7 @@ DOT = re.compile(r"\.")
 MAX_EXPRESSION_BYTES = 256 << 10  # of memory for each
 MAX_VALUES = 1_000_000  # of its configuration: pydantic takes a kB to tell what is wrong with each
 MAX_STEPS = 50_000  # of all; each letter of a module's name may take all of them
+MAX_LEVELS = 4  # of modules in one that is saved whole, such as a projector
 Value = TypeVar("Value", int, float)
 UpdateParts = Mapping[str, TensorHeader]  # such as `lora_A` -> its tensor
 
@@ -289,9 +297,10 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
         module: file.target(f"{module}.weight", next(iter(parts.values())).name)
         for module, parts in modules.items()
     }
-    squares = _squares_transposed(file, modules, targets)
+    stacks = _transposed_stacks(file, modules, targets)
     for module, target in targets.items():
-        update = _update(file, module, modules[module], target, squares_transposed=squares)
+        flips = names.stack(target.name) in stacks
+        update = _update(file, module, modules[module], target, is_square_transposed=flips)
         before = changes.get(target.name)
         if before and before.update:
             raise file.error(f"`{update.a.name}` changes {target.name} a second time")
@@ -333,7 +342,11 @@ def _require_saved(file: _AdapterFile, saved: Mapping[str, TensorHeader]) -> Non
 
 
 def _modules(tensors: Iterable[str]) -> names.TensorNames:
-    return names.TensorNames({names.module(name) for name in tensors})
+    """The modules that have these tensors, and those that they are parts of."""
+    found = {names.module(name) for name in tensors}
+    for _ in range(MAX_LEVELS):
+        found |= {name.rpartition(".")[0] for name in found}
+    return names.TensorNames(found - {""})
 
 
 def _twin(file: _AdapterFile, name: str, saved: Mapping[str, TensorHeader]) -> TensorHeader | None:
@@ -353,36 +366,31 @@ def _require_shape(file: _AdapterFile, target: TensorHeader, tensor: TensorHeade
         raise file.error(problem, remedy)
 
 
-def _squares_transposed(
+def _transposed_stacks(
     file: _AdapterFile,
     modules: Mapping[str, UpdateParts],
     targets: Mapping[str, TensorHeader],
-) -> bool:
-    """Whether square weights are stored as (in, out), which their shapes do not show.
+) -> set[str | None]:
+    """The lists of blocks whose weights are stored as (in, out), which square ones do not show.
 
     The other weights of the blocks show it: those that the adapter changes, or those of the base
     by their biases. The saved `fan_in_fan_out` does not count: PEFT goes by the classes of modules,
     sets it for each in turn, and so saves that of the last one, such as a head.
     """
-    changed = {
-        targets[module].shape == (parts["lora_A"].shape[-1], parts["lora_B"].shape[0])
-        for module, parts in modules.items()
-        if _shows_order(targets[module])
-        and all(len(parts[part].shape) == 2 for part in LINEAR if part in parts)
-        and set(LINEAR) <= set(parts)
-    }
-    seen = changed or _orders_by_bias(file.base)
-    return seen == {True}
-
-
-def _orders_by_bias(base: Checkpoint) -> set[bool]:
-    """Whether weights of blocks are stored as (in, out): their biases have `out` values."""
-    found = set()
-    for weight in filter(_shows_order, base.tensors.values()):
-        bias = base.tensors.get(f"{names.module(weight.name)}.bias")
+    changed, of_base = (defaultdict[str | None, set[bool]](set) for _ in range(2))
+    for module, parts in modules.items():
+        target = targets[module]
+        factors = [parts[part] for part in LINEAR if part in parts]
+        if _shows_order(target) and [len(one.shape) for one in factors] == [2, 2]:
+            a, b = factors
+            is_transposed = target.shape == (a.shape[1], b.shape[0])
+            changed[names.stack(target.name)].add(is_transposed)
+    for weight in filter(_shows_order, file.base.tensors.values()):
+        bias = file.base.tensors.get(f"{names.module(weight.name)}.bias")
         if bias and len(bias.shape) == 1 and bias.shape[0] in weight.shape:
-            found.add(bias.shape == weight.shape[1:])
-    return found
+            of_base[names.stack(weight.name)].add(bias.shape == weight.shape[1:])
+    seen = {**of_base, **changed}
+    return {stack for stack, orders in seen.items() if orders == {True}}
 
 
 def _shows_order(weight: TensorHeader) -> bool:
@@ -396,7 +404,7 @@ def _update(
     parts: UpdateParts,
     target: TensorHeader,
     *,
-    squares_transposed: bool,
+    is_square_transposed: bool,
 ) -> LowRank:
     magnitude = parts.get(MAGNITUDE)
     pair = next((pair for pair in (LINEAR, EMBEDDING) if set(pair) == set(parts) - {MAGNITUDE}), ())
@@ -410,7 +418,7 @@ def _update(
         raise file.error(f"{problem}matrix")
     transposed = pair == EMBEDDING or target.shape != (*b.shape[:1], *a.shape[-1:])
     if len(set(target.shape)) == 1 and pair == LINEAR:
-        transposed = squares_transposed
+        transposed = is_square_transposed
     rank = file.config.rank(module)
     n_out, n_in = target.shape[::-1] if transposed else target.shape
     fits = a.shape == (rank, n_in) and b.shape == (n_out, rank)

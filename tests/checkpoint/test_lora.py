@@ -77,6 +77,10 @@ def test_what_leaves_the_base_alone_at_the_start_is_read(first):
     assert read(init_lora_weights=first).r == 16
 
 
+def test_the_order_that_peft_saves_does_not_count():
+    assert read(fan_in_fan_out=True).scale("transformer.h.0.attn.c_attn") == 2.0
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -220,6 +224,40 @@ def test_a_square_weight_lies_as_weights_with_a_bias_do(put, n_values, is_transp
     for written in (False, True):
         found = put(FITTING, base, fan_in_fan_out=written).tensors["model.layers.0.q.weight"]
         assert found.adapted.update.transposed is is_transposed
+
+
+def test_each_list_of_blocks_has_its_own_order(put):
+    """Such as BERT's and GPT-2's in one encoder-decoder."""
+    blocks = {name: tensor for name, tensor in BASE.items() if ".layers." in name}
+    base = {
+        f"{part}.{name}": tensor.clone()
+        for part in ("encoder", "decoder")
+        for name, tensor in blocks.items()
+    }
+    base |= {"bridge.weight": torch.zeros(4, 4), "decoder.model.layers.0.up.bias": torch.zeros(4)}
+    square = {"lora_A.weight": (2, 4), "lora_B.weight": (4, 2)}
+    modules = ("encoder.model.layers.0.q", "decoder.model.layers.0.q", "bridge")
+    tensors = {
+        f"base_model.model.{module}.{part}": torch.zeros(shape)
+        for module in modules
+        for part, shape in square.items()
+    }
+
+    found = put(tensors, base).tensors
+
+    flips = [found[f"{module}.weight"].adapted.update.transposed for module in modules]
+    assert flips == [False, True, False]
+
+
+def test_a_module_that_is_saved_whole_may_have_parts(put):
+    base = BASE | {"model.projector.inner.up.weight": torch.zeros(6, 4)}
+    whole = {"base_model.model.model.projector.inner.up.weight": torch.ones(6, 4)}
+
+    found = put(FITTING | whole, base, modules_to_save=("projector",)).tensors
+
+    assert found["model.projector.inner.up.weight"].adapted.saved.name in whole
+    with pytest.raises(AdapterError, match="`other` was trained whole"):
+        put(FITTING | whole, base, modules_to_save=("other",))
 
 
 def named(module, a, b, **more):

@@ -84,7 +84,7 @@ def test_a_pattern_of_data_files_that_leads_through_folders_often_is_refused(
 
 
 def test_a_null_character_in_a_path_is_one_message(own_tasks, tmp_path):
-    text = (own_tasks / "after.yaml").read_text()
+    text = (own_tasks / "after.yaml").read_text().partition("dataset_kwargs:")[0]
     text = text.replace("dataset_path: json", r'dataset_path: "./a\0b"')
     (tmp_path / "after.yaml").write_text(text)
 
