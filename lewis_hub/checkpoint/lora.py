@@ -297,9 +297,15 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
         module: file.target(f"{module}.weight", next(iter(parts.values())).name)
         for module, parts in modules.items()
     }
-    stacks = _transposed_stacks(file, modules, targets)
+    orders = _orders(file, modules, targets)
     for module, target in targets.items():
-        flips = names.stack(target.name) in stacks
+        seen = orders.get(names.stack(target.name), set())
+        if len(seen) > 1 and len({*target.shape}) == 1:
+            problem = (
+                f"{target.name} is square, and other weights of its blocks are stored both as "
+            )
+            raise file.error(f"{problem}(in, out) and as (out, in)")
+        flips = seen == {True}
         update = _update(file, module, modules[module], target, is_square_transposed=flips)
         before = changes.get(target.name)
         if before and before.update:
@@ -366,31 +372,30 @@ def _require_shape(file: _AdapterFile, target: TensorHeader, tensor: TensorHeade
         raise file.error(problem, remedy)
 
 
-def _transposed_stacks(
+def _orders(
     file: _AdapterFile,
     modules: Mapping[str, UpdateParts],
     targets: Mapping[str, TensorHeader],
-) -> set[str | None]:
-    """The lists of blocks whose weights are stored as (in, out), which square ones do not show.
+) -> Mapping[str | None, set[bool]]:
+    """Whether weights in a list of blocks are stored as (in, out), which square ones do not show.
 
-    The other weights of the blocks show it: those that the adapter changes, or those of the base
+    The other weights of the blocks show it: those that the adapter changes, and those of the base
     by their biases. The saved `fan_in_fan_out` does not count: PEFT goes by the classes of modules,
     sets it for each in turn, and so saves that of the last one, such as a head.
     """
-    changed, of_base = (defaultdict[str | None, set[bool]](set) for _ in range(2))
+    seen = defaultdict[str | None, set[bool]](set)
     for module, parts in modules.items():
         target = targets[module]
         factors = [parts[part] for part in LINEAR if part in parts]
         if _shows_order(target) and [len(one.shape) for one in factors] == [2, 2]:
             a, b = factors
             is_transposed = target.shape == (a.shape[1], b.shape[0])
-            changed[names.stack(target.name)].add(is_transposed)
+            seen[names.stack(target.name)].add(is_transposed)
     for weight in filter(_shows_order, file.base.tensors.values()):
         bias = file.base.tensors.get(f"{names.module(weight.name)}.bias")
         if bias and len(bias.shape) == 1 and bias.shape[0] in weight.shape:
-            of_base[names.stack(weight.name)].add(bias.shape == weight.shape[1:])
-    seen = {**of_base, **changed}
-    return {stack for stack, orders in seen.items() if orders == {True}}
+            seen[names.stack(weight.name)].add(bias.shape == weight.shape[1:])
+    return seen
 
 
 def _shows_order(weight: TensorHeader) -> bool:

@@ -249,6 +249,19 @@ def test_each_list_of_blocks_has_its_own_order(put):
     assert flips == [False, True, False]
 
 
+def test_a_square_weight_among_weights_of_both_orders_is_refused(put):
+    down = {"down.weight": torch.zeros(4, 6), "down.bias": torch.zeros(6)}
+    base = BASE | {f"model.layers.0.{name}": tensor for name, tensor in down.items()}
+
+    with pytest.raises(AdapterError) as caught:
+        put(FITTING, base)
+
+    assert (
+        "model.layers.0.q.weight is square, and other weights of its blocks are stored both as "
+        "(in, out) and as (out, in)."
+    ) in str(caught.value)
+
+
 def test_a_module_that_is_saved_whole_may_have_parts(put):
     base = BASE | {"model.projector.inner.up.weight": torch.zeros(6, 4)}
     whole = {"base_model.model.model.projector.inner.up.weight": torch.ones(6, 4)}
