@@ -71,6 +71,7 @@ class Completions(BaseHTTPRequestHandler):
         choices = [{"index": i, **one(folder, p)} for i, p in enumerate(asked["prompt"])]
         body = json.dumps({"choices": self.server.edit(choices)}).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
+        headers["content-encoding"] = "identity"
         self.send(200, headers, [body])
 
     def send(self, status: int, headers: dict[str, str], pieces: Iterable[bytes]) -> None:

@@ -133,7 +133,8 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
             raise ConnectionError(str(error)) from None
 
     async def _body(self, answer: ClientResponse, max_bytes: int) -> bytes:
-        if encoding := answer.headers.get("Content-Encoding"):
+        encoding = answer.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
             problem = f"the server compressed its answer ({line_of(encoding, 40)}), unasked"
             raise EvaluationError(str(self.base_url), problem, NO_COMPLETION)
         content = bytearray()
@@ -143,7 +144,8 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
                 problem = f"the server answered more than {max_bytes:,} bytes to a request"
                 raise EvaluationError(str(self.base_url), problem, SMALLER)
         if not answer.ok:
-            told = line_of(content.decode(errors="replace"), SHOWN_ERROR)
+            text = content.decode(errors="replace")
+            told = line_of(text.replace(self.api_key or "\0", "..."), SHOWN_ERROR)
             problem = f"the server answered {answer.status}: {told}"
             raise EvaluationError(str(self.base_url), problem, NO_COMPLETION)
         return bytes(content)
@@ -187,7 +189,8 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
         listed = outputs if isinstance(outputs, list) else [outputs]
         found = [one.get("choices") if isinstance(one, Mapping) else None for one in listed]
         choices = [choice for one in found if isinstance(one, list) for choice in one]
-        by_index = {c.get("index"): c for c in choices if isinstance(c, Mapping)}
+        found_at = [(c.get("index"), c) for c in choices if isinstance(c, Mapping)]
+        by_index = {index: choice for index, choice in found_at if type(index) is int}
         if len(choices) != n_prompts or by_index.keys() != set(range(n_prompts)):
             problem = f"the server gave {len(choices):,} answers to {n_prompts:,} prompts"
             if len(choices) == n_prompts:

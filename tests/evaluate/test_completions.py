@@ -85,6 +85,10 @@ NO_LIKELIHOODS = (
             *("after", lambda found: [one | {"index": 7} for one in found]),
             "the server did not number its 1 answers from 0$",
         ),
+        (
+            *("after", lambda found: [one | {"index": [0]} for one in found]),
+            "the server did not number its 1 answers from 0$",
+        ),
     ],
 )
 def test_answers_that_do_not_fit_the_requests_are_no_scores(
@@ -101,6 +105,20 @@ def test_answers_that_do_not_fit_the_requests_are_no_scores(
 
     told = str(caught.value).splitlines()[0].rstrip(".")
     assert re.fullmatch(f"{server.url}: {problem}", told)
+
+
+def test_the_api_key_is_in_no_message(own_tasks, good_model, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with serving() as server:
+        server.answer = lambda request: request.send(
+            401, {}, [b"no such key: " + request.headers["authorization"].encode()]
+        )
+        args = {"base_url": server.url, "max_retries": 1}
+        with pytest.raises(EvaluationError) as caught:
+            result(own_tasks, good_model, "after", backend="local-completions", backend_args=args)
+
+    problem = "the server answered 401: no such key: Bearer ..."
+    assert str(caught.value).startswith(f"{server.url}: {problem}")
 
 
 def test_a_server_that_is_not_there_is_one_message(own_tasks, good_model):
