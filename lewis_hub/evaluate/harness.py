@@ -18,8 +18,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
@@ -452,6 +453,10 @@ def _hide_bars(stack: ExitStack) -> None:
     for module in (*modules, *(one for one in others if hasattr(one, "tqdm"))):
         stack.callback(setattr, module, "tqdm", module.tqdm)
         module.tqdm = _without_bar(module.tqdm)
+    api: Any = sys.modules.get("lm_eval.models.api_models")
+    if bars := getattr(api, "tqdm_asyncio", None):  # of concurrent requests
+        stack.callback(setattr, api, "tqdm_asyncio", bars)
+        api.tqdm_asyncio = SimpleNamespace(gather=partial(bars.gather, disable=True))
 
 
 def _without_bar(tqdm: Any) -> Any:

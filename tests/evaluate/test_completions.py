@@ -33,7 +33,7 @@ def result(own_tasks, folder, *tasks, **settings):
     return evaluate_model(folder, with_prompts(loaded, 10, asked), asked, lambda _: None)
 
 
-def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_model, server):
+def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_model, server, capfd):
     args = {"base_url": server.url, "num_concurrent": 2}
 
     plain = result(own_tasks, poor_model, "after", "choose")
@@ -43,6 +43,7 @@ def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_mod
     )
 
     assert told.tasks == plain.tasks
+    assert "Requesting API" not in capfd.readouterr().err  # it is no progress of ours
 
 
 def without_echo(choices):
