@@ -12,9 +12,11 @@ from pathlib import Path, PurePath
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from tempfile import TemporaryDirectory
 
+from lewis_hub.display import Advance
 from lewis_hub.errors import LocatedError, OutputError
 from lewis_hub.system import create_binary
 
+PIECE_BYTES = 1 << 18  # that is hashed at a time
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
@@ -24,10 +26,15 @@ OF_THE_DISK = {
 }
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as 64 hex digits."""
+def sha256_of(path: Path, advance: Advance | None = None) -> str:
+    """The sha256 of a file, as 64 hex digits; `advance` counts the bytes that are read."""
+    total, piece = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while n_bytes := file.readinto(piece):
+            total.update(piece[:n_bytes])
+            if advance:
+                advance(n_bytes)
+    return total.hexdigest()
 
 
 def size_of(path: Path) -> int:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import click
 
 from lewis_hub.display import (
+    SILENT,
     Advance,
     Progress,
-    Silent,
     Unit,
     printable,
     size,
@@ -33,7 +33,7 @@ def shown(progress: Shown) -> Progress:
     if not isinstance(progress, bool):
         return progress
     if not progress:
-        return Silent()
+        return SILENT
     return Bars() if sys.stderr.isatty() else Lines()
 
 

@@ -14,6 +14,7 @@ import torch
 from running_server import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+NOWHERE = "http://127.0.0.1:9/v1/completions"  # where no server is
 LOADING = Lock()  # transformers changes its classes while it loads a model
 
 

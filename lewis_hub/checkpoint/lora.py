@@ -33,16 +33,9 @@ FOLD = (
 DAMAGED = "The file is damaged: use an intact copy."
 # settings of training and of running, or that the tensors show: they change no weight
 IGNORED = frozenset(
-    {"auto_mapping", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"}
-    | {
-        "fan_in_fan_out",
-        "lora_dropout",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-    }
-    | {"runtime_config", "target_modules", "task_type"}
+    {"auto_mapping", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"}
+    | {"layers_to_transform", "lora_dropout", "megatron_core", "peft_version"}
+    | {"qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"}
 )
 INITIALISED = (True, False, "gaussian", "orthogonal")  # these leave the base's weights unchanged
 
@@ -299,14 +292,7 @@ def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Ad
     }
     orders = _orders(file, modules, targets)
     for module, target in targets.items():
-        seen = orders.get(names.stack(target.name), set())
-        if len(seen) > 1 and len({*target.shape}) == 1:
-            problem = (
-                f"{target.name} is square, and other weights of its blocks are stored both as "
-            )
-            raise file.error(f"{problem}(in, out) and as (out, in)")
-        flips = seen == {True}
-        update = _update(file, module, modules[module], target, is_square_transposed=flips)
+        update = _update(file, module, modules[module], target, orders[names.stack(target.name)])
         before = changes.get(target.name)
         if before and before.update:
             raise file.error(f"`{update.a.name}` changes {target.name} a second time")
@@ -376,7 +362,7 @@ def _orders(
     file: _AdapterFile,
     modules: Mapping[str, UpdateParts],
     targets: Mapping[str, TensorHeader],
-) -> Mapping[str | None, set[bool]]:
+) -> defaultdict[str | None, set[bool]]:
     """Whether weights in a list of blocks are stored as (in, out), which square ones do not show.
 
     The other weights of the blocks show it: those that the adapter changes, and those of the base
@@ -408,8 +394,7 @@ def _update(
     module: str,
     parts: UpdateParts,
     target: TensorHeader,
-    *,
-    is_square_transposed: bool,
+    orders: set[bool],
 ) -> LowRank:
     magnitude = parts.get(MAGNITUDE)
     pair = next((pair for pair in (LINEAR, EMBEDDING) if set(pair) == set(parts) - {MAGNITUDE}), ())
@@ -422,8 +407,12 @@ def _update(
         problem = f"`{a.name}` changes {target.name} of shape {list(target.shape)}, expected a "
         raise file.error(f"{problem}matrix")
     transposed = pair == EMBEDDING or target.shape != (*b.shape[:1], *a.shape[-1:])
-    if len(set(target.shape)) == 1 and pair == LINEAR:
-        transposed = is_square_transposed
+    is_square = len(set(target.shape)) == 1
+    if is_square and len(orders) > 1:
+        problem = f"{target.name} is square, and other weights of its blocks are stored both as "
+        raise file.error(f"{problem}(in, out) and as (out, in)")
+    if is_square and pair == LINEAR:
+        transposed = orders == {True}
     rank = file.config.rank(module)
     n_out, n_in = target.shape[::-1] if transposed else target.shape
     fits = a.shape == (rank, n_in) and b.shape == (n_out, rank)

@@ -15,13 +15,12 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from lewis_hub.display import Advance, Progress
-from lewis_hub.files import sha256_of, size_of, write_whole
+from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import digest_like
 
 N_HASHING_THREADS = 2
 REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
 LONG_BYTES = 1 << 30  # hashing fewer takes a few seconds, and needs no progress
-PIECE_BYTES = 1 << 20
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -34,10 +33,12 @@ def digests_of(paths: Sequence[Path]) -> list[str]:
 
 def remember_digests(paths: Sequence[Path], progress: Progress) -> None:
     """Hash files whose digests are not stored yet, with progress, if they are large."""
-    sizes = {path: size_of(path) for path in paths}
-    new = [path for path in paths if sizes[path] >= REMEMBERED_BYTES and not _known(path)]
-    n_bytes = sum(sizes[path] for path in new)
-    if n_bytes < LONG_BYTES:
+    now, new = time.time_ns(), dict[Path, int]()
+    for path in paths:
+        seen = path.stat()
+        if _is_remembered(seen, now) and not _known(_note(path, seen)):
+            new[path] = seen.st_size
+    if (n_bytes := sum(new.values())) < LONG_BYTES:
         return
     with (
         progress.stage("Reading local files", n_bytes, "bytes") as advance,
@@ -66,33 +67,29 @@ def _sha256(path: Path, advance: Advance | None = None) -> str:
     began, seen = time.time_ns(), path.stat()
     if seen.st_size < REMEMBERED_BYTES:
         return sha256_of(path)
-    if known := _known(path):
-        return known
     note = _note(path, seen)
-    found = _read_whole(path, advance) if advance else sha256_of(path)
-    if began - seen.st_ctime_ns > SETTLED_NS and note == _note(path, path.stat()):
+    if known := _known(note):
+        return known
+    found = sha256_of(path, advance)
+    if _is_remembered(seen, began) and note == _note(path, path.stat()):
         with suppress(OSError):  # else the next call hashes the file again
             note.parent.mkdir(parents=True, exist_ok=True)
             write_whole(note, found)
     return found
 
 
-def _known(path: Path) -> str | None:
-    """The stored digest of a file in its present state."""
+def _is_remembered(seen: os.stat_result, now_ns: int) -> bool:
+    """Whether the digest of a file is stored: it is large, and was not written to just now."""
+    is_large = seen.st_size >= REMEMBERED_BYTES
+    return is_large and now_ns - seen.st_ctime_ns > SETTLED_NS
+
+
+def _known(note: Path) -> str | None:
+    """The digest that is stored in a file."""
     with suppress(OSError, ValueError):
-        known = _note(path, path.stat()).read_text(encoding="ascii")
+        known = note.read_text(encoding="ascii")
         return known if SHA256.fullmatch(known) else None
     return None
-
-
-def _read_whole(path: Path, advance: Advance) -> str:
-    """The sha256 of a file; `advance` counts its bytes."""
-    total, piece = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while n_bytes := file.readinto(piece):
-            total.update(piece[:n_bytes])
-            advance(n_bytes)
-    return total.hexdigest()
 
 
 def _note(path: Path, seen: os.stat_result) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.texts import CalibrationTokens, tokens_of
-from lewis_hub.display import Progress, Silent
+from lewis_hub.display import SILENT, Progress
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.backends import POSITIONS
 from lewis_hub.recipe.schema import Calibration, ModelEntry
@@ -132,7 +132,7 @@ def hold_out(
     fitted, held_out, problems = dict[Calibration, Drawn](), dict[Calibration, _Further](), []
     for calibration in dict.fromkeys(settings.calibrations):
         try:
-            fitted[calibration] = draw(settings, calibration, api, Silent())
+            fitted[calibration] = draw(settings, calibration, api, SILENT)
         except (CalibrationError, EvaluationError, SourceError) as error:
             problems.append(str(error))
     for calibration in fitted:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lewis_hub.checkpoint.ranges import Locations
-from lewis_hub.display import Advance, Progress, Silent
+from lewis_hub.display import SILENT, Advance, Progress
 from lewis_hub.errors import (
     MERGE,
     CalibrationModelError,
@@ -253,10 +253,10 @@ class Tuner:
 
     def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
         """Return the job and plan of some values, and the places of its sources."""
-        recipe, silent = candidate(self.space, values), Silent()
+        recipe = candidate(self.space, values)
         job = compile_job(recipe, self.execution, self.examined, self.api)
-        schedule = self.guide(job, silent)
-        known = self.gather(job, schedule, silent)
+        schedule = self.guide(job, SILENT)
+        known = self.gather(job, schedule, SILENT)
         planned = job.plan.plan(schedule, known.statistics)
         return job, planned, {**self.files.locations, **known.folders}
 
@@ -264,7 +264,7 @@ class Tuner:
         """Write the merge of some values into a folder."""
         job, planned, places = self.plan(values)
         output, sources = self.scratch / folder, self.files.sources
-        shards = write_weights(planned, places, output, job.means, Silent())
+        shards = write_weights(planned, places, output, job.means, SILENT)
         return finish_model(planned, shards, job.sidecars, sources, output)
 
 

@@ -315,10 +315,9 @@ def push(
     if lock:
         readdress(folder, lock, asked.repo)
     changes = _record_changes(folder, destination.previous)
-    listed = difference.shown(changes)
-    lines = [f"- {change}" for change in listed]
+    lines = [f"- {change}" for change in difference.shown(changes)]
     publication = Publication(
-        message=_title(listed, BELOW if missed else TITLE),
+        message=_title(changes, BELOW if missed else TITLE),
         description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
@@ -419,7 +418,7 @@ def _title(changes: Sequence[str], title: str) -> str:
     if not changes:
         return title
     more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-    first = " ".join(changes[0].partition(" (")[0].split())  # without the names of files
+    first = difference.shown(changes[:1])[0].partition(" (")[0]  # without the names of files
     room = LONGEST_TITLE - len(title) - len(more) - 2
     return f"{title}: {first if len(first) <= room else first[: room - 1] + '…'}{more}"
 

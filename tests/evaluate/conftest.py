@@ -56,6 +56,16 @@ dataset_kwargs:
 """
 
 
+@pytest.fixture(scope="module")
+def server():
+    """A server of completions that knows every model by its folder."""
+    pytest.importorskip("tenacity")
+    from completions_server import serving
+
+    with serving() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import datasets.config

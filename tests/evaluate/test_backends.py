@@ -12,9 +12,10 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from completions_server import serving
+from completions_server import NOWHERE, serving
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from scored_models import result
 
 import lewis_hub
 from lewis_hub.cli.main import cli
@@ -22,37 +23,17 @@ from lewis_hub.cli.options import rescored
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError, ExtraMissingError, RecipeError
 from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.gate import Previous, judge
-from lewis_hub.evaluate.harness import evaluate_model, load
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores, settings_words
-from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe.backend import ADDRESS, EXACTNESS, SIZE, TEXTS
 from lewis_hub.recipe.evaluation import Gate
 
-NOWHERE = "http://127.0.0.1:9/v1/completions"
 MERGE = {"models": ["a/b"], "merge_method": "linear"}
 OTHERS = "it may name code, files or hosts, and a recipe may be of someone else."
 KERNEL = "it may name code of the Hub, and a recipe may be of someone else."
 ELSEWHERE = "it is not on this machine, and would get the prompts and your API key."
-
-
-def ignore(_: int) -> None:
-    """Count nothing."""
-
-
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("tenacity")
-    with serving() as server:
-        yield server
-
-
-def result(own_tasks, folder, *tasks, **settings):
-    asked = EvaluationSettings(**settings)
-    loaded = load_tasks(TaskSelection(tasks, include=own_tasks), {})
-    return evaluate_model(folder, with_prompts(loaded, 10, asked), asked, ignore)
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

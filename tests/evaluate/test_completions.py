@@ -8,29 +8,12 @@ import re
 import time
 
 import pytest
-from completions_server import serving
+from completions_server import NOWHERE, serving
+from scored_models import result
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.backends import EvaluationSettings
-from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.harness import evaluate_model
-from lewis_hub.evaluate.tasks import TaskSelection
 
-NOWHERE = "http://127.0.0.1:9/v1/completions"
 ESC = chr(27)
-
-
-@pytest.fixture(scope="module")
-def server():
-    pytest.importorskip("tenacity")
-    with serving() as server:
-        yield server
-
-
-def result(own_tasks, folder, *tasks, **settings):
-    asked = EvaluationSettings(**settings)
-    loaded = load_tasks(TaskSelection(tasks, include=own_tasks), {})
-    return evaluate_model(folder, with_prompts(loaded, 10, asked), asked, lambda _: None)
 
 
 def test_concurrent_requests_give_the_scores_of_transformers(own_tasks, poor_model, server, capfd):

@@ -33,7 +33,12 @@ def hashed(monkeypatch):
     """The files that were read to be hashed."""
     paths = []
     original = digests.sha256_of
-    monkeypatch.setattr(digests, "sha256_of", lambda path: paths.append(path) or original(path))
+
+    def recorded(path, advance=None):
+        paths.append(path)
+        return original(path, advance)
+
+    monkeypatch.setattr(digests, "sha256_of", recorded)
     return paths
 
 
@@ -110,6 +115,7 @@ def test_many_bytes_are_read_with_progress_and_then_known(settled, hashed, tmp_p
     assert told.stages == [("Reading local files", n_bytes, "bytes")]
     assert sum(told.done) == n_bytes
     assert max(told.done) <= 1 << 20
+    hashed.clear()
     assert digests_of([settled, other]) == [sha256(OLD), sha256(NEW + b"more")]
     assert hashed == []
     remember_digests([settled, other], told)

@@ -233,6 +233,7 @@ def test_measurements_of_a_repo_that_only_takes_proposals_are_not_taken(hub, gui
     assert "Calibrating: 0 tokens" not in of_others
 
 
+@pytest.mark.slow  # each merge measures
 def test_measurements_that_are_not_those_of_the_lock_are_not_taken(hub, guided):
     merge()
     told = json.loads(published(hub, guided, "lewis/importance.json"))
