@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -57,10 +58,13 @@ def generated(folder: str, prompt: list[int], asked: dict) -> dict:
 
 
 class Completions(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections are kept
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append(asked)
         if self.server.answer:
+            self.close_connection = True
             with suppress(ConnectionError):  # the client has gone
                 self.server.answer(self)
             return
@@ -87,15 +91,29 @@ class Completions(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    n_connections = 0
+
+    def process_request(self, *accepted) -> None:
+        self.n_connections += 1
+        super().process_request(*accepted)
+
+
 @contextmanager
-def serving(folders: dict[str, str] | None = None) -> Iterator[ThreadingHTTPServer]:
+def serving(
+    folders: dict[str, str] | None = None, context: ssl.SSLContext | None = None
+) -> Iterator[Server]:
     """The server; `requests` are those it got, `folders` the models that it knows by a name.
 
-    `edit` changes the answers to a request, and `answer`, if it is set, sends another one.
+    `edit` changes the answers to a request, and `answer`, if it is set, sends another one. With a
+    `context` it speaks TLS.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server = Server(("127.0.0.1", 0), Completions)
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     server.requests, server.folders = [], folders or {}
     server.edit, server.answer = lambda choices: choices, None
     with running(server) as url:
-        server.url = f"{url}/v1/completions"
+        address = url.replace("http:", "https:") if context else url
+        server.url = f"{address}/v1/completions"
         yield server

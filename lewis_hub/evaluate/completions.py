@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
+import os
 import ssl
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import certifi
@@ -24,6 +28,7 @@ from lewis_hub.errors import EvaluationError
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession  # of an extra
 
+BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # name certificates in place of certifi's
 ROUNDED = 1e-3  # by which a log probability may be above 0
 NO_ECHO = (
     "Use a server that answers `echo` and `logprobs`, as vLLM's does, or score only tasks for "
@@ -40,7 +45,13 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
 
     def model_call(self, messages: Sequence[Any], **options: Any) -> Any:
         """Return what the server answers to one request; raises as `amodel_call`."""
-        return asyncio.run(self._asked_alone(messages, **options))
+        asked = self._asked_alone(messages, **options)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(asked)
+        with ThreadPoolExecutor(1) as pool:  # a loop runs in this thread, as in a notebook
+            return pool.submit(asyncio.run, asked).result()
 
     async def amodel_call(
         self,
@@ -112,16 +123,13 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
     ) -> bytes:
         from aiohttp import ClientConnectorError, ClientError
 
-        trusted: Any = self.verify_certificate
-        if trusted and self.base_url.startswith("https:"):  # those that `requests` trusts
-            trusted = ssl.create_default_context(cafile=certifi.where())
         headers = {**self.header, "Accept-Encoding": "identity"}
         try:
             async with session.post(
                 self.base_url,
                 json=request,
                 headers=headers,
-                ssl=trusted,
+                ssl=self._trusted,
                 auto_decompress=False,
             ) as answer:
                 return await self._body(answer, max_bytes)
@@ -131,6 +139,16 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
             raise TimeoutError(f"it took more than {self.timeout} s") from None
         except ClientError as error:
             raise ConnectionError(str(error)) from None
+
+    @cached_property
+    def _trusted(self) -> bool | ssl.SSLContext:
+        """The certificates that `requests` trusts; aiohttp reuses connections of one context."""
+        if not self.verify_certificate or not self.base_url.startswith("https:"):
+            return bool(self.verify_certificate)
+        own = next(filter(None, map(os.environ.get, BUNDLES)), certifi.where())
+        if Path(own).is_dir():
+            return ssl.create_default_context(capath=own)
+        return ssl.create_default_context(cafile=own)
 
     async def _body(self, answer: ClientResponse, max_bytes: int) -> bytes:
         encoding = answer.headers.get("Content-Encoding", "identity")
@@ -145,8 +163,8 @@ class CheckedCompletions(LocalCompletionsAPI):  # type: ignore[misc]
                 raise EvaluationError(str(self.base_url), problem, SMALLER)
         if not answer.ok:
             text = content.decode(errors="replace")
-            told = line_of(text.replace(self.api_key or "\0", "..."), SHOWN_ERROR)
-            problem = f"the server answered {answer.status}: {told}"
+            text = text.replace(self.api_key, "...") if self.api_key else text
+            problem = f"the server answered {answer.status}: {line_of(text, SHOWN_ERROR)}"
             raise EvaluationError(str(self.base_url), problem, NO_COMPLETION)
         return bytes(content)
 

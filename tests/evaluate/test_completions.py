@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import itertools
 import re
+import ssl
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 
 import pytest
 from completions_server import NOWHERE, serving
@@ -103,6 +107,60 @@ def test_the_api_key_is_in_no_message(own_tasks, good_model, monkeypatch):
 
     problem = "the server answered 401: no such key: Bearer ..."
     assert str(caught.value).startswith(f"{server.url}: {problem}")
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A file with a key and a certificate of 127.0.0.1 that it signed itself."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, today = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
+    addresses = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = made.add_extension(addresses, critical=False).sign(key, hashes.SHA256())
+    pem, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    file = tmp_path / "here.pem"
+    file.write_bytes(
+        key.private_bytes(pem, kind, serialization.NoEncryption()) + signed.public_bytes(pem)
+    )
+    return file
+
+
+@pytest.mark.parametrize("num_concurrent", [1, 2])
+def test_a_certificate_that_requests_trusts_is_trusted(
+    own_tasks, good_model, certificate, monkeypatch, num_concurrent
+):
+    """Each of concurrent requests had a connection of its own, until no more could be opened."""
+    pytest.importorskip("tenacity")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with serving(context=context) as server:
+        args = {"base_url": server.url, "num_concurrent": num_concurrent, "max_retries": 1}
+        served = {"backend": "local-completions", "backend_args": args}
+        with pytest.raises(EvaluationError, match="SSLCertVerificationError"):
+            result(own_tasks, good_model, "after", **served)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        before = server.n_connections
+
+        found = result(own_tasks, good_model, "after", **served)
+
+    assert found.tasks == result(own_tasks, good_model, "after").tasks
+    assert len(server.requests) == 10
+    assert num_concurrent == 1 or server.n_connections - before == num_concurrent
+
+
+def test_one_request_at_a_time_is_made_inside_a_running_loop(own_tasks, good_model, server):
+    """Such as that of a notebook."""
+    served = {"backend": "local-completions", "backend_args": {"base_url": server.url}}
+
+    async def cell():
+        return result(own_tasks, good_model, "after", **served)
+
+    assert asyncio.run(cell()).tasks == result(own_tasks, good_model, "after").tasks
 
 
 def test_a_server_that_is_not_there_is_one_message(own_tasks, good_model):
