@@ -55,12 +55,14 @@ from lewis_hub.hub.cached_rows import computed_anew
 from lewis_hub.hub.dataset_cards import CARDS, ELSEWHERE
 from lewis_hub.hub.resolve import DATA_SUFFIXES, resolve_dataset
 from lewis_hub.hub.rows import commit_cache, library, only_pinned, only_tables
+from lewis_hub.limits import TooMuchError, limited
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 CHECK_DATA = (
     "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
     "working folder), your network, and whether the dataset needs `hf auth login`."
 )
+MATCHING_S, MATCHING_BYTES = 60, 1 << 30  # of the patterns of a task: links can be in a circle
 MAX_RECURSIVE = 2  # of `**` in a pattern: the time is a power of the depth of the folders
 LOCK = "lock.json"  # of a merge, beside the copies of its task files
 UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
@@ -143,10 +145,15 @@ def _data_files(data: TaskData, folder: Path) -> Iterable[Path]:
             raise EvaluationError(data.task, problem, "Correct `dataset_path` or `data_dir`.")
         return tables_beside(within, folder)
     names = [str(Path(data.data_dir or "") / file) for file in data.files]
-    files = [Path(file) for name in names for file in (name, *_matching(name, data.task))]
-    for file in files:
-        require_no_link_out(folder, file, EvaluationError)
-    return files
+    try:
+        with limited(MATCHING_S, "the patterns of `data_files`", max_bytes=MATCHING_BYTES):
+            files = [Path(file) for name in names for file in (name, *_matching(name, data.task))]
+            for file in files:
+                require_no_link_out(folder, file, EvaluationError)
+            return files
+    except TooMuchError as error:
+        remedy = "Name the files, or fewer folders; links to folders are followed."
+        raise EvaluationError(data.task, f"{error}.", remedy) from None
 
 
 def _matching(name: str, task: str) -> list[str]:

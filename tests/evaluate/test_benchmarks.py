@@ -9,6 +9,7 @@ import pytest
 from lewis_hub.cli.main import disk_failure
 from lewis_hub.display import shortened
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate import benchmarks
 from lewis_hub.evaluate.benchmarks import load_tasks, own_files, with_prompts
 from lewis_hub.evaluate.tasks import TaskSelection
 
@@ -80,6 +81,24 @@ def test_a_pattern_of_data_files_that_leads_through_folders_often_is_refused(
     assert str(raised.value) == (
         f"after: `data_files` has the pattern `{shortened(found)}`, which finds a file in many "
         "ways.\nWrite `..` before the first wildcard, and `**` at most 2 times."
+    )
+
+
+def test_a_pattern_that_goes_round_in_links_is_stopped(own_tasks, tmp_path, monkeypatch):
+    """Two links to their folder are 2 ** 40 folders, before the system refuses to go on."""
+    monkeypatch.setattr(benchmarks, "MATCHING_S", 0.5)
+    text = (own_tasks / "after.yaml").read_text().replace(f"{own_tasks}/test.jsonl", "'**/x.jsonl'")
+    (tmp_path / "after.yaml").write_text(text)
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(".")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(EvaluationError) as raised:
+        own_files(["after"], tmp_path)
+
+    assert str(raised.value) == (
+        "after: it takes more than 0.5 s for the patterns of `data_files`.\n"
+        "Name the files, or fewer folders; links to folders are followed."
     )
 
 
